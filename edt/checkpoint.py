@@ -1,0 +1,110 @@
+"""Reading weights: folders written by `save_pretrained`, and state dicts under the released names."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .model import EDTTransformer2DModel
+
+# (our name, released name) of modules outside the blocks; {i} is the module's number.
+_RELEASED_MODULES = (
+    ("patch_embedding.", "x_embedder."),
+    ("timestep_embedding.fc1.", "t_embedder.mlp.0."),
+    ("timestep_embedding.fc2.", "t_embedder.mlp.2."),
+    ("label_embedding.", "y_embedder.embedding_table."),
+    ("final_layer.modulation.linear.", "final_layer.adaLN_modulation.1."),
+    ("final_layer.linear.", "final_layer.linear."),
+    *((f"merges.{i}.modulation.linear.", f"down_blocks.{i}.adaLN_modulation.1.") for i in (0, 1)),
+    *((f"merges.{i}.reduction.", f"down_blocks.{i}.reduction.") for i in (0, 1)),
+    *((f"splits.{i}.expand.", f"up_blocks.{i}.expand.") for i in (0, 1)),
+    *((f"splits.{i}.modulation.linear.", f"concat_blocks.{i}.adaLN_modulation.1.") for i in (0, 1)),
+    *((f"splits.{i}.fuse.", f"concat_blocks.{i}.cat.") for i in (0, 1)),
+)
+_RELEASED_IN_BLOCK = (
+    ("modulation.linear.", "adaLN_modulation.1."),
+    ("attn.rel_pos_bias", "attn.rel_pos_bias.relative_position_bias_table"),
+)
+
+
+def released_names(model: EDTTransformer2DModel) -> dict[str, str]:
+    """Our parameter names → the released names."""
+    prefixes = list(_RELEASED_MODULES)
+    number = 0
+    for s, stage in enumerate(model.stages):
+        for b in range(len(stage.blocks)):
+            ours, released = f"stages.{s}.blocks.{b}.", f"blocks.{number}."
+            prefixes += [(ours + a, released + r) for a, r in _RELEASED_IN_BLOCK]
+            prefixes.append((ours, released))
+            number += 1
+    names = {}
+    for name in model.state_dict():
+        ours, released = next(pair for pair in prefixes if name.startswith(pair[0]))
+        names[name] = released + name.removeprefix(ours)
+    return names
+
+
+def _released_position_tables(model: EDTTransformer2DModel) -> dict[str, Tensor]:
+    tables = {"pos_embed": model.position.table}
+    for i in (0, 1):
+        tables[f"down_blocks.{i}.pos_embed"] = model.merges[i].position.table
+        tables[f"concat_blocks.{i}.pos_embed"] = model.splits[i].position.table
+    return tables
+
+
+def load_released_state_dict(model: EDTTransformer2DModel, state_dict: dict[str, Tensor]) -> None:
+    """Loads weights under the released key names, strictly: every key must be there, none may be left over.
+
+    The fixed position tables among them are compared with the model's own (their absence is an error too).
+
+    Raises:
+        ValueError: naming missing, unexpected or misshapen keys, or position tables that differ.
+    """
+    names = released_names(model)
+    tables = _released_position_tables(model)
+    expected = set(names.values()) | set(tables)
+    missing, unexpected = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
+    if missing or unexpected:
+        raise ValueError(
+            f"state_dict does not have the released names of this model: {_shorten('missing', missing)}; "
+            f"{_shorten('unexpected', unexpected)}"
+        )
+    ours = model.state_dict()
+    for name, released in names.items():
+        if state_dict[released].shape != ours[name].shape:
+            raise ValueError(
+                f"state_dict has {released} of shape {tuple(state_dict[released].shape)}; this model needs "
+                f"{tuple(ours[name].shape)}"
+            )
+    for released, table in tables.items():
+        given = state_dict[released].to(table).squeeze(0)
+        if given.shape != table.shape or not torch.allclose(given, table, atol=1e-5):
+            raise ValueError(
+                f"state_dict has a position table {released} that is not this model's; is sample_size right?"
+            )
+    model.load_state_dict({name: state_dict[released] for name, released in names.items()})
+
+
+def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:
+    """The model of a folder that `save_pretrained` wrote, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: if the folder or a file in it is missing.
+        ValueError: if the weights are truncated or no safetensors file.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        found = "the folder has none" if folder.is_dir() else "there is no such folder"
+        raise FileNotFoundError(f"checkpoint {folder} needs a config.json written by save_pretrained; {found}")
+    if not list(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"checkpoint {folder} has a config.json but no .safetensors weights")
+    try:
+        return EDTTransformer2DModel.from_pretrained(folder, local_files_only=True, **kwargs).eval()
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint {folder} is truncated or not a safetensors checkpoint: {error}") from error
+
+
+def _shorten(what: str, keys: list[str], limit: int = 5) -> str:
+    shown = ", ".join(keys[:limit]) or "none"
+    return f"{what} {shown}" + (f" and {len(keys) - limit} more" if len(keys) > limit else "")

@@ -1,0 +1,71 @@
+"""Named configurations: model sizes as released and as published, and where AMM goes."""
+
+# 0-based numbers of the blocks with AMM, counted over all stages; as released, by model and guidance scale.
+AMM_PLACEMENTS = {
+    "EDT-S,B/2 guidance 1-1.5": (7, 10),
+    "EDT-S,B/2 guidance 2-": (8,),
+    "EDT-S/2-512": (10,),
+    "EDT-XL/2": (23, 25),
+    "DiT-XL/2": (15, 17, 19, 22, 24),
+    "DiT-S/2": (8, 10),
+    "MDTv2-S/2": (8,),
+}
+
+_S = {
+    "hidden_sizes": (312, 416, 520, 416, 312),
+    "num_attention_heads": (6, 8, 10, 8, 6),
+    "depths": (2, 2, 2, 3, 3),
+    "amm_blocks": AMM_PLACEMENTS["EDT-S,B/2 guidance 1-1.5"],
+}
+_B = {
+    "hidden_sizes": (624, 832, 1040, 832, 624),
+    "num_attention_heads": (12, 16, 20, 16, 12),
+    "depths": (2, 2, 2, 3, 3),
+    "amm_blocks": AMM_PLACEMENTS["EDT-S,B/2 guidance 1-1.5"],
+}
+_XL = {
+    "hidden_sizes": (936, 1248, 1560, 1248, 936),
+    "num_attention_heads": (18, 24, 30, 24, 18),
+    "depths": (6, 4, 4, 7, 7),
+    "amm_blocks": AMM_PLACEMENTS["EDT-XL/2"],
+    "mid_mask": (4, (0.15, 0.25)),
+}
+
+# Arguments of `EDTTransformer2DModel`, by name.
+PRESETS = {
+    "EDT-S/2": _S,
+    "EDT-B/2": _B,
+    "EDT-XL/2": _XL,
+    # Table 5 of the paper; no weights were published for it, nor a placement, so AMM keeps the released one.
+    "EDT-XL/2-paper": {**_XL, "depths": (6, 6, 4, 6, 6)},
+    "EDT-S/2-512": {
+        **_S,
+        "sample_size": 64,
+        "amm_form": "cos",
+        "amm_blocks": AMM_PLACEMENTS["EDT-S/2-512"],
+    },
+    # 8×8 grey digits in pixel space, small enough to train on two CPU cores.
+    "EDT-digits": {
+        "sample_size": 8,
+        "patch_size": 1,
+        "in_channels": 1,
+        "out_channels": 2,
+        "num_classes": 10,
+        "hidden_sizes": (64, 96, 128, 96, 64),
+        "num_attention_heads": (4, 6, 8, 6, 4),
+        "depths": (1, 1, 1, 2, 2),
+        "amm_blocks": (3, 5),
+    },
+}
+
+
+def published_amm_blocks(preset: str, guidance_scale: float) -> tuple[int, ...]:
+    """The blocks with AMM that the authors use for a preset at a guidance scale.
+
+    EDT-S and B were published for scales 1 to 1.5 and from 2 on; scales between take the nearer range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
+    if preset in ("EDT-S/2", "EDT-B/2") and guidance_scale >= 1.75:
+        return AMM_PLACEMENTS["EDT-S,B/2 guidance 2-"]
+    return PRESETS[preset]["amm_blocks"]

@@ -1,0 +1,174 @@
+"""The layers of EDT. Each owns its parameters; each calls one op of `edt_kernels` for what is fused."""
+
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import edt_kernels
+from edt_kernels import reference as ops
+
+
+def sincos_position_embedding(channels: int, grid: tuple[int, int]) -> Tensor:
+    """[sin(x·ω), cos(x·ω), sin(y·ω), cos(y·ω)] with ω_k = 10000^(−k/(channels/4)) → (H·W, channels)."""
+    H, W = grid
+    omega = 10000.0 ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels / 4))
+    y = torch.arange(H, dtype=torch.float64).repeat_interleave(W)
+    x = torch.arange(W, dtype=torch.float64).repeat(H)
+    angles = [position[:, None] * omega for position in (x, y)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=-1).float()
+
+
+class PositionEmbedding(nn.Module):
+    """Adds the fixed sin-cos table of a grid."""
+
+    def __init__(self, channels: int, grid: tuple[int, int]):
+        super().__init__()
+        self.register_buffer("table", sincos_position_embedding(channels, grid), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table  # (B, N, C)
+
+
+class Modulation(nn.Module):
+    """SiLU → Linear of the conditioning vector, split into `parts` vectors of `channels`."""
+
+    def __init__(self, cond_channels: int, channels: int, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(cond_channels, parts * channels)
+
+    def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(cond)).chunk(self.parts, dim=-1)
+
+
+class PatchEmbedding(nn.Module):
+    """Non-overlapping convolution: (B, in_channels, H·p, W·p) → (B, H·W, channels)."""
+
+    def __init__(self, in_channels: int, channels: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, channels, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return rearrange(self.proj(latents), "b c h w -> b (h w) c")
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoid of 256 → Linear, SiLU, Linear."""
+
+    frequencies = 256
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.fc1 = nn.Linear(self.frequencies, channels)
+        self.fc2 = nn.Linear(channels, channels)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        sinusoid = get_timestep_embedding(
+            timestep, self.frequencies, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        return self.fc2(F.silu(self.fc1(sinusoid.to(self.fc1.weight.dtype))))
+
+
+class Attention(nn.Module):
+    """QKV projection, `amm_attention` with a learned relative position bias, output projection."""
+
+    def __init__(self, channels: int, num_heads: int, grid: tuple[int, int]):
+        super().__init__()
+        self.grid = grid
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.rel_pos_bias = nn.Parameter(torch.empty((2 * grid[0] - 1) * (2 * grid[1] - 1), num_heads))
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, modulation: Tensor | None = None) -> Tensor:
+        qkv = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.num_heads)
+        q, k, v = qkv.unbind(2)  # (B, N, heads, D) views
+        out = edt_kernels.amm_attention(
+            q, k, v, grid=self.grid, modulation=modulation, rel_pos_bias=self.rel_pos_bias
+        )
+        return self.proj(out.flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear, GELU (tanh), Linear."""
+
+    def __init__(self, channels: int, hidden_channels: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden_channels)
+        self.fc2 = nn.Linear(hidden_channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """adaLN-Zero transformer block: x += gate·attn(adaln(x)); x += gate·mlp(adaln(x))."""
+
+    def __init__(
+        self, channels: int, cond_channels: int, num_heads: int, mlp_ratio: float, grid: tuple[int, int]
+    ):
+        super().__init__()
+        self.modulation = Modulation(cond_channels, channels, parts=6)
+        self.attn = Attention(channels, num_heads, grid)
+        self.mlp = MLP(channels, int(channels * mlp_ratio))
+
+    def forward(self, x: Tensor, cond: Tensor, attention_modulation: Tensor | None = None) -> Tensor:
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(cond)
+        normed = ops.adaln(x, shift_attn, scale_attn)
+        y = self.attn(normed, attention_modulation)
+        x, normed = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp)
+        return ops.gated_residual(x, self.mlp(normed), gate_mlp)
+
+
+class TokenMerge(nn.Module):
+    """2×2 tokens → one: gather, LN over 4C, modulate, drop masked tokens' slices, Linear, position."""
+
+    def __init__(self, channels: int, out_channels: int, cond_channels: int, grid: tuple[int, int]):
+        super().__init__()
+        self.grid = grid
+        self.modulation = Modulation(cond_channels, 4 * channels, parts=2)
+        self.reduction = nn.Linear(4 * channels, out_channels, bias=False)
+        self.position = PositionEmbedding(out_channels, (grid[0] // 2, grid[1] // 2))
+
+    def forward(self, x: Tensor, cond: Tensor, keep: Tensor | None = None) -> Tensor:
+        shift, scale = self.modulation(cond)
+        merged = ops.token_merge_adaln(x, shift, scale, grid=self.grid, keep=keep)
+        return self.position(self.reduction(merged))  # (B, N/4, C')
+
+
+class TokenSplitConcat(nn.Module):
+    """One token → 2×2: Linear, shuffle, concat the skip, LN over 2C', modulate, Linear, position."""
+
+    def __init__(self, channels: int, out_channels: int, cond_channels: int, grid: tuple[int, int]):
+        super().__init__()
+        self.grid = grid
+        self.expand = nn.Linear(channels, 4 * out_channels, bias=False)
+        self.modulation = Modulation(cond_channels, 2 * out_channels, parts=2)
+        self.fuse = nn.Linear(2 * out_channels, out_channels)
+        self.position = PositionEmbedding(out_channels, (grid[0] * 2, grid[1] * 2))
+
+    def forward(self, x: Tensor, skip: Tensor, cond: Tensor) -> Tensor:
+        shift, scale = self.modulation(cond)
+        joined = ops.token_split_concat_adaln(self.expand(x), skip, shift, scale, grid=self.grid)
+        return self.position(self.fuse(joined))  # (B, 4N, C')
+
+
+class FinalLayer(nn.Module):
+    """adaLN and a Linear to the pixels of each patch: (B, N, C) → (B, out_channels, H·p, W·p)."""
+
+    def __init__(
+        self, channels: int, cond_channels: int, out_channels: int, patch_size: int, grid: tuple[int, int]
+    ):
+        super().__init__()
+        self.grid = grid
+        self.patch_size = patch_size
+        self.modulation = Modulation(cond_channels, channels, parts=2)
+        self.linear = nn.Linear(channels, patch_size * patch_size * out_channels)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        shift, scale = self.modulation(cond)
+        patches = self.linear(ops.adaln(x, shift, scale))
+        H, W, p = *self.grid, self.patch_size
+        return rearrange(patches, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=H, w=W, p1=p, p2=p)

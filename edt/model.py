@@ -1,0 +1,344 @@
+"""EDT: the U-shaped diffusion transformer of "EDT: An Efficient Diffusion Transformer Framework Inspired by
+Human-like Sketching" (arXiv 2410.23788), as released."""
+
+import math
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+import edt_kernels
+
+from .config import PRESETS
+from .layers import (
+    Block,
+    FinalLayer,
+    PatchEmbedding,
+    PositionEmbedding,
+    TimestepEmbedding,
+    TokenMerge,
+    TokenSplitConcat,
+)
+from .masking import draw_keep_mask
+
+NUM_STAGES = 5
+NUM_MERGES = 2
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution. In evaluation mode the blocks in `amm_blocks` modulate their attention."""
+
+    def __init__(
+        self,
+        channels: int,
+        cond_channels: int,
+        num_heads: int,
+        mlp_ratio: float,
+        grid: tuple[int, int],
+        depth: int,
+        amm_table: Tensor,
+    ):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(channels, cond_channels, num_heads, mlp_ratio, grid) for _ in range(depth)
+        )
+        self.register_buffer("amm_table", amm_table, persistent=False)  # (2H−1, 2W−1)
+        self.amm_blocks: frozenset[int] = frozenset()  # numbered within the stage
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, cond: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Runs blocks start ≤ i < stop on x (B, N, C)."""
+        for i, block in list(enumerate(self.blocks))[start:stop]:
+            table = self.amm_table if i in self.amm_blocks and not self.training else None
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, cond, table)
+            else:
+                x = block(x, cond, table)
+        return x
+
+
+class EDTTransformer2DModel(ModelMixin, ConfigMixin):
+    """Latents, timesteps and class labels → predicted noise and variance.
+
+    Five stages of adaLN-Zero blocks on the grids H×W, H/2×W/2, H/4×W/4, H/2×W/2, H×W of patches; token merges
+    between the first three, token splits with skip connections between the last three. Attention has a learned
+    2-D relative position bias and, in evaluation mode in `amm_blocks`, the attention modulation matrix.
+
+    Args:
+        sample_size: side of the latents, or (height, width); a multiple of 4·patch_size.
+        patch_size: side of the patches that become tokens.
+        in_channels, out_channels: of the latents and of the prediction; twice as many where the variance is
+            learned.
+        num_classes: 0 for an unconditional model. Label `num_classes` is the null class.
+        hidden_sizes, num_attention_heads, depths: per stage. hidden_sizes[0] is the conditioning's width too.
+        mlp_ratio: hidden width of the MLPs over their input's.
+        class_dropout_prob: share of labels replaced by the null class in training mode.
+        amm_blocks: 0-based numbers of the blocks with AMM, counted over all stages.
+        amm_form, amm_radius: see `edt_kernels.amm_table`.
+        mask_ratios: ranges of the drop ratio in the masked pass, for the two merges.
+        mid_mask: (block, (low, high)): in the masked pass, before this block of stage 0, dropped tokens are
+            replaced by their position.
+
+    Raises:
+        ValueError: for a configuration that does not fit together.
+
+    Source: arXiv 2410.23788 and its released implementation.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    _repeated_blocks = ("Block",)
+    _skip_layerwise_casting_patterns = ("patch_embedding", "position", "final_layer")
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int = 8,
+        num_classes: int = 1000,
+        hidden_sizes: tuple[int, ...] = (312, 416, 520, 416, 312),
+        num_attention_heads: tuple[int, ...] = (6, 8, 10, 8, 6),
+        depths: tuple[int, ...] = (2, 2, 2, 3, 3),
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        amm_blocks: tuple[int, ...] = (),
+        amm_form: str = "exp_cos",
+        amm_radius: float | None = None,
+        mask_ratios: tuple[tuple[float, float], ...] = ((0.4, 0.5), (0.1, 0.2)),
+        mid_mask: tuple[int, tuple[float, float]] | None = None,
+    ):
+        super().__init__()
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        _check_config(self.config, height, width)
+        self.latent_size = (height, width)
+        H, W = height // patch_size, width // patch_size
+        grids = [(H, W), (H // 2, W // 2), (H // 4, W // 4), (H // 2, W // 2), (H, W)]  # per stage
+        cond_channels = hidden_sizes[0]
+
+        self.patch_embedding = PatchEmbedding(in_channels, hidden_sizes[0], patch_size)
+        self.position = PositionEmbedding(hidden_sizes[0], grids[0])
+        self.timestep_embedding = TimestepEmbedding(cond_channels)
+        self.label_embedding = nn.Embedding(num_classes + 1, cond_channels) if num_classes > 0 else None
+        self.stages = nn.ModuleList(
+            Stage(
+                hidden_sizes[i],
+                cond_channels,
+                num_attention_heads[i],
+                mlp_ratio,
+                grids[i],
+                depths[i],
+                edt_kernels.amm_table(grids[i], form=amm_form, radius=amm_radius),
+            )
+            for i in range(NUM_STAGES)
+        )
+        self.merges = nn.ModuleList(
+            TokenMerge(hidden_sizes[i], hidden_sizes[i + 1], cond_channels, grids[i]) for i in (0, 1)
+        )
+        self.splits = nn.ModuleList(
+            TokenSplitConcat(hidden_sizes[i], hidden_sizes[i + 1], cond_channels, grids[i]) for i in (2, 3)
+        )
+        self.final_layer = FinalLayer(hidden_sizes[-1], cond_channels, out_channels, patch_size, grids[-1])
+        self.set_amm_blocks(amm_blocks)
+        self.initialize_weights()
+
+    def set_amm_blocks(self, blocks: tuple[int, ...]) -> None:
+        """Places AMM in these blocks, 0-based over all stages; () switches it off. Kept by `save_pretrained`."""
+        depths = self.config.depths
+        _check_block_numbers("blocks", blocks, sum(depths))
+        first = 0
+        for stage, depth in zip(self.stages, depths, strict=True):
+            stage.amm_blocks = frozenset(b - first for b in blocks if first <= b < first + depth)
+            first += depth
+        self.register_to_config(amm_blocks=tuple(blocks))
+
+    def initialize_weights(self) -> None:
+        """Linear and patch embedding xavier-uniform with zero bias; class table and timestep Linears N(0, 0.02);
+        bias tables truncated normal 0.02; the blocks' and the final modulations and the final Linear zero."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.timestep_embedding.fc1.weight, std=0.02)
+        nn.init.normal_(self.timestep_embedding.fc2.weight, std=0.02)
+        if self.label_embedding is not None:
+            nn.init.normal_(self.label_embedding.weight, std=0.02)
+        zero = [self.final_layer.modulation.linear, self.final_layer.linear]
+        for stage in self.stages:
+            for block in stage.blocks:
+                nn.init.trunc_normal_(block.attn.rel_pos_bias, std=0.02)
+                zero.append(block.modulation.linear)
+        for linear in zero:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def draw_keep_masks(
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> list[Tensor]:
+        """The masks of one masked pass, in order of use: (batch_size, N) bool, True keeps the token.
+
+        With `mid_mask` the first is of stage 0's tokens; then one for each merge, of the tokens it gathers.
+        `device` defaults to the generator's, else to the model's.
+        """
+        if device is None:
+            device = generator.device if generator is not None else self.device
+        draws = [(self.merges[i].grid, ratios) for i, ratios in enumerate(self.config.mask_ratios)]
+        if self.config.mid_mask is not None:
+            draws.insert(0, (self.merges[0].grid, self.config.mid_mask[1]))
+        return [
+            draw_keep_mask(batch_size, math.prod(grid), ratios, generator, device) for grid, ratios in draws
+        ]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        keep_masks: list[Tensor] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predicts noise and, where out_channels is twice in_channels, the variance's interpolation.
+
+        Args:
+            hidden_states: noised latents (B, in_channels, height, width).
+            timestep: (B,) or a scalar, 0 to 999.
+            class_labels: (B,) integers, 0 to num_classes, the last of them null; None for unconditional models.
+            keep_masks: the masked pass: (B, N) bools in order of use, as `draw_keep_masks` returns them.
+            return_dict: False for a plain tuple.
+
+        Returns:
+            `Transformer2DModelOutput` whose `sample` is (B, out_channels, height, width).
+
+        Raises:
+            ValueError, TypeError: for an argument that does not fit the configuration.
+        """
+        batch_size = hidden_states.shape[0]
+        self._check_inputs(hidden_states, class_labels, keep_masks)
+        keep_masks = [None] * NUM_MERGES if keep_masks is None else list(keep_masks)
+        mid_keep = keep_masks.pop(0) if len(keep_masks) > NUM_MERGES else None
+
+        cond = self._embed_conditioning(timestep, class_labels, batch_size, hidden_states.device)  # (B, C0)
+        x = self.position(self.patch_embedding(hidden_states))  # (B, N, C0)
+
+        skips = []
+        for stage, merge, keep in zip(self.stages[:2], self.merges, keep_masks, strict=True):
+            skips.append(x)
+            if mid_keep is not None and stage is self.stages[0]:
+                before = self.config.mid_mask[0]
+                x = stage(x, cond, stop=before)
+                x = torch.where(mid_keep.unsqueeze(-1), x, self.position.table.to(x.dtype))
+                x = stage(x, cond, start=before)
+            else:
+                x = stage(x, cond)
+            x = merge(x, cond, keep)
+
+        x = self.stages[2](x, cond)
+
+        for split, stage in zip(self.splits, self.stages[3:], strict=True):
+            x = split(x, skips.pop(), cond)
+            x = stage(x, cond)
+
+        sample = self.final_layer(x, cond)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _embed_conditioning(self, timestep, class_labels, batch_size: int, device) -> Tensor:
+        timestep = torch.as_tensor(timestep, device=device).expand(batch_size)
+        cond = self.timestep_embedding(timestep)
+        if self.label_embedding is None:
+            return cond
+        if self.training and self.config.class_dropout_prob > 0:
+            drop = torch.rand(batch_size, device=device) < self.config.class_dropout_prob
+            class_labels = torch.where(drop, self.config.num_classes, class_labels)
+        return cond + self.label_embedding(class_labels)
+
+    def _check_inputs(self, hidden_states, class_labels, keep_masks) -> None:
+        latent_shape = (self.config.in_channels, *self.latent_size)
+        if hidden_states.ndim != 4 or tuple(hidden_states.shape[1:]) != latent_shape:
+            raise ValueError(
+                f"hidden_states has shape {tuple(hidden_states.shape)}; this model needs (B, "
+                f"{', '.join(map(str, latent_shape))})"
+            )
+        batch_size = hidden_states.shape[0]
+        _check_class_labels(class_labels, self.config.num_classes, batch_size)
+        if keep_masks is None:
+            return
+        merges = [math.prod(merge.grid) for merge in self.merges]
+        needed = merges if self.config.mid_mask is None else [merges[0], *merges]
+        if [tuple(mask.shape) for mask in keep_masks] != [(batch_size, n) for n in needed]:
+            shapes = [tuple(mask.shape) for mask in keep_masks]
+            raise ValueError(
+                f"keep_masks has shapes {shapes}; this model needs (B, N) with B = {batch_size} and N = {needed}"
+            )
+        if any(mask.dtype != torch.bool for mask in keep_masks):
+            raise TypeError(f"keep_masks has dtypes {[mask.dtype for mask in keep_masks]}; they must be bool")
+
+
+def load_preset(name: str, **overrides) -> EDTTransformer2DModel:
+    """A freshly initialised model of a preset (`edt.PRESETS`), with any of its arguments replaced.
+
+    Raises:
+        ValueError: for a name that is no preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"name is {name!r}; it must be one of {', '.join(PRESETS)}")
+    return EDTTransformer2DModel(**{**PRESETS[name], **overrides})
+
+
+def _check_class_labels(class_labels, num_classes: int, batch_size: int) -> None:
+    if num_classes == 0:
+        if class_labels is not None:
+            raise ValueError("class_labels was given to an unconditional model (num_classes 0); it must be None")
+        return
+    if not isinstance(class_labels, Tensor) or class_labels.is_floating_point():
+        given = class_labels.dtype if isinstance(class_labels, Tensor) else type(class_labels).__name__
+        raise TypeError(f"class_labels is {given}; a model of {num_classes} classes needs an integer tensor")
+    if tuple(class_labels.shape) != (batch_size,):
+        raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}; it must be ({batch_size},)")
+    # Reading values off a GPU would stall it, and a compiled graph cannot branch on them.
+    if class_labels.device.type == "cpu" and not torch.compiler.is_compiling() and batch_size > 0:
+        low, high = class_labels.min().item(), class_labels.max().item()
+        if low < 0 or high > num_classes:
+            raise ValueError(
+                f"class_labels has values from {low} to {high}; they must be 0 to {num_classes} "
+                f"({num_classes} is the null class)"
+            )
+
+
+def _check_block_numbers(name: str, blocks, num_blocks: int) -> None:
+    if not all(isinstance(b, int) and 0 <= b < num_blocks for b in blocks):
+        raise ValueError(f"{name} is {tuple(blocks)}; this model has blocks 0 to {num_blocks - 1}")
+
+
+def _check_config(config, height: int, width: int) -> None:
+    multiple = 4 * config.patch_size
+    if height < multiple or width < multiple or height % multiple or width % multiple:
+        raise ValueError(
+            f"sample_size is {config.sample_size}; each side must be a multiple of 4·patch_size = {multiple}, "
+            "because tokens are merged 2×2 twice"
+        )
+    for name in ("hidden_sizes", "num_attention_heads", "depths"):
+        values = getattr(config, name)
+        if len(values) != NUM_STAGES or min(values) < 1:
+            raise ValueError(f"{name} is {tuple(values)}; it must have {NUM_STAGES} positive entries")
+    for channels, heads in zip(config.hidden_sizes, config.num_attention_heads):
+        if channels % heads or channels % 4:
+            raise ValueError(
+                f"hidden_sizes has {channels} for {heads} heads; it must be a multiple of the heads and of 4"
+            )
+    if config.num_classes < 0:
+        raise ValueError(f"num_classes is {config.num_classes}; it must be 0 (unconditional) or more")
+    _check_block_numbers("amm_blocks", config.amm_blocks, sum(config.depths))
+    if len(config.mask_ratios) != NUM_MERGES:
+        raise ValueError(f"mask_ratios is {config.mask_ratios}; it must have {NUM_MERGES} (low, high) ranges")
+    ranges = [*config.mask_ratios, *([config.mid_mask[1]] if config.mid_mask else [])]
+    if not all(0 <= low <= high < 1 for low, high in ranges):
+        raise ValueError(f"mask_ratios and mid_mask have ranges {ranges}; each needs 0 ≤ low ≤ high < 1")
+    if config.mid_mask and not 0 <= config.mid_mask[0] < config.depths[0]:
+        raise ValueError(f"mid_mask is before block {config.mid_mask[0]}; stage 0 has {config.depths[0]} blocks")

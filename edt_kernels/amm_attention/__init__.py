@@ -1,0 +1,175 @@
+"""Attention whose probabilities are multiplied, after softmax, by a table of token offsets."""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from .._backend import select_backend, triton
+from . import reference
+
+if False:
+    from . import autograd
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM = 128
+
+
+def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=None) -> Tensor:
+    """m[Δy, Δx] = ½·exp(cos(f·d)) (`"exp_cos"`) or 1.3·cos(f·d) (`"cos"`) for d ≤ radius, else 0.
+
+    d is the Euclidean distance of two tokens of an H×W grid in token steps, f = π/(2·d_max) with d_max the
+    diagonal of the grid. The default radius is the published R = √((max(H, W)−1)² + 4).
+
+    Args:
+        grid: (H, W).
+        form: "exp_cos", which EDT uses at 256², or "cos", which it uses at 512².
+        radius: the distance, in token steps, beyond which the factor is 0.
+        dtype, device: of the result; it is computed in float64.
+
+    Returns:
+        (2H−1, 2W−1), entry [y_i − y_j + H−1, x_i − x_j + W−1] for query i and key j.
+
+    Raises:
+        ValueError: for a grid without tokens, an unknown form, a radius that is negative or not finite.
+
+    Source: EDT (arXiv 2410.23788), section 3.2, in the form of the released implementation.
+    """
+    grid = _check_grid(grid)
+    if form not in ("exp_cos", "cos"):
+        raise ValueError(f"form is {form!r}; it must be 'exp_cos' or 'cos'")
+    if radius is not None and not (math.isfinite(radius) and radius >= 0):
+        raise ValueError(f"radius is {radius}; it must be finite and not negative")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype}; it must be a floating-point dtype")
+    return reference.amm_table(grid, form=form, radius=radius, dtype=dtype, device=device)
+
+
+def amm_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: tuple[int, int],
+    modulation: Tensor | None = None,
+    rel_pos_bias: Tensor | None = None,
+    scale: float | None = None,
+    num_extra_tokens: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """softmax(q·kᵀ·scale + bias[Δ]) ⊙ m[Δ] · v, not renormalised, over the tokens of an H×W grid.
+
+    Δ = (y_i − y_j, x_i − x_j) for query i and key j, in row-major token order. Gradients flow to q, k, v,
+    `modulation` and `rel_pos_bias`; they are deterministic and cannot be differentiated again on the
+    Triton path.
+
+    Args:
+        q, k, v: (B, N, heads, D), N = before + H·W + after, of one dtype: float32, bfloat16 or float16
+            (the reference path takes float64 too). Any strides; a view with a dense last dimension, such
+            as a slice of a packed projection, is read in place. D ≤ 128 for the Triton kernels.
+            Under autocast they are cast to its dtype.
+        grid: (H, W).
+        modulation: m, (2H−1, 2W−1) or (heads, 2H−1, 2W−1), any of the floating dtypes; `amm_table` makes one.
+            None is a factor of 1.
+        rel_pos_bias: ((2H−1)·(2W−1), heads), row (Δy+H−1)·(2W−1) + (Δx+W−1). None is a bias of 0.
+        scale: of the logits; D^−½ by default.
+        num_extra_tokens: tokens (before, after) the grid: text, class or register tokens. Pairs with one of
+            them have bias 0 and modulation 1.
+
+    Returns:
+        (B, N, heads, D) in q's dtype. Logits, softmax and accumulation are in float32. For backward the
+        Triton path keeps q, k, v, the tables, the output and one float32 per query row and head; nothing
+        of size N×N is written to device memory.
+
+    Raises:
+        TypeError: for a tensor argument that is no floating-point tensor, or dtypes that differ.
+        ValueError: for shapes, devices, grid, scale or num_extra_tokens that do not fit.
+        RuntimeError: if the Triton backend was asked for where it cannot run.
+
+    Source: EDT (arXiv 2410.23788), sections 3.2 and A.3; online softmax as in FlashAttention-2
+    (arXiv 2307.08691).
+    """
+    grid = _check_grid(grid)
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        autocast_dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (t.to(autocast_dtype) if _is_floating(t) else t for t in (q, k, v))
+    num_extra_tokens = _check_extra_tokens(num_extra_tokens)
+    _check_qkv(q, k, v, grid, num_extra_tokens)
+    heads, head_dim = q.shape[2:]
+    offsets = (2 * grid[0] - 1, 2 * grid[1] - 1)
+    if modulation is not None:
+        _check_table("modulation", modulation, [offsets, (heads, *offsets)], q)
+    if rel_pos_bias is not None:
+        _check_table("rel_pos_bias", rel_pos_bias, [(offsets[0] * offsets[1], heads)], q)
+    if scale is None:
+        scale = head_dim**-0.5
+    elif not isinstance(scale, Real):
+        raise TypeError(f"scale is a {type(scale).__name__}; it must be a number")
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite")
+
+    if select_backend(q) == "reference":
+        return reference.amm_attention(
+            q, k, v,
+            grid=grid, modulation=modulation, rel_pos_bias=rel_pos_bias, scale=scale,
+            num_extra_tokens=num_extra_tokens,
+        )  # fmt: skip
+    if q.dtype not in _KERNEL_DTYPES:
+        raise TypeError(f"q is {q.dtype}; the Triton kernels take float32, bfloat16 or float16")
+    if head_dim > _MAX_HEAD_DIM:
+        raise ValueError(f"q has a head dim of {head_dim}; the Triton kernels take up to {_MAX_HEAD_DIM}")
+    return autograd.amm_attention(q, k, v, grid, modulation, rel_pos_bias, float(scale), num_extra_tokens)
+
+
+def _is_floating(tensor) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_floating_point()
+
+
+def _check_grid(grid) -> tuple[int, int]:
+    if not (isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(n, int) for n in grid)):
+        raise TypeError(f"grid is {grid!r}; it must be a pair of integers (H, W)")
+    if min(grid) < 1:
+        raise ValueError(f"grid is {tuple(grid)}; both sides must be at least 1")
+    return tuple(grid)
+
+
+def _check_extra_tokens(extra) -> tuple[int, int]:
+    if not (isinstance(extra, (tuple, list)) and len(extra) == 2 and all(isinstance(n, int) for n in extra)):
+        raise TypeError(f"num_extra_tokens is {extra!r}; it must be a pair of integers (before, after)")
+    if min(extra) < 0:
+        raise ValueError(f"num_extra_tokens is {tuple(extra)}; neither may be negative")
+    return tuple(extra)
+
+
+def _check_qkv(q, k, v, grid, extra) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not _is_floating(tensor):
+            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} is {given}; it must be a floating-point tensor")
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (B, N, heads, D)")
+        if tensor.shape != q.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be q's, {tuple(q.shape)}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}; it must be q's dtype, {q.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on q's device, {q.device}")
+    num_tokens = extra[0] + grid[0] * grid[1] + extra[1]
+    if q.shape[1] != num_tokens:
+        raise ValueError(
+            f"grid {grid} with num_extra_tokens {extra} means {num_tokens} tokens, but q has {q.shape[1]} "
+            f"(shape {tuple(q.shape)}, (B, N, heads, D))"
+        )
+    if q.shape[3] < 1:
+        raise ValueError(f"q has shape {tuple(q.shape)}; D must be at least 1")
+
+
+def _check_table(name, table, shapes, q) -> None:
+    if not _is_floating(table):
+        given = table.dtype if isinstance(table, Tensor) else type(table).__name__
+        raise TypeError(f"{name} is {given}; it must be a floating-point tensor or None")
+    if tuple(table.shape) not in shapes:
+        needed = " or ".join(map(str, shapes))
+        raise ValueError(f"{name} has shape {tuple(table.shape)}; this grid and these heads need {needed}")
+    if table.device != q.device:
+        raise ValueError(f"{name} is on {table.device}; it must be on q's device, {q.device}")

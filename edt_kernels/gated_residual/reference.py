@@ -1,0 +1,11 @@
+"""What `gated_residual` is, in plain torch."""
+
+import torch
+from torch import Tensor
+
+
+def gated_residual(x, y, gate) -> Tensor:
+    """x + gate·y in x's dtype, computed in float32: x and y (B, N, C), gate (B, C) → (B, N, C)."""
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    gate = gate.to(accumulate).unsqueeze(1)
+    return torch.addcmul(x.to(accumulate), gate, y.to(accumulate)).to(x.dtype)
