@@ -294,7 +294,9 @@ def load_preset(name: str, **overrides) -> EDTTransformer2DModel:
 def _check_class_labels(class_labels, num_classes: int, batch_size: int) -> None:
     if num_classes == 0:
         if class_labels is not None:
-            raise ValueError("class_labels was given to an unconditional model (num_classes 0); it must be None")
+            raise ValueError(
+                "class_labels was given to an unconditional model (num_classes 0); it must be None"
+            )
         return
     if not isinstance(class_labels, Tensor) or class_labels.is_floating_point():
         given = class_labels.dtype if isinstance(class_labels, Tensor) else type(class_labels).__name__
@@ -341,4 +343,6 @@ def _check_config(config, height: int, width: int) -> None:
     if not all(0 <= low <= high < 1 for low, high in ranges):
         raise ValueError(f"mask_ratios and mid_mask have ranges {ranges}; each needs 0 ≤ low ≤ high < 1")
     if config.mid_mask and not 0 <= config.mid_mask[0] < config.depths[0]:
-        raise ValueError(f"mid_mask is before block {config.mid_mask[0]}; stage 0 has {config.depths[0]} blocks")
+        raise ValueError(
+            f"mid_mask is before block {config.mid_mask[0]}; stage 0 has {config.depths[0]} blocks"
+        )

@@ -13,7 +13,7 @@ _DEVICE_BACKENDS = {"cuda": "triton", "cpu": "reference"}  # ROCm tensors are "c
 
 
 def select_backend(tensor: Tensor) -> str:
-    """"triton" or "reference" for a call on `tensor`. Never falls back from a backend that was asked for."""
+    """ "triton" or "reference" for a call on `tensor`. Never falls back from a backend that was asked for."""
     device = tensor.device.type
     requested = os.environ.get("EDT_KERNELS_BACKEND", "")
     if requested not in ("", "triton", "reference"):

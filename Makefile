@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where installing finished; any change of the project's files installs again.
+READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest -n 2
+
+.PHONY: demo test test-interpreter test-rest lint clean
+
+# Trains a small EDT on real digits, samples and judges it; pictures and report in outputs/demo.
+demo: $(READY)
+	$(BIN)/edt demo
+
+test: lint test-interpreter test-rest
+
+# The Triton kernels on the CPU: TRITON_INTERPRET binds at import, hence a process of its own.
+test-interpreter: $(READY)
+	TRITON_INTERPRET=1 $(PYTEST)
+
+test-rest: $(READY)
+	$(PYTEST)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,bench,dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) outputs

@@ -1,0 +1,224 @@
+"""The diffusion process of EDT: training losses, the timestep sampler, the sampling scheduler, guidance."""
+
+import math
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+BETA_START, BETA_END = 1e-4, 2e-2
+MAX_SNR_WEIGHT = 5.0
+
+
+def _schedule() -> dict[str, Tensor]:
+    """Per-timestep coefficients of the linear schedule, float64, (1000,)."""
+    betas = torch.linspace(BETA_START, BETA_END, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    variance = betas * (1 - previous) / (1 - alphas_cumprod)
+    variance[0] = variance[1]  # the last step's is 0, whose logarithm is not finite
+    return {
+        "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
+        "snr": alphas_cumprod / (1 - alphas_cumprod),
+        "log_beta": betas.log(),
+        "posterior_log_variance": variance.log(),
+        "posterior_mean_x0": betas * previous.sqrt() / (1 - alphas_cumprod),
+        "posterior_mean_xt": (1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod),
+    }
+
+
+_SCHEDULE = _schedule()
+
+
+def _at(name: str, timestep: Tensor, like: Tensor) -> Tensor:
+    """A coefficient at each sample's timestep, shaped to broadcast over `like` (B, …)."""
+    values = _SCHEDULE[name].to(device=like.device, dtype=torch.float32)[timestep]
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def add_noise(x_start: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·noise; x_start and noise (B, …), timestep (B,) integers 0 to 999."""
+    return (
+        _at("sqrt_alphas_cumprod", timestep, x_start) * x_start
+        + _at("sqrt_one_minus_alphas_cumprod", timestep, x_start) * noise
+    )
+
+
+def training_losses(
+    model_output: Tensor, x_start: Tensor, noise: Tensor, timestep: Tensor
+) -> dict[str, Tensor]:
+    """loss = mse + vb per sample: mse = min(SNR, 5)/SNR · mean (ε − ε̂)²; vb the variational term in bits.
+
+    The variational term is KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), at t = 0 the negative log-likelihood
+    of x_0 in bins of 2/255; it trains only the variance, its mean is detached.
+
+    Args:
+        model_output: (B, 2C, …): predicted noise, then v in [−1, 1] that interpolates the log-variance
+            between the posterior's (−1) and β (1).
+        x_start, noise: (B, C, …); the model was given `add_noise(x_start, noise, timestep)`.
+        timestep: (B,) integers, 0 to 999.
+
+    Returns:
+        "loss", "mse" and "vb", each (B,) float32.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+        TypeError: for timesteps that are not integers.
+
+    Source: improved diffusion (arXiv 2102.09672), min-SNR weights (arXiv 2303.09556).
+    """
+    batch_size, channels = x_start.shape[:2]
+    expected = (batch_size, 2 * channels, *x_start.shape[2:])
+    if tuple(model_output.shape) != expected:
+        raise ValueError(
+            f"model_output has shape {tuple(model_output.shape)}; x_start {tuple(x_start.shape)} needs "
+            f"{expected} (noise and variance)"
+        )
+    if noise.shape != x_start.shape:
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}; it must be x_start's, {tuple(x_start.shape)}"
+        )
+    if timestep.is_floating_point() or timestep.is_complex():
+        raise TypeError(f"timestep is {timestep.dtype}; it must be an integer tensor")
+    if tuple(timestep.shape) != (batch_size,):
+        raise ValueError(f"timestep has shape {tuple(timestep.shape)}; it must be ({batch_size},)")
+
+    model_output, x_start, noise = model_output.float(), x_start.float(), noise.float()
+    predicted_noise, variance_fraction = model_output.chunk(2, dim=1)
+    snr = _SCHEDULE["snr"].to(device=x_start.device, dtype=torch.float32)[timestep]
+    mse = (noise - predicted_noise).square().flatten(1).mean(1) * (snr.clamp(max=MAX_SNR_WEIGHT) / snr)
+    vb = _variational_bound(predicted_noise.detach(), variance_fraction, x_start, noise, timestep)
+    return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+
+def _variational_bound(predicted_noise, variance_fraction, x_start, noise, timestep) -> Tensor:
+    x_t = add_noise(x_start, noise, timestep)
+    predicted_x_start = (x_t - _at("sqrt_one_minus_alphas_cumprod", timestep, x_t) * predicted_noise) / _at(
+        "sqrt_alphas_cumprod", timestep, x_t
+    )
+
+    def posterior_mean(x_0: Tensor) -> Tensor:
+        return _at("posterior_mean_x0", timestep, x_t) * x_0 + _at("posterior_mean_xt", timestep, x_t) * x_t
+
+    low, high = _at("posterior_log_variance", timestep, x_t), _at("log_beta", timestep, x_t)
+    log_variance = torch.lerp(low, high, (variance_fraction + 1) / 2)
+    true_mean, mean = posterior_mean(x_start), posterior_mean(predicted_x_start)
+
+    kl = 0.5 * (
+        log_variance
+        - low
+        - 1
+        + torch.exp(low - log_variance)
+        + (true_mean - mean).square() / log_variance.exp()
+    )
+    nll = -_discretized_gaussian_log_likelihood(x_start, mean, 0.5 * log_variance)
+    first = (timestep == 0).view(-1, *[1] * (x_t.ndim - 1))
+    return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2)
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation: the published losses use it, and it stays smooth in float32."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """log of a Gaussian's mass in x ± 1/255, the outermost bins open: x is on the scale −1 to 1."""
+    centered, inverse_std = x - mean, torch.exp(-log_std)
+    cdf_above = _normal_cdf(inverse_std * (centered + 1 / 255))
+    cdf_below = _normal_cdf(inverse_std * (centered - 1 / 255))
+    mass = torch.where(x < -0.999, cdf_above, torch.where(x > 0.999, 1 - cdf_below, cdf_above - cdf_below))
+    return mass.clamp(min=1e-12).log()
+
+
+class LossSecondMomentSampler:
+    """p(t) ∝ √(mean of the last `history` squared losses at t), mixed with a `uniform_share` of 1/1000.
+
+    Uniform until every timestep has `history` losses. Source: improved diffusion (arXiv 2102.09672).
+    """
+
+    def __init__(self, history: int = 10, uniform_share: float = 0.001, device=None):
+        if history < 1:
+            raise ValueError(f"history is {history}; it must be at least 1")
+        if not 0 < uniform_share <= 1:
+            raise ValueError(f"uniform_share is {uniform_share}; it must be in (0, 1]")
+        self.uniform_share = uniform_share
+        self.losses = torch.zeros(NUM_TRAIN_TIMESTEPS, history, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(NUM_TRAIN_TIMESTEPS, dtype=torch.int64, device=device)
+
+    def probabilities(self) -> Tensor:
+        """(1000,) float64, sums to 1."""
+        uniform = torch.full_like(self.losses[:, 0], 1 / NUM_TRAIN_TIMESTEPS)
+        second_moment = self.losses.square().mean(1).sqrt()
+        learned = (
+            1 - self.uniform_share
+        ) * second_moment / second_moment.sum() + self.uniform_share * uniform
+        warmed_up = (self.counts >= self.losses.shape[1]).all()
+        return torch.where(warmed_up, learned, uniform)
+
+    def sample(self, batch_size: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Timesteps (batch_size,) int64 and the weights 1/(1000·p(t)) float32 that keep the loss unbiased."""
+        probabilities = self.probabilities()
+        timestep = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
+        return timestep, (1 / (NUM_TRAIN_TIMESTEPS * probabilities[timestep])).float()
+
+    def update(self, timestep: Tensor, losses: Tensor) -> None:
+        """Records each sample's loss (B,), unweighted, at its timestep (B,); the newest replace the oldest."""
+        history = self.losses.shape[1]
+        order = torch.argsort(timestep, stable=True)
+        timestep, losses = timestep[order], losses.detach()[order].to(self.losses)
+        first = torch.searchsorted(timestep, timestep)
+        repeats = torch.searchsorted(timestep, timestep, right=True) - first
+        rank = (
+            torch.arange(len(timestep), device=timestep.device) - first
+        )  # among the batch's equal timesteps
+        slot = (self.counts[timestep] + rank) % history
+        newest = rank >= repeats - history
+        self.losses[timestep[newest], slot[newest]] = losses[newest]
+        self.counts += torch.bincount(timestep, minlength=NUM_TRAIN_TIMESTEPS)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"losses": self.losses, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, own in self.state_dict().items():
+            if name not in state or state[name].shape != own.shape:
+                given = tuple(state[name].shape) if name in state else "nothing"
+                raise ValueError(f"state has {given} for {name!r}; this sampler needs {tuple(own.shape)}")
+            own.copy_(state[name])
+
+
+def make_scheduler(num_inference_steps: int = 250) -> DDPMScheduler:
+    """The released ancestral sampler as a diffusers scheduler: evenly respaced steps, learned variance.
+
+    Raises:
+        ValueError: for a number of steps outside 1 to 1000.
+    """
+    if not 1 <= num_inference_steps <= NUM_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"num_inference_steps is {num_inference_steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}"
+        )
+    scheduler = DDPMScheduler(
+        num_train_timesteps=NUM_TRAIN_TIMESTEPS,
+        beta_start=BETA_START,
+        beta_end=BETA_END,
+        beta_schedule="linear",
+        variance_type="learned_range",
+        clip_sample=False,
+        timestep_spacing="linspace",
+    )
+    scheduler.set_timesteps(num_inference_steps)
+    return scheduler
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float, guidance_channels: int = 3) -> Tensor:
+    """unconditional + scale·(conditional − unconditional) on the first channels; the rest stay conditional.
+
+    Args:
+        conditional, unconditional: model outputs (B, C, …), noise first.
+        scale: 1 is no guidance.
+        guidance_channels: how many channels are guided; the released sampler guides 3 of the 4 latent channels.
+    """
+    guided = torch.lerp(unconditional[:, :guidance_channels], conditional[:, :guidance_channels], scale)
+    return torch.cat([guided, conditional[:, guidance_channels:]], dim=1)

@@ -1,0 +1,82 @@
+"""Drawing latents from a model."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .diffusion import guide, make_scheduler
+from .model import EDTTransformer2DModel
+
+
+@torch.no_grad()
+def sample(
+    model: EDTTransformer2DModel,
+    class_labels: Tensor | None = None,
+    *,
+    batch_size: int | None = None,
+    num_inference_steps: int = 250,
+    guidance_scale: float = 1.0,
+    guidance_channels: int = 3,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Ancestral sampling with the learned variance, from noise to latents (B, in_channels, height, width).
+
+    Args:
+        model: in evaluation mode; AMM acts in its `amm_blocks`.
+        class_labels: (B,) integers 0 to num_classes−1; None, with `batch_size`, for unconditional models.
+        num_inference_steps: evenly respaced over the 1000 training steps.
+        guidance_scale: 1 is no guidance and runs no unconditional pass.
+        guidance_channels: see `edt.diffusion.guide`.
+        generator: for the noise, on the model's device or the CPU.
+        on_step: called after each step with its number and the latents.
+
+    Raises:
+        ValueError: for labels, guidance or a number of steps that do not fit the model.
+    """
+    config = model.config
+    if class_labels is None and (config.num_classes > 0 or batch_size is None):
+        raise ValueError("class_labels is None; that needs an unconditional model and a batch_size")
+    if model.training:
+        raise ValueError("model is in training mode; call model.eval() first")
+    if config.out_channels != 2 * config.in_channels:
+        raise ValueError(
+            f"model has {config.out_channels} out_channels for {config.in_channels} in_channels; sampling needs "
+            "twice as many, for the learned variance"
+        )
+    if guidance_scale != 1 and config.num_classes == 0:
+        raise ValueError(f"guidance_scale is {guidance_scale}; an unconditional model has no guidance, use 1")
+    if not 0 < guidance_channels <= config.in_channels:
+        raise ValueError(
+            f"guidance_channels is {guidance_channels}; this model needs 1 to {config.in_channels}"
+        )
+    device = model.device
+    if class_labels is not None:
+        if (
+            len(class_labels)
+            and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < config.num_classes
+        ):
+            raise ValueError(
+                f"class_labels has values from {int(class_labels.min())} to {int(class_labels.max())}; they must "
+                f"be 0 to {config.num_classes - 1}"
+            )
+        class_labels = class_labels.to(device)
+        batch_size = len(class_labels)
+    noise_device = generator.device if generator is not None else device
+    shape = (batch_size, config.in_channels, *model.latent_size)
+    latents = torch.randn(shape, generator=generator, device=noise_device).to(device)
+    scheduler = make_scheduler(num_inference_steps)
+    for i, timestep in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress)):
+        if guidance_scale == 1:
+            output = model(latents, timestep, class_labels).sample
+        else:
+            labels = torch.cat([class_labels, torch.full_like(class_labels, config.num_classes)])
+            both = model(latents.repeat(2, 1, 1, 1), timestep, labels).sample
+            output = guide(*both.chunk(2), guidance_scale, guidance_channels)
+        latents = scheduler.step(output.float(), timestep, latents, generator=generator).prev_sample
+        if on_step is not None:
+            on_step(i, latents)
+    return latents

@@ -1,0 +1,20 @@
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(config, items):
+    """A process runs either the interpreter tests or all the others: Triton binds its kernels at import."""
+    selected, deselected = [], []
+    for item in items:
+        matches = ("interpreter" in item.keywords) == INTERPRETED
+        (selected if matches else deselected).append(item)
+    items[:] = selected
+    config.hook.pytest_deselected(items=deselected)
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
