@@ -96,17 +96,13 @@ def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         found = "the folder has none" if folder.is_dir() else "there is no such folder"
-        raise FileNotFoundError(
-            f"checkpoint {folder} needs a config.json written by save_pretrained; {found}"
-        )
+        raise FileNotFoundError(f"checkpoint {folder} needs a config.json written by save_pretrained; {found}")
     if not list(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"checkpoint {folder} has a config.json but no .safetensors weights")
     try:
         return EDTTransformer2DModel.from_pretrained(folder, local_files_only=True, **kwargs).eval()
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"checkpoint {folder} is truncated or not a safetensors checkpoint: {error}"
-        ) from error
+        raise ValueError(f"checkpoint {folder} is truncated or not a safetensors checkpoint: {error}") from error
 
 
 def _shorten(what: str, keys: list[str], limit: int = 5) -> str:

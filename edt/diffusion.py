@@ -46,9 +46,7 @@ def add_noise(x_start: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     )
 
 
-def training_losses(
-    model_output: Tensor, x_start: Tensor, noise: Tensor, timestep: Tensor
-) -> dict[str, Tensor]:
+def training_losses(model_output: Tensor, x_start: Tensor, noise: Tensor, timestep: Tensor) -> dict[str, Tensor]:
     """loss = mse + vb per sample: mse = min(SNR, 5)/SNR · mean (ε − ε̂)²; vb the variational term in bits.
 
     The variational term is KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), at t = 0 the negative log-likelihood
@@ -77,9 +75,7 @@ def training_losses(
             f"{expected} (noise and variance)"
         )
     if noise.shape != x_start.shape:
-        raise ValueError(
-            f"noise has shape {tuple(noise.shape)}; it must be x_start's, {tuple(x_start.shape)}"
-        )
+        raise ValueError(f"noise has shape {tuple(noise.shape)}; it must be x_start's, {tuple(x_start.shape)}")
     if timestep.is_floating_point() or timestep.is_complex():
         raise TypeError(f"timestep is {timestep.dtype}; it must be an integer tensor")
     if tuple(timestep.shape) != (batch_size,):
@@ -107,11 +103,7 @@ def _variational_bound(predicted_noise, variance_fraction, x_start, noise, times
     true_mean, mean = posterior_mean(x_start), posterior_mean(predicted_x_start)
 
     kl = 0.5 * (
-        log_variance
-        - low
-        - 1
-        + torch.exp(low - log_variance)
-        + (true_mean - mean).square() / log_variance.exp()
+        log_variance - low - 1 + torch.exp(low - log_variance) + (true_mean - mean).square() / log_variance.exp()
     )
     nll = -_discretized_gaussian_log_likelihood(x_start, mean, 0.5 * log_variance)
     first = (timestep == 0).view(-1, *[1] * (x_t.ndim - 1))
@@ -151,9 +143,7 @@ class LossSecondMomentSampler:
         """(1000,) float64, sums to 1."""
         uniform = torch.full_like(self.losses[:, 0], 1 / NUM_TRAIN_TIMESTEPS)
         second_moment = self.losses.square().mean(1).sqrt()
-        learned = (
-            1 - self.uniform_share
-        ) * second_moment / second_moment.sum() + self.uniform_share * uniform
+        learned = (1 - self.uniform_share) * second_moment / second_moment.sum() + self.uniform_share * uniform
         warmed_up = (self.counts >= self.losses.shape[1]).all()
         return torch.where(warmed_up, learned, uniform)
 
@@ -170,9 +160,7 @@ class LossSecondMomentSampler:
         timestep, losses = timestep[order], losses.detach()[order].to(self.losses)
         first = torch.searchsorted(timestep, timestep)
         repeats = torch.searchsorted(timestep, timestep, right=True) - first
-        rank = (
-            torch.arange(len(timestep), device=timestep.device) - first
-        )  # among the batch's equal timesteps
+        rank = torch.arange(len(timestep), device=timestep.device) - first  # among the batch's equal timesteps
         slot = (self.counts[timestep] + rank) % history
         newest = rank >= repeats - history
         self.losses[timestep[newest], slot[newest]] = losses[newest]
@@ -196,9 +184,7 @@ def make_scheduler(num_inference_steps: int = 250) -> DDPMScheduler:
         ValueError: for a number of steps outside 1 to 1000.
     """
     if not 1 <= num_inference_steps <= NUM_TRAIN_TIMESTEPS:
-        raise ValueError(
-            f"num_inference_steps is {num_inference_steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}"
-        )
+        raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}")
     scheduler = DDPMScheduler(
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,
         beta_start=BETA_START,

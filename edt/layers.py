@@ -65,9 +65,7 @@ class TimestepEmbedding(nn.Module):
         self.fc2 = nn.Linear(channels, channels)
 
     def forward(self, timestep: Tensor) -> Tensor:
-        sinusoid = get_timestep_embedding(
-            timestep, self.frequencies, flip_sin_to_cos=True, downscale_freq_shift=0
-        )
+        sinusoid = get_timestep_embedding(timestep, self.frequencies, flip_sin_to_cos=True, downscale_freq_shift=0)
         return self.fc2(F.silu(self.fc1(sinusoid.to(self.fc1.weight.dtype))))
 
 
@@ -106,9 +104,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """adaLN-Zero transformer block: x += gate·attn(adaln(x)); x += gate·mlp(adaln(x))."""
 
-    def __init__(
-        self, channels: int, cond_channels: int, num_heads: int, mlp_ratio: float, grid: tuple[int, int]
-    ):
+    def __init__(self, channels: int, cond_channels: int, num_heads: int, mlp_ratio: float, grid: tuple[int, int]):
         super().__init__()
         self.modulation = Modulation(cond_channels, channels, parts=6)
         self.attn = Attention(channels, num_heads, grid)

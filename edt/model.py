@@ -192,9 +192,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
         draws = [(self.merges[i].grid, ratios) for i, ratios in enumerate(self.config.mask_ratios)]
         if self.config.mid_mask is not None:
             draws.insert(0, (self.merges[0].grid, self.config.mid_mask[1]))
-        return [
-            draw_keep_mask(batch_size, math.prod(grid), ratios, generator, device) for grid, ratios in draws
-        ]
+        return [draw_keep_mask(batch_size, math.prod(grid), ratios, generator, device) for grid, ratios in draws]
 
     def forward(
         self,
@@ -294,9 +292,7 @@ def load_preset(name: str, **overrides) -> EDTTransformer2DModel:
 def _check_class_labels(class_labels, num_classes: int, batch_size: int) -> None:
     if num_classes == 0:
         if class_labels is not None:
-            raise ValueError(
-                "class_labels was given to an unconditional model (num_classes 0); it must be None"
-            )
+            raise ValueError("class_labels was given to an unconditional model (num_classes 0); it must be None")
         return
     if not isinstance(class_labels, Tensor) or class_labels.is_floating_point():
         given = class_labels.dtype if isinstance(class_labels, Tensor) else type(class_labels).__name__
@@ -343,6 +339,4 @@ def _check_config(config, height: int, width: int) -> None:
     if not all(0 <= low <= high < 1 for low, high in ranges):
         raise ValueError(f"mask_ratios and mid_mask have ranges {ranges}; each needs 0 ≤ low ≤ high < 1")
     if config.mid_mask and not 0 <= config.mid_mask[0] < config.depths[0]:
-        raise ValueError(
-            f"mid_mask is before block {config.mid_mask[0]}; stage 0 has {config.depths[0]} blocks"
-        )
+        raise ValueError(f"mid_mask is before block {config.mid_mask[0]}; stage 0 has {config.depths[0]} blocks")

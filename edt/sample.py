@@ -50,15 +50,10 @@ def sample(
     if guidance_scale != 1 and config.num_classes == 0:
         raise ValueError(f"guidance_scale is {guidance_scale}; an unconditional model has no guidance, use 1")
     if not 0 < guidance_channels <= config.in_channels:
-        raise ValueError(
-            f"guidance_channels is {guidance_channels}; this model needs 1 to {config.in_channels}"
-        )
+        raise ValueError(f"guidance_channels is {guidance_channels}; this model needs 1 to {config.in_channels}")
     device = model.device
     if class_labels is not None:
-        if (
-            len(class_labels)
-            and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < config.num_classes
-        ):
+        if len(class_labels) and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < config.num_classes:
             raise ValueError(
                 f"class_labels has values from {int(class_labels.min())} to {int(class_labels.max())}; they must "
                 f"be 0 to {config.num_classes - 1}"
