@@ -1,0 +1,218 @@
+"""The command line: `edt demo`, `edt sample`, `edt info`. Wrong input is one line on stderr and exit code 2."""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from . import demo, plots
+from .checkpoint import load_checkpoint
+from .complexity import ADAN_BUFFERS, cost_table, estimate_memory, meta_model
+from .config import PRESETS
+from .demo import DemoOptions, check_guidance_scale, torch_device
+from .digits import to_uint8
+from .model import EDTTransformer2DModel
+from .sample import sample
+
+_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draws images from a checkpoint: samples.npz (arr_0 uint8 N×H×W×C, labels) and a labelled grid."""
+
+    checkpoint: Path
+    """Folder written by save_pretrained, such as outputs/demo."""
+    labels: tuple[int, ...] = ()
+    """Classes to draw, such as 3 7."""
+    classes: Literal["all"] | None = None
+    """Instead of --labels: every class of the model."""
+    num_per_class: int = 10
+    """Images of each class; for an unconditional model, images."""
+    steps: int = 250
+    """Denoising steps, evenly spaced over the 1000 of training."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 is none."""
+    guidance_channels: int | None = None
+    """How many of the channels guidance acts on; by default 3, or all where there are fewer."""
+    amm: bool = True
+    """Attention modulation in the blocks that the checkpoint names."""
+    seed: int = 0
+    """Of the noise."""
+    output: Path = Path("outputs/samples")
+    """Folder for samples.npz and samples.png."""
+    batch_size: int = 250
+    """Images drawn at a time."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cuda or cpu; by default the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Prints parameters, multiply-adds stage by stage, and a memory estimate."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A preset, such as EDT-XL/2, or a checkpoint folder."""
+    batch_size: int = 32
+    """For the activations."""
+
+
+def run_sample(options: Sample) -> None:
+    for name in ("num_per_class", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} is {getattr(options, name)}; it must be at least 1")
+    check_guidance_scale(options.guidance_scale)
+    device = torch_device(options.device)
+    model = load_checkpoint(options.checkpoint).to(device)
+    if not options.amm:
+        model.set_amm_blocks(())
+    config = model.config
+    labels = np.repeat(_chosen_labels(options, config.num_classes), options.num_per_class)
+    guidance_channels = options.guidance_channels
+    if guidance_channels is None:
+        guidance_channels = min(3, config.in_channels)
+
+    generator = torch.Generator().manual_seed(options.seed)
+    batches = torch.from_numpy(labels).split(options.batch_size)
+    latents = []
+    with tqdm(total=len(batches) * options.steps, desc="sampling", unit="step") as bar:
+        for batch in batches:
+            drawn = sample(
+                model,
+                batch if config.num_classes > 0 else None,
+                batch_size=len(batch),
+                num_inference_steps=options.steps,
+                guidance_scale=options.guidance_scale,
+                guidance_channels=guidance_channels,
+                generator=generator,
+                progress=False,
+                on_step=lambda step, latents: bar.update(),
+            )
+            latents.append(drawn.cpu().numpy())
+    latents = np.concatenate(latents)
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / "samples.npz"
+    if config.in_channels not in (1, 3):
+        np.savez_compressed(file, latents=latents, labels=labels)
+        print(
+            f"{len(latents)} latents {latents.shape[1:]} in {file} (latents, labels); this model draws latents, "
+            "not pixels, and pictures of them need the VAE it was trained with"
+        )
+        return
+    images = to_uint8(latents)
+    np.savez_compressed(file, arr_0=images, labels=labels)
+    picture = options.output / "samples.png"
+    plots.save_label_grid(picture, images, labels, f"AMM {'on' if options.amm else 'off'}, "
+                          f"guidance {options.guidance_scale:g}, {options.steps} steps")  # fmt: skip
+    print(f"{len(images)} images {images.shape[1:]} in {file} (arr_0, labels), a grid of them in {picture}")
+
+
+def _chosen_labels(options: Sample, num_classes: int) -> np.ndarray:
+    if num_classes == 0:
+        if options.labels or options.classes:
+            raise ValueError("labels were given for an unconditional model; leave out --labels and --classes")
+        return np.zeros(1, dtype=np.int64)
+    if bool(options.labels) == bool(options.classes):
+        raise ValueError("labels: give either --labels, such as --labels 3 7, or --classes all")
+    if options.classes:
+        return np.arange(num_classes)
+    wrong = [label for label in options.labels if not 0 <= label < num_classes]
+    if wrong:
+        raise ValueError(f"labels has {wrong}; this model has classes 0 to {num_classes - 1}")
+    return np.array(options.labels, dtype=np.int64)
+
+
+def run_info(options: Info) -> None:
+    if options.model in PRESETS:
+        config = PRESETS[options.model]
+    elif Path(options.model).is_dir():
+        config = dict(EDTTransformer2DModel.load_config(options.model, local_files_only=True))
+    else:
+        raise ValueError(
+            f"model is {options.model!r}; it must be a checkpoint folder or one of {', '.join(PRESETS)}"
+        )
+    parts = cost_table(meta_model(config))
+    memory = estimate_memory(config, options.batch_size)
+
+    print(f"{options.model}\n")
+    print(f"{'':16} {'grid':>8} {'channels':>9} {'blocks':>7} {'parameters':>13} {'multiply-adds':>15}")
+    for part in parts:
+        grid = "×".join(map(str, part.grid)) if part.grid else ""
+        print(f"{part.name:16} {grid:>8} {part.channels:>9} {part.blocks or '':>7} {_spaced(part.parameters):>13} "
+              f"{_giga(part.multiply_adds):>15}")  # fmt: skip
+    total = sum(part.parameters for part in parts), sum(part.multiply_adds for part in parts)
+    print(f"{'total':16} {'':26} {_spaced(total[0]):>13} {_giga(total[1]):>15}")
+
+    batch = f"batch {options.batch_size}"
+    rows = [
+        ("weights", memory.weights),
+        ("gradients", memory.gradients),
+        (f"Adan's state ({ADAN_BUFFERS} buffers)", memory.optimizer_state),
+        ("EMA", memory.ema),
+        (f"activations, {batch}", memory.training_activations),
+        (f"training, {batch}", memory.training),
+        (f"inference, {batch}", memory.inference),
+    ]
+    print("\nmemory, float32, estimated")
+    for name, size in rows:
+        print(f"{name:28} {size / 2**30:>10.2f} GiB")
+    print(
+        f"Without the fused attention, training keeps {memory.attention_matrices / 2**30:.2f} GiB of attention "
+        "matrices more."
+    )
+
+
+def _spaced(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
+
+
+def _giga(multiply_adds: int) -> str:
+    return f"{multiply_adds / 1e9:.3f} G" if multiply_adds >= 1e7 else f"{multiply_adds / 1e6:.3f} M"
+
+
+def run_demo(options: DemoOptions) -> int:
+    report = demo.run_demo(options)
+    draw_more = f"edt sample --checkpoint {options.output} --classes all"
+    if report["interrupted"]:
+        print(f"\ninterrupted in {report['interrupted']}. What was trained is kept in {options.output}; draw from "
+              f"it with\n  {draw_more}", file=sys.stderr)  # fmt: skip
+        return _INTERRUPTED
+    print(demo.format_report(report))
+    print(f"pictures, samples, checkpoint and report are in {options.output}; draw more with\n  {draw_more}")
+    return 0
+
+
+_COMMANDS = {"demo": (DemoOptions, run_demo), "sample": (Sample, run_sample), "info": (Info, run_info)}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    try:
+        options = tyro.extras.subcommand_cli_from_dict(
+            {name: options for name, (options, _) in _COMMANDS.items()},
+            args=args,
+            prog="edt",
+            description="EDT, the Efficient Diffusion Transformer: a demo on real data, sampling, and its costs.",
+        )
+        run = next(run for kind, run in _COMMANDS.values() if type(options) is kind)
+        return run(options) or 0
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"edt: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"edt: training stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nedt: interrupted; nothing was kept", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__

@@ -1,0 +1,359 @@
+"""A small EDT from nothing to pictures: trains on real handwritten digits, samples, judges, reports."""
+
+import copy
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from pytorch_optimizer import Adan
+from torch import Tensor
+from tqdm import tqdm
+
+from edt_kernels._backend import select_backend
+
+from . import plots
+from .config import PRESETS
+from .diffusion import LossSecondMomentSampler, add_noise, make_scheduler, training_losses
+from .digits import NUM_CLASSES, Digits, Judge, from_uint8, load_split_digits, to_uint8
+from .model import EDTTransformer2DModel, load_preset
+from .sample import sample
+
+PRESET = "EDT-digits"
+_WARMUP_STEPS = 50
+_EMA_DECAY = 0.99
+_STRIP_FRAMES = 12
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Trains a small EDT on real handwritten digits, draws digits with it and judges them."""
+
+    output: Path = Path("outputs/demo")
+    """Folder for pictures, samples, checkpoint and report."""
+    steps: int = 900
+    """Training steps."""
+    batch_size: int = 128
+    """Images a step; each takes part in the full and in the masked pass."""
+    learning_rate: float = 2e-3
+    """Adan's, after a short warm-up; it falls linearly to 0."""
+    num_per_class: int = 50
+    """Images to draw of each digit, for each variant."""
+    sampling_steps: int = 50
+    """Denoising steps, evenly spaced over the 1000 of training."""
+    guidance_scale: float = 1.5
+    """Classifier-free guidance of the third variant."""
+    seed: int = 0
+    """Of everything random; a run on the CPU repeats exactly on the same machine."""
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    """cuda or cpu; by default the GPU if there is one."""
+    quick: bool = False
+    """Few steps and images, to see in seconds that everything runs; the digits will be noise."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "sampling_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_per_class < 2:
+            raise ValueError(f"num_per_class is {self.num_per_class}; a spread needs at least 2")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive and finite")
+        check_guidance_scale(self.guidance_scale)
+        torch_device(self.device)
+
+
+def check_guidance_scale(guidance_scale: float) -> None:
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite and not negative, 1 is none")
+
+
+def torch_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; it must be cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}; torch sees no GPU here, use cpu")
+    return device
+
+
+class StopRequest:
+    """True once Ctrl-C was pressed."""
+
+    requested = False
+
+    def __bool__(self) -> bool:
+        return self.requested
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[StopRequest]:
+    """Turns Ctrl-C into a request that the loops look at once a step, so that no step is left half done."""
+    stop = StopRequest()
+
+    def on_interrupt(signum, frame):
+        if not stop:
+            print("\nstopping after this step …", file=sys.stderr, flush=True)
+        stop.requested = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class SamplingInterruptedError(Exception):
+    """Ends sampling between two steps."""
+
+
+def two_pass_losses(
+    model: EDTTransformer2DModel, x_start: Tensor, labels: Tensor, timestep: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The full and the masked pass of masking training on the same x, y, t: per-sample losses (B,), (B,).
+
+    Both run as one batch of 2B, where the full half keeps every token; noise and label dropout are drawn
+    for each half.
+    """
+    noise = torch.randn_like(x_start.repeat(2, 1, 1, 1))
+    x_start, labels, timestep = x_start.repeat(2, 1, 1, 1), labels.repeat(2), timestep.repeat(2)
+    keep_masks = [
+        torch.cat([torch.ones_like(mask), mask])
+        for mask in model.draw_keep_masks(len(x_start) // 2, device=x_start.device)
+    ]
+    output = model(add_noise(x_start, noise, timestep), timestep, labels, keep_masks).sample
+    return training_losses(output, x_start, noise, timestep)["loss"].chunk(2)
+
+
+def train(digits: Digits, options: DemoOptions, stop: StopRequest) -> tuple[EDTTransformer2DModel, dict]:
+    """Trains the preset and returns the model with averaged weights and the losses of each step.
+
+    The recipe is the released one, for minutes instead of days: masking training, timesteps by the second
+    moment of the sum of both losses, label dropout, Adan, EMA.
+
+    Raises:
+        FloatingPointError: when the loss is no longer finite.
+    """
+    device = torch_device(options.device)
+    model = load_preset(PRESET).to(device).train()
+    optimizer = Adan(model.parameters(), lr=options.learning_rate, weight_decay=0.0, weight_decouple=False)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / _WARMUP_STEPS, 1 - step / options.steps)
+    )
+    ema = EMAModel(model.parameters(), decay=_EMA_DECAY)  # (1 + step)/(10 + step) until that is larger
+    timestep_sampler = LossSecondMomentSampler(device=device)
+    images = torch.from_numpy(digits.train_images).to(device)
+    labels = torch.from_numpy(digits.train_labels).to(device)
+
+    losses = {"full": [], "masked": []}
+    order = torch.empty(0, dtype=torch.int64, device=device)
+    start = time.perf_counter()
+    with tqdm(total=options.steps, desc="training", unit="step") as bar:
+        for step in range(1, options.steps + 1):
+            while len(order) < options.batch_size:
+                order = torch.cat([order, torch.randperm(len(images), device=device)])
+            chosen, order = order[: options.batch_size], order[options.batch_size :]
+            timestep, weight = timestep_sampler.sample(options.batch_size)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                full, masked = two_pass_losses(model, images[chosen], labels[chosen], timestep)
+            timestep_sampler.update(timestep, full + masked)
+            loss = (weight * (full + masked)).mean()
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at step {step}; learning_rate {options.learning_rate} may be "
+                    "too high"
+                )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            ema.step(model.parameters())
+
+            losses["full"].append((weight * full).mean().item())
+            losses["masked"].append((weight * masked).mean().item())
+            recent = {name: f"{np.mean(values[-50:]):.4f}" for name, values in losses.items()}
+            images_per_second = step * options.batch_size / (time.perf_counter() - start)
+            bar.set_postfix(**recent, **{"images/s": f"{images_per_second:.0f}"}, refresh=False)
+            bar.update()
+            if stop:
+                break
+    averaged = copy.deepcopy(model).eval()
+    ema.copy_to(averaged.parameters())
+    return averaged, losses
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of sampling the trained model."""
+
+    name: str
+    amm: bool
+    guidance_scale: float = 1.0
+
+
+def draw(
+    model: EDTTransformer2DModel, variant: Variant, labels: np.ndarray, options: DemoOptions, stop: StopRequest
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+    """Images (N, H, W, C) uint8, and (timestep, the first image of each class) at points on the way there.
+
+    Every variant starts from the same noise, so that their pictures compare one to one.
+    """
+    model.set_amm_blocks(PRESETS[PRESET]["amm_blocks"] if variant.amm else ())
+    firsts = np.unique(labels, return_index=True)[1]
+    shown = set(np.linspace(0, options.sampling_steps - 1, _STRIP_FRAMES).round().astype(int))
+    timesteps = make_scheduler(options.sampling_steps).timesteps.tolist()
+    strip = []
+    with tqdm(total=options.sampling_steps, desc=f"sampling, {variant.name}", unit="step") as bar:
+
+        def on_step(step: int, latents: Tensor) -> None:
+            if stop:
+                raise SamplingInterruptedError
+            bar.update()
+            if step in shown:
+                strip.append((timesteps[step], to_uint8(latents[firsts].cpu().numpy())))
+
+        latents = sample(
+            model,
+            torch.from_numpy(labels),
+            num_inference_steps=options.sampling_steps,
+            guidance_scale=variant.guidance_scale,
+            guidance_channels=1,
+            generator=torch.Generator().manual_seed(options.seed),
+            progress=False,
+            on_step=on_step,
+        )
+    return to_uint8(latents.cpu().numpy()), strip
+
+
+def run_demo(options: DemoOptions) -> dict:
+    """Trains, samples with AMM off, on, and on with guidance, judges, writes everything to `options.output`.
+
+    Returns:
+        The report. Its "interrupted" is None, or what Ctrl-C interrupted; what was trained is saved either way.
+    """
+    if options.quick:
+        options = replace(options, steps=min(options.steps, 20), batch_size=min(options.batch_size, 32),
+                          num_per_class=min(options.num_per_class, 4),
+                          sampling_steps=min(options.sampling_steps, 4))  # fmt: skip
+    options.output.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    torch.manual_seed(options.seed)
+    digits = load_split_digits()
+    judge = Judge(digits)
+    device = torch_device(options.device)
+    variants = [
+        Variant("AMM off", amm=False),
+        Variant("AMM on", amm=True),
+        Variant(f"AMM on, guidance {options.guidance_scale:g}", amm=True, guidance_scale=options.guidance_scale),
+    ]
+    report = {
+        "interrupted": None,
+        "options": {**asdict(options), "output": str(options.output)},
+        "model": {"preset": PRESET, **PRESETS[PRESET]},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "attention": select_backend(torch.empty(0, device=device)),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "real_held_out": judge.judge_real(),
+        "variants": {},
+    }
+
+    with stop_on_interrupt() as stop:
+        model, losses = train(digits, options, stop)
+        report["training"] = {
+            "steps": len(losses["full"]),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            **{f"{name}_loss": float(np.mean(values[-100:])) for name, values in losses.items()},
+            "seconds": time.perf_counter() - start,
+        }
+        model.save_pretrained(options.output)
+        plots.save_loss_curve(options.output / "loss.png", losses)
+        if stop:
+            report["interrupted"] = f"training, after step {len(losses['full'])} of {options.steps}"
+        else:
+            try:
+                _sample_and_judge(model, variants, judge, options, stop, report)
+            except SamplingInterruptedError:
+                report["interrupted"] = "sampling"
+        report["seconds"] = time.perf_counter() - start
+        (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _sample_and_judge(
+    model, variants, judge: Judge, options: DemoOptions, stop: StopRequest, report: dict
+) -> None:
+    labels = np.repeat(np.arange(NUM_CLASSES), options.num_per_class)
+    drawn = {}
+    for variant in variants:
+        start = time.perf_counter()
+        images, strip = draw(model, variant, labels, options, stop)
+        report["variants"][variant.name] = {
+            "amm": variant.amm,
+            "guidance_scale": variant.guidance_scale,
+            **judge.judge(from_uint8(images), labels),
+            "seconds": time.perf_counter() - start,
+        }
+        drawn[variant.name] = images
+        if variant.amm and variant.guidance_scale == 1:
+            plots.save_denoising_strip(
+                options.output / "denoising.png",
+                [t for t, _ in strip],
+                [frame for _, frame in strip],
+                np.unique(labels),
+            )
+
+    off, on, guided = (drawn[variant.name] for variant in variants)
+    np.savez_compressed(
+        options.output / "samples.npz",
+        arr_0=on, labels=labels, variant=variants[1].name, amm_off=off, guided=guided,
+    )  # fmt: skip
+    for file, variant in zip(("amm_off", "amm_on", "guided"), variants):
+        plots.save_label_grid(options.output / f"samples_{file}.png", drawn[variant.name], labels, variant.name)
+    held_out, held_out_labels = to_uint8(judge.digits.held_out_images), judge.digits.held_out_labels
+    for digit in range(NUM_CLASSES):
+        panels = {name: images[labels == digit] for name, images in drawn.items()}
+        panels["real, held out"] = held_out[held_out_labels == digit]
+        plots.save_class_page(options.output / f"digit_{digit}.png", digit, panels)
+
+
+def format_report(report: dict) -> str:
+    """The report as a short table."""
+    real, training = report["real_held_out"], report["training"]
+    header = ("", "images", "accuracy", "spread", "worst class", "copies", "distance")
+    rows = [
+        ("real, held out", real["images"], real["class_accuracy"], 1, 1, 0, real["median_distance_to_training"])
+    ]
+    for name, v in report["variants"].items():
+        rows.append((name, v["images"], v["class_accuracy"], v["spread_over_real"],
+                     v["smallest_class_spread_over_real"], v["exact_copies"] + v["near_copies"],
+                     v["median_distance_to_training"]))  # fmt: skip
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{header[0]:<{width}}  {header[1]:>6}  {header[2]:>8}  {header[3]:>6}  {header[4]:>11}  "
+             f"{header[5]:>6}  {header[6]:>8}"]  # fmt: skip
+    for name, images, accuracy, spread, worst, copies, distance in rows:
+        lines.append(f"{name:<{width}}  {images:>6}  {accuracy:>8.1%}  {spread:>6.2f}  {worst:>11.2f}  "
+                     f"{copies:>6}  {distance:>8.3f}")  # fmt: skip
+    return "\n".join([
+        "",
+        *lines,
+        "",
+        "accuracy: under a classifier fitted to real training digits · spread: per-class pixel deviation over the",
+        "real one · copies: of training images · distance: median, to the nearest training image",
+        f"loss {training['full_loss']:.4f} full pass, {training['masked_loss']:.4f} masked pass, after "
+        f"{training['steps']} steps · {report['seconds']:.0f} s on {report['device']} · attention: "
+        + {"triton": "Triton kernels", "reference": "reference path (plain torch)"}[report["attention"]],
+    ])  # fmt: skip

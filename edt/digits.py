@@ -1,0 +1,126 @@
+"""Real handwritten digits, and how generated ones are judged against them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy import ndarray
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.svm import SVC
+
+NUM_CLASSES = 10
+_LEVELS = 16  # the scans have grey levels 0 to 16
+
+
+@dataclass(frozen=True)
+class Digits:
+    """8×8 grey digits on the scale −1 (paper) to 1 (ink): images (N, 1, 8, 8) float32, labels (N,) int64."""
+
+    train_images: ndarray
+    train_labels: ndarray
+    held_out_images: ndarray
+    held_out_labels: ndarray
+
+
+def load_split_digits() -> Digits:
+    """scikit-learn's 1797 digits: a stratified 80 % to train on, the rest held out to judge by.
+
+    The split is the same for every seed, so that the figures of two runs compare.
+    """
+    images, labels = load_digits(return_X_y=True)
+    images = (images / (_LEVELS / 2) - 1).astype(np.float32).reshape(-1, 1, 8, 8)
+    train_images, held_out_images, train_labels, held_out_labels = train_test_split(
+        images, labels.astype(np.int64), test_size=0.2, stratify=labels, random_state=0
+    )
+    return Digits(train_images, train_labels, held_out_images, held_out_labels)
+
+
+class Judge:
+    """Measures images against real digits; knows only real training images, except to state what real is.
+
+    - class accuracy: share of images that a support vector machine, fitted to the real training digits,
+      takes for their label.
+    - spread of a class: standard deviation of each pixel, averaged over pixels, over that of the real held-out
+      digits of the class; 0 where all images are equal, about 1 where they vary as real ones do.
+    - copies: d(x) is the root mean square difference of x from the nearest training image. x is an exact copy
+      if it has that image's grey levels, a near copy if d(x) is below the least distance between any two
+      different real digits. Held-out digits show what d is for new images of the same kind.
+    """
+
+    def __init__(self, digits: Digits):
+        self.digits = digits
+        # The settings of scikit-learn's own digits example, on this scale: γ = 0.001·8².
+        self.classifier = SVC(gamma=0.001 * (_LEVELS / 2) ** 2).fit(
+            digits.train_images.reshape(len(digits.train_images), -1), digits.train_labels
+        )
+        real = np.concatenate([digits.train_images, digits.held_out_images])
+        self.copy_threshold = float(_nearest_distances(real, real, exclude_self=True).min())
+        self.held_out_distances = _nearest_distances(digits.held_out_images, digits.train_images)
+
+    def accuracy(self, images: ndarray, labels: ndarray) -> float:
+        return float(self.classifier.score(images.reshape(len(images), -1), labels))
+
+    def judge(self, images: ndarray, labels: ndarray) -> dict:
+        """Figures for images (N, 1, 8, 8) on the scale −1 to 1, with labels (N,); at least two a class."""
+        distances = _nearest_distances(images, self.digits.train_images)
+        spread = self._spread(images, labels)
+        return {
+            "images": len(images),
+            "class_accuracy": self.accuracy(images, labels),
+            "spread_over_real": float(np.mean(spread)),
+            "smallest_class_spread_over_real": float(np.min(spread)),
+            "exact_copies": _count_exact_copies(images, self.digits.train_images),
+            "near_copies": int((distances < self.copy_threshold).sum()),
+            "median_distance_to_training": float(np.median(distances)),
+            # 1 % for real held-out digits, by definition.
+            "share_nearer_than_real_1st_percentile": float(
+                (distances < np.percentile(self.held_out_distances, 1)).mean()
+            ),
+        }
+
+    def judge_real(self) -> dict:
+        """The same figures where they make sense for the real held-out digits."""
+        return {
+            "images": len(self.digits.held_out_images),
+            "class_accuracy": self.accuracy(self.digits.held_out_images, self.digits.held_out_labels),
+            "median_distance_to_training": float(np.median(self.held_out_distances)),
+            "smallest_distance_to_training": float(self.held_out_distances.min()),
+            "near_copy_threshold": self.copy_threshold,
+        }
+
+    def _spread(self, images: ndarray, labels: ndarray) -> list[float]:
+        """Per class of `labels`."""
+
+        def of_class(images, labels, c):
+            return images[labels == c].std(axis=0, ddof=1).mean()
+
+        real = (self.digits.held_out_images, self.digits.held_out_labels)
+        return [float(of_class(images, labels, c) / of_class(*real, c)) for c in np.unique(labels)]
+
+
+def to_uint8(images: ndarray) -> ndarray:
+    """(N, C, H, W) on the scale −1 to 1, clipped → (N, H, W, C) uint8, 0 to 255."""
+    scaled = np.round((np.clip(images, -1, 1) + 1) * 127.5)
+    return scaled.astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def from_uint8(images: ndarray) -> ndarray:
+    """(N, H, W, C) uint8 → (N, C, H, W) float32 on the scale −1 to 1."""
+    return (images.astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2)
+
+
+def _nearest_distances(images: ndarray, others: ndarray, exclude_self: bool = False) -> ndarray:
+    """Root mean square difference of each image from the nearest of the others: (len(images),)."""
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (images, others))
+    squared = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+    if exclude_self:
+        np.fill_diagonal(squared, np.inf)
+    return np.sqrt(squared.min(axis=1).clip(min=0) / a.shape[1])
+
+
+def _count_exact_copies(images: ndarray, originals: ndarray) -> int:
+    def levels(x: ndarray) -> ndarray:
+        return np.round((x.reshape(len(x), -1) + 1) * (_LEVELS / 2)).astype(np.int64)
+
+    known = {row.tobytes() for row in levels(originals)}
+    return sum(row.tobytes() in known for row in levels(images))
