@@ -24,7 +24,7 @@ from edt_kernels._backend import select_backend
 
 from . import plots
 from .config import PRESETS
-from .diffusion import LossSecondMomentSampler, add_noise, make_scheduler, training_losses
+from .diffusion import NUM_TRAIN_TIMESTEPS, LossSecondMomentSampler, add_noise, make_scheduler, training_losses
 from .digits import NUM_CLASSES, Digits, Judge, from_uint8, load_split_digits, to_uint8
 from .model import EDTTransformer2DModel, load_preset
 from .sample import sample
@@ -60,12 +60,15 @@ class DemoOptions:
     quick: bool = False
     """Few steps and images, to see in seconds that everything runs; the digits will be noise."""
 
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "sampling_steps"):
+    def check(self) -> None:
+        """Raises ValueError for an option that cannot work; called before anything is spent."""
+        for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_per_class < 2:
             raise ValueError(f"num_per_class is {self.num_per_class}; a spread needs at least 2")
+        if not 1 <= self.sampling_steps <= NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"sampling_steps is {self.sampling_steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive and finite")
         check_guidance_scale(self.guidance_scale)
@@ -244,6 +247,7 @@ def run_demo(options: DemoOptions) -> dict:
     Returns:
         The report. Its "interrupted" is None, or what Ctrl-C interrupted; what was trained is saved either way.
     """
+    options.check()
     if options.quick:
         options = replace(options, steps=min(options.steps, 20), batch_size=min(options.batch_size, 32),
                           num_per_class=min(options.num_per_class, 4),

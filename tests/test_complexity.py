@@ -1,0 +1,69 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from edt import PRESETS, EDTTransformer2DModel
+from edt.complexity import ADAN_BUFFERS, cost_table, estimate_memory, meta_model
+
+SMALL = {
+    "sample_size": (16, 24),
+    "in_channels": 3,
+    "out_channels": 6,
+    "num_classes": 5,
+    "hidden_sizes": (16, 24, 40, 24, 16),
+    "num_attention_heads": (2, 3, 4, 2, 2),
+    "depths": (1, 2, 1, 3, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters", "giga_multiply_adds"),
+    [
+        ("EDT-S/2", 38_329_146, 2.667),
+        ("EDT-B/2", 152_262_100, 10.218),
+        ("EDT-XL/2", 698_523_098, 53.440),
+        ("EDT-XL/2-paper", 708_444_968, 51.834),
+    ],
+)
+def test_published_figures(preset, parameters, giga_multiply_adds):
+    parts = cost_table(meta_model(PRESETS[preset]))
+    assert sum(part.parameters for part in parts) == parameters
+    assert round(sum(part.multiply_adds for part in parts) / 1e9, 3) == giga_multiply_adds
+
+
+@pytest.mark.parametrize("change", [{}, {"mlp_ratio": 2.0}, {"num_classes": 0}, {"patch_size": 1}])
+def test_multiply_adds_equal_those_that_run(change):
+    model = EDTTransformer2DModel(**{**SMALL, **change}).eval()
+    labels = torch.tensor([1]) if model.config.num_classes else None
+    with FlopCounterMode(display=False) as counter:  # with gradients: it does not know the CPU's fused attention
+        model(torch.randn(1, 3, 16, 24), torch.tensor([7]), labels)
+    parts = cost_table(model)
+    assert counter.get_total_flops() == 2 * sum(part.multiply_adds for part in parts)
+    assert sum(part.parameters for part in parts) == sum(p.numel() for p in model.parameters())
+
+
+def test_memory_estimate():
+    weights = 4 * sum(p.numel() for p in EDTTransformer2DModel(**SMALL).parameters())
+    one, four = estimate_memory(SMALL, 1), estimate_memory(SMALL, 4)
+    assert one.weights == one.gradients == one.ema == weights
+    assert one.optimizer_state == ADAN_BUFFERS * weights
+    assert four.inference_activations == 4 * one.inference_activations
+    assert 3.9 < four.attention_matrices / one.attention_matrices <= 4
+    assert one.training_activations < four.training_activations <= 4 * one.training_activations
+    # Per block, the softmax that its backward needs: heads · N².
+    matrices = sum(d * h * n**2 for d, h, n in zip(SMALL["depths"], (2, 3, 4, 2, 2), (96, 24, 6, 24, 96)))
+    assert one.attention_matrices >= 4 * matrices
+
+
+def test_optimizer_state_is_what_adan_keeps():
+    adan = pytest.importorskip("pytorch_optimizer").Adan
+    weight = torch.nn.Parameter(torch.zeros(7))
+    weight.grad = torch.ones(7)
+    optimizer = adan([weight])
+    optimizer.step()
+    assert sum(buffer.numel() for buffer in optimizer.state[weight].values()) == ADAN_BUFFERS * 7
+
+
+def test_batch_size_is_checked():
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        estimate_memory(SMALL, 0)

@@ -1,0 +1,187 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from edt import load_checkpoint, load_preset, training_losses
+from edt.demo import DemoOptions, run_demo, two_pass_losses
+from edt.diffusion import add_noise
+from edt.digits import Judge, from_uint8, load_split_digits, to_uint8
+
+VARIANTS = ["AMM off", "AMM on", "AMM on, guidance 1.5"]
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge(load_split_digits())
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo")
+    return output, run_demo(DemoOptions(output=output, quick=True, device="cpu"))
+
+
+def test_writes_everything(quick_run):
+    output, report = quick_run
+    pictures = ["loss", "denoising", "samples_amm_off", "samples_amm_on", "samples_guided"]
+    pictures += [f"digit_{digit}" for digit in range(10)]
+    for picture in pictures:
+        assert (output / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
+    saved = np.load(output / "samples.npz")
+    assert saved["arr_0"].shape == (40, 8, 8, 1)
+    assert saved["arr_0"].dtype == np.uint8
+    assert saved["arr_0"].max() > 200 > 50 > saved["arr_0"].min()
+    assert np.bincount(saved["labels"]).tolist() == [4] * 10
+    assert str(saved["variant"]) == "AMM on"
+    assert json.loads((output / "report.json").read_text())["variants"] == report["variants"]
+
+
+def test_report(quick_run):
+    _, report = quick_run
+    assert list(report["variants"]) == VARIANTS
+    assert report["interrupted"] is None
+    assert (report["device"], report["attention"]) == ("cpu", "reference")
+    assert report["real_held_out"]["class_accuracy"] > 0.97
+    for variant in report["variants"].values():
+        assert 0 <= variant["class_accuracy"] <= 1
+        assert variant["spread_over_real"] > 0
+
+
+def test_repeats_exactly(quick_run, tmp_path):
+    output, _ = quick_run
+    run_demo(DemoOptions(output=tmp_path, quick=True, device="cpu"))
+    first, second = (np.load(folder / "samples.npz") for folder in (output, tmp_path))
+    for name in ("arr_0", "amm_off", "guided"):
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_one_doubled_batch_equals_two_passes():
+    """With the same noise and masks; label dropout off, as it is drawn per row."""
+    model = load_preset("EDT-digits", class_dropout_prob=0.0)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    x_start, labels, timestep = torch.randn(3, 1, 8, 8), torch.tensor([0, 4, 9]), torch.tensor([0, 500, 999])
+    torch.manual_seed(1)
+    full, masked = two_pass_losses(model, x_start, labels, timestep)
+    torch.manual_seed(1)
+    noises = torch.randn(6, 1, 8, 8).chunk(2)
+    for losses, noise, keep_masks in zip((full, masked), noises, (None, model.draw_keep_masks(3))):
+        output = model(add_noise(x_start, noise, timestep), timestep, labels, keep_masks).sample
+        torch.testing.assert_close(losses, training_losses(output, x_start, noise, timestep)["loss"])
+
+
+@pytest.mark.parametrize("phase", ["training", "sampling"])
+def test_interrupt_keeps_what_was_trained(tmp_path, phase):
+    steps = {
+        "training": ["--steps", "100000", "--batch-size", "8"],
+        "sampling": ["--steps", "2", "--batch-size", "8"],
+    }
+    command = [sys.executable, "-m", "edt", "demo", "--output", str(tmp_path), "--sampling-steps", "1000",
+               "--device", "cpu", *steps[phase]]  # fmt: skip
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=_environment())
+        try:
+            _wait_for(lambda: _progress(log.read_text(), phase), process)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 130
+        finally:
+            process.kill()
+    assert "Traceback" not in log.read_text()
+    assert f"edt sample --checkpoint {tmp_path}" in log.read_text()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["interrupted"].startswith(phase)
+    assert report["training"]["steps"] >= 1
+    assert (tmp_path / "loss.png").exists()
+    model = load_checkpoint(tmp_path)
+    # The released initialisation of the last Linear is zero: anything else was trained.
+    assert model.final_layer.linear.weight.abs().max() > 0
+
+
+def test_loss_that_is_not_finite_stops(tmp_path):
+    with pytest.raises(FloatingPointError, match="learning_rate 1e"):
+        run_demo(DemoOptions(output=tmp_path, quick=True, device="cpu", learning_rate=1e30))
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("steps", 0),
+        ("batch_size", -1),
+        ("sampling_steps", 0),
+        ("sampling_steps", 1001),
+        ("num_per_class", 1),
+        ("learning_rate", float("nan")),
+        ("guidance_scale", float("inf")),
+        ("device", "abacus"),
+    ],
+)
+def test_options_are_checked(argument, value):
+    with pytest.raises(ValueError, match=argument):
+        DemoOptions(**{argument: value}).check()
+
+
+def test_split_is_stratified_and_disjoint(judge):
+    digits = judge.digits
+    assert digits.train_images.shape == (1437, 1, 8, 8)
+    assert digits.held_out_images.shape == (360, 1, 8, 8)
+    assert (digits.train_images.min(), digits.train_images.max()) == (-1, 1)
+    assert np.bincount(digits.held_out_labels).min() >= 34
+    assert judge.judge(digits.held_out_images, digits.held_out_labels)["exact_copies"] == 0
+
+
+def test_judge_takes_real_digits_for_real(judge):
+    figures = judge.judge(judge.digits.held_out_images, judge.digits.held_out_labels)
+    assert figures["class_accuracy"] > 0.97
+    assert figures["spread_over_real"] == pytest.approx(1)
+    assert figures["near_copies"] == 0
+    assert figures["share_nearer_than_real_1st_percentile"] == pytest.approx(0.01, abs=0.005)
+
+
+def test_judge_finds_copies(judge):
+    images, labels = judge.digits.train_images[:50], judge.digits.train_labels[:50]
+    exact = judge.judge(images, labels)
+    assert (exact["exact_copies"], exact["near_copies"]) == (50, 50)
+    noise = np.random.default_rng(0).normal(scale=0.04, size=images.shape).astype(np.float32)
+    assert judge.judge(images + noise, labels)["near_copies"] == 50
+    # Through the 8 bits of samples.npz a copy is still exact.
+    assert judge.judge(from_uint8(to_uint8(images)), labels)["exact_copies"] == 50
+
+
+def test_judge_finds_wrong_classes(judge):
+    digits = judge.digits
+    shuffled = np.random.default_rng(0).permutation(digits.held_out_labels)
+    assert judge.judge(digits.held_out_images, shuffled)["class_accuracy"] < 0.2
+
+
+def test_judge_finds_collapse(judge):
+    one_each = np.stack([judge.digits.held_out_images[judge.digits.held_out_labels == c][0] for c in range(10)])
+    figures = judge.judge(one_each.repeat(5, axis=0), np.arange(10).repeat(5))
+    assert figures["spread_over_real"] == pytest.approx(0, abs=1e-6)
+
+
+def _environment() -> dict[str, str]:
+    # A second thread gains nothing at this size and spins where cores are shared.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def _progress(log: str, phase: str) -> bool:
+    """True once the phase's bar has moved."""
+    return any(line.startswith(phase) and " 0/" not in line for line in log.replace("\r", "\n").splitlines())
+
+
+def _wait_for(condition, process, timeout=120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, "the demo ended by itself"
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.1)
