@@ -34,36 +34,50 @@ class TableTile:
     num_stages: int
 
 
-def choose_tile(kernel: str, num_tokens: int, head_dim: int, dtype: torch.dtype) -> Tile:
-    """The tile of "forward", "backward_q" or "backward_kv". One rule for all devices, bounded by registers.
+# (block_m, block_n, num_warps, num_stages) of each kernel, by matrix unit and padded head dim: the largest that
+# compile without spills at EDT's shapes (`python -m benchmarks.static`), to be replaced by measured ones.
+# float32 products are exact, so they run on the FMA units out of registers ("fma"; its D 128 still spills).
+_TILES = {
+    ("wgmma", 64): {"forward": (128, 64, 8, 2), "backward_q": (64, 64, 8, 2), "backward_kv": (64, 64, 8, 2)},
+    ("wgmma", 128): {"forward": (64, 32, 8, 1), "backward_q": (64, 32, 8, 1), "backward_kv": (32, 64, 8, 1)},
+    ("mma", 64): {"forward": (64, 64, 4, 2), "backward_q": (64, 32, 4, 2), "backward_kv": (64, 32, 4, 2)},
+    ("mma", 128): {"forward": (64, 32, 8, 1), "backward_q": (64, 32, 8, 1), "backward_kv": (32, 64, 8, 1)},
+    ("mfma", 64): {"forward": (64, 64, 4, 1), "backward_q": (64, 64, 4, 1), "backward_kv": (64, 64, 4, 1)},
+    ("mfma", 128): {"forward": (64, 32, 4, 1), "backward_q": (64, 32, 4, 1), "backward_kv": (32, 64, 4, 1)},
+    ("fma", 64): {"forward": (32, 32, 4, 1), "backward_q": (32, 32, 8, 1), "backward_kv": (32, 32, 4, 1)},
+    ("fma", 128): {"forward": (16, 16, 4, 1), "backward_q": (32, 32, 8, 1), "backward_kv": (16, 16, 4, 1)},
+}
+_TABLE_TILES = {"wgmma": (64, 8), "mma": (32, 4), "mfma": (64, 4), "fma": (32, 4)}  # (cells, num_warps)
 
-    64 rows are what one Hopper warpgroup multiplies; sequences of up to 32 tokens are packed into them.
-    """
-    if dtype == torch.float32:
-        # Exact float32 products run on the FMA units, from registers: small tiles.
-        block_m, block_n, num_warps, num_stages = 32, 32, 4, 1
-    elif num_tokens <= 64:
-        block_m, block_n, num_warps, num_stages = 64, 64, 4, 1
-    elif kernel == "forward":
-        block_m, block_n, num_warps, num_stages = 128, 64, 8, 2
-    else:
-        block_m, block_n, num_warps, num_stages = 64, 64, 8, 2
-    if head_dim > 64:
+
+def matrix_unit(device: torch.device) -> str:
+    """The key of the tile tables for 16-bit inputs: Hopper and datacenter Blackwell, other NVIDIA, AMD CDNA."""
+    if device.type != "cuda":  # the interpreter
+        return "wgmma"
+    if torch.version.hip:
+        return "mfma"
+    return "wgmma" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "mma"
+
+
+def choose_tile(kernel: str, unit: str, num_tokens: int, head_dim: int) -> Tile:
+    """The tile of "forward", "backward_q" or "backward_kv". Sequences shorter than a tile are packed into it."""
+    block_m, block_n, num_warps, num_stages = _TILES[unit, 64 if head_dim <= 64 else 128][kernel]
+    if num_tokens <= 64:  # a loop of one iteration has nothing to load ahead
         block_m, num_stages = min(block_m, 64), 1
     seq = triton.next_power_of_2(num_tokens)
-    if seq < min(block_m, block_n):  # packed: queries and keys are the same rows
-        block_m = block_n = min(block_m, block_n)
-        return Tile(block_m, block_n, num_warps, num_stages, seq, seq)
+    if seq < min(block_m, block_n):  # queries and keys of a packed tile are the same rows
+        block = min(block_m, block_n)
+        return Tile(block, block, num_warps, num_stages, seq, seq)
     return Tile(block_m, block_n, num_warps, num_stages, block_m, block_n)
 
 
-def choose_table_tile(grid: tuple[int, int], head_dim: int, dtype: torch.dtype) -> TableTile:
-    """64 cells: whole rows of the grid as far as they fit, then more batch items where the grid is smaller."""
-    cells = 32 if dtype == torch.float32 else 64
+def choose_table_tile(unit: str, grid: tuple[int, int]) -> TableTile:
+    """Whole rows of the grid as far as they fit, then more batch items where the grid is smaller."""
+    cells, num_warps = _TABLE_TILES[unit]
     H, W = grid
     columns = min(triton.next_power_of_2(W), cells)
     rows = min(triton.next_power_of_2(H), cells // columns)
-    return TableTile(cells // (rows * columns), rows, columns, num_warps=8, num_stages=1)
+    return TableTile(cells // (rows * columns), rows, columns, num_warps, num_stages=1)
 
 
 # Programs that share the sum over the batch in `backward_tables`, whatever the device, so that gradients are
@@ -88,9 +102,13 @@ class _Problem:
     def shape(self) -> torch.Size:
         return self.q.shape
 
+    @property
+    def unit(self) -> str:
+        return "fma" if self.q.dtype == torch.float32 else matrix_unit(self.q.device)
+
     def tile(self, kernel: str) -> Tile:
         _, N, _, D = self.shape
-        return choose_tile(kernel, N, D, self.q.dtype)
+        return choose_tile(kernel, self.unit, N, D)
 
     def launch_grid(self, tile: Tile, block: int, seq: int) -> tuple[int]:
         B, N, heads, _ = self.shape
@@ -224,10 +242,10 @@ def _backward(
 def _table_gradients(
     p: _Problem, grad_out, logsumexp, delta, modulation, rel_pos_bias, needs_modulation, needs_bias, constants
 ) -> tuple[Tensor, Tensor]:
-    B, _, heads, D = p.shape
+    B, _, heads, _ = p.shape
     H, W = p.grid
     device = grad_out.device
-    tile = choose_table_tile(p.grid, D, p.q.dtype)
+    tile = choose_table_tile(p.unit, p.grid)
     layout = {"ITEMS": tile.items, "ROWS": tile.rows, "COLUMNS": tile.columns}
     block = math.prod(layout.values())
     distances = (2 * triton.cdiv(H, tile.rows) - 1) * (2 * triton.cdiv(W, tile.columns) - 1)
@@ -315,7 +333,7 @@ def _differentiate(ctx, grad_out, _grad_logsumexp):
 
 def _refuse_double_backward(ctx, *_grads):
     raise RuntimeError(
-        "amm_attention cannot be differentiated twice by its Triton kernels; edt_kernels.reference.amm_attention can"
+        "amm_attention's Triton kernels cannot be differentiated twice; edt_kernels.reference.amm_attention can"
     )
 
 

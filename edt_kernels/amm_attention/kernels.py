@@ -14,8 +14,8 @@ in three kernels, each of which owns what it writes, so that no sum depends on t
 `backward_q` (also writes delta), `backward_kv`, and `backward_tables`, whose partial sums
 `reduce_table_partials` adds up.
 
-Both tables are indexed by the offset Δ of two tokens of an H×W grid, and the index separates into a part of the
-query and a part of the key: index = query_part(i) − key_part(j). Tokens before or after the grid have no offset.
+Both tables are indexed by the offset Δ of two tokens of an H×W grid, and the index separates into a share of the
+query and a share of the key, position(i) − position(j). Tokens before or after the grid have no offset.
 
 Sequences shorter than a tile are packed: a tile of BLOCK rows holds BLOCK // SEQ sequences of one head, each
 padded to SEQ rows, and pairs of different sequences are masked. Otherwise SEQ is BLOCK, and a tile is a piece
@@ -69,17 +69,22 @@ def store_rows(pointer, offsets, valid, values, D: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def offset_parts(token, before, H, W):
-    """query_part (BLOCK,), key_part (BLOCK,) of the table index, and which tokens are on the grid.
+def grid_positions(token, before, H, W):
+    """Each token's share of the table index, and which tokens are on the grid. Both (BLOCK,).
 
-    query_part(i) − key_part(j) = (y_i − y_j + H−1)·(2W−1) + x_i − x_j + W−1. Tokens off the grid are clamped
-    onto it, so that the index stays inside the table; their pairs are masked where it matters.
+    position(i) − position(j) = (y_i − y_j)·(2W−1) + x_i − x_j, counted from the middle of the table. Tokens off
+    the grid are clamped onto it, so that the index stays inside the table; their pairs are masked.
     """
     cell = token - before
     on_grid = (cell >= 0) & (cell < H * W)
     cell = tl.minimum(tl.maximum(cell, 0), H * W - 1)
-    position = (cell // W) * (2 * W - 1) + cell % W
-    return position + (H - 1) * (2 * W - 1) + W - 1, position, on_grid
+    return (cell // W) * (2 * W - 1) + cell % W, on_grid
+
+
+@triton.jit
+def middle_of_table(H, W):
+    """The index of the offset (0, 0)."""
+    return (H - 1) * (2 * W - 1) + W - 1
 
 
 @triton.jit
@@ -132,11 +137,11 @@ def forward(
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles) % heads
     group = tl.program_id(0) // (tiles * heads)
-    bias += head * stride_bias_h
-    modulation += head * stride_modulation_h
+    bias += head * stride_bias_h + middle_of_table(H, W)
+    modulation += head * stride_modulation_h + middle_of_table(H, W)
 
     batch_i, i, valid_i = rows_of_tile(group, tile, B, N, BLOCK_M, SEQ_M)
-    query_part, _, on_grid_i = offset_parts(i, before, H, W)
+    position_i, on_grid_i = grid_positions(i, before, H, W)
     q_offsets = row_offsets(batch_i, i, head, stride_qb, stride_qn, stride_qh, ALIGN)
     q_tile = load_rows(q, q_offsets, valid_i, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
 
@@ -145,12 +150,12 @@ def forward(
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for key_tile in range(0, tl.cdiv(N, SEQ_N)):
         batch_j, j, valid_j = rows_of_tile(group, key_tile, B, N, BLOCK_N, SEQ_N)
-        _, key_part, on_grid_j = offset_parts(j, before, H, W)
+        position_j, on_grid_j = grid_positions(j, before, H, W)
         k_offsets = row_offsets(batch_j, j, head, stride_kb, stride_kn, stride_kh, ALIGN)
         v_offsets = row_offsets(batch_j, j, head, stride_vb, stride_vn, stride_vh, ALIGN)
         k_tile = load_rows_transposed(k, k_offsets, valid_j, D, BLOCK_D)  # (BLOCK_D, BLOCK_N)
         v_tile = load_rows(v, v_offsets, valid_j, D, BLOCK_D)  # (BLOCK_N, BLOCK_D)
-        index = query_part[:, None] - key_part[None, :]
+        index = position_i[:, None] - position_j[None, :]
         both_on_grid = on_grid_i[:, None] & on_grid_j[None, :]
         pair_valid = valid_j[None, :] & (batch_i[:, None] == batch_j[None, :])
 
@@ -199,11 +204,11 @@ def backward_q(
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles) % heads
     group = tl.program_id(0) // (tiles * heads)
-    bias += head * stride_bias_h
-    modulation += head * stride_modulation_h
+    bias += head * stride_bias_h + middle_of_table(H, W)
+    modulation += head * stride_modulation_h + middle_of_table(H, W)
 
     batch_i, i, valid_i = rows_of_tile(group, tile, B, N, BLOCK_M, SEQ_M)
-    query_part, _, on_grid_i = offset_parts(i, before, H, W)
+    position_i, on_grid_i = grid_positions(i, before, H, W)
     q_offsets = row_offsets(batch_i, i, head, stride_qb, stride_qn, stride_qh, ALIGN)
     out_offsets = row_offsets(batch_i, i, head, stride_ob, stride_on, stride_oh, ALIGN)
     grad_offsets = row_offsets(batch_i, i, head, stride_gb, stride_gn, stride_gh, ALIGN)
@@ -220,12 +225,12 @@ def backward_q(
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for key_tile in range(0, tl.cdiv(N, SEQ_N)):
         batch_j, j, valid_j = rows_of_tile(group, key_tile, B, N, BLOCK_N, SEQ_N)
-        _, key_part, on_grid_j = offset_parts(j, before, H, W)
+        position_j, on_grid_j = grid_positions(j, before, H, W)
         k_offsets = row_offsets(batch_j, j, head, stride_kb, stride_kn, stride_kh, ALIGN)
         v_offsets = row_offsets(batch_j, j, head, stride_vb, stride_vn, stride_vh, ALIGN)
         k_tile = load_rows(k, k_offsets, valid_j, D, BLOCK_D)  # (BLOCK_N, BLOCK_D)
         v_tile = load_rows_transposed(v, v_offsets, valid_j, D, BLOCK_D)  # (BLOCK_D, BLOCK_N)
-        index = query_part[:, None] - key_part[None, :]
+        index = position_i[:, None] - position_j[None, :]
         both_on_grid = on_grid_i[:, None] & on_grid_j[None, :]
         pair_valid = valid_j[None, :] & (batch_i[:, None] == batch_j[None, :])
 
@@ -262,11 +267,11 @@ def backward_kv(
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles) % heads
     group = tl.program_id(0) // (tiles * heads)
-    bias += head * stride_bias_h
-    modulation += head * stride_modulation_h
+    bias += head * stride_bias_h + middle_of_table(H, W)
+    modulation += head * stride_modulation_h + middle_of_table(H, W)
 
     batch_j, j, valid_j = rows_of_tile(group, tile, B, N, BLOCK_N, SEQ_N)
-    _, key_part, on_grid_j = offset_parts(j, before, H, W)
+    position_j, on_grid_j = grid_positions(j, before, H, W)
     k_offsets = row_offsets(batch_j, j, head, stride_kb, stride_kn, stride_kh, ALIGN)
     v_offsets = row_offsets(batch_j, j, head, stride_vb, stride_vn, stride_vh, ALIGN)
     k_tile = load_rows(k, k_offsets, valid_j, D, BLOCK_D)  # (BLOCK_N, BLOCK_D)
@@ -276,7 +281,7 @@ def backward_kv(
     v_accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for query_tile in range(0, tl.cdiv(N, SEQ_M)):
         batch_i, i, valid_i = rows_of_tile(group, query_tile, B, N, BLOCK_M, SEQ_M)
-        query_part, _, on_grid_i = offset_parts(i, before, H, W)
+        position_i, on_grid_i = grid_positions(i, before, H, W)
         q_offsets = row_offsets(batch_i, i, head, stride_qb, stride_qn, stride_qh, ALIGN)
         grad_offsets = row_offsets(batch_i, i, head, stride_gb, stride_gn, stride_gh, ALIGN)
         statistics = (batch_i.to(tl.int64) * heads + head) * N + i
@@ -284,7 +289,7 @@ def backward_kv(
         row_delta = tl.load(delta + statistics, mask=valid_i, other=0.0)
         q_tile = load_rows(q, q_offsets, valid_i, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
         grad_tile = load_rows(grad_out, grad_offsets, valid_i, D, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-        index = query_part[None, :] - key_part[:, None]
+        index = position_i[None, :] - position_j[:, None]
         both_on_grid = on_grid_i[None, :] & on_grid_j[:, None]
         pair_valid = valid_j[:, None] & (batch_i[None, :] == batch_j[:, None])
 
