@@ -91,7 +91,7 @@ def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:
 
     Raises:
         FileNotFoundError: if the folder or a file in it is missing.
-        ValueError: if the weights are truncated or no safetensors file.
+        ValueError: if the weights are truncated, no safetensors file, or not those of the config's model.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -100,9 +100,18 @@ def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:
     if not list(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"checkpoint {folder} has a config.json but no .safetensors weights")
     try:
-        return EDTTransformer2DModel.from_pretrained(folder, local_files_only=True, **kwargs).eval()
+        model, loading = EDTTransformer2DModel.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **kwargs
+        )
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint {folder} is truncated or not a safetensors checkpoint: {error}") from error
+    missing, unexpected = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+    if missing or unexpected:  # diffusers only warns, and leaves what is missing at random
+        raise ValueError(
+            f"checkpoint {folder} is not one of its config's model: {_shorten('missing', missing)}; "
+            f"{_shorten('unexpected', unexpected)}"
+        )
+    return model.eval()
 
 
 def _shorten(what: str, keys: list[str], limit: int = 5) -> str:

@@ -38,8 +38,23 @@ def _at(name: str, timestep: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
+def _check_timestep(timestep: Tensor, batch_size: int) -> None:
+    if timestep.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"timestep is {timestep.dtype}; it must be an int64 or int32 tensor")
+    if tuple(timestep.shape) != (batch_size,):
+        raise ValueError(f"timestep has shape {tuple(timestep.shape)}; it must be ({batch_size},)")
+    # Reading values off a GPU would stall it, and a compiled graph cannot branch on them.
+    if timestep.device.type == "cpu" and not torch.compiler.is_compiling() and batch_size > 0:
+        low, high = timestep.min().item(), timestep.max().item()
+        if low < 0 or high >= NUM_TRAIN_TIMESTEPS:
+            raise ValueError(
+                f"timestep has values from {low} to {high}; they must be 0 to {NUM_TRAIN_TIMESTEPS - 1}"
+            )
+
+
 def add_noise(x_start: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·noise; x_start and noise (B, …), timestep (B,) integers 0 to 999."""
+    _check_timestep(timestep, len(x_start))
     return (
         _at("sqrt_alphas_cumprod", timestep, x_start) * x_start
         + _at("sqrt_one_minus_alphas_cumprod", timestep, x_start) * noise
@@ -62,11 +77,14 @@ def training_losses(model_output: Tensor, x_start: Tensor, noise: Tensor, timest
         "loss", "mse" and "vb", each (B,) float32.
 
     Raises:
-        ValueError: for shapes that do not fit.
-        TypeError: for timesteps that are not integers.
+        ValueError: for shapes that do not fit, or timesteps out of range (checked on a CPU only).
+        TypeError: for timesteps that are not integers, or other tensors that are.
 
     Source: improved diffusion (arXiv 2102.09672), min-SNR weights (arXiv 2303.09556).
     """
+    for name, tensor in (("model_output", model_output), ("x_start", x_start), ("noise", noise)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}; it must be a floating-point tensor")
     batch_size, channels = x_start.shape[:2]
     expected = (batch_size, 2 * channels, *x_start.shape[2:])
     if tuple(model_output.shape) != expected:
@@ -76,10 +94,7 @@ def training_losses(model_output: Tensor, x_start: Tensor, noise: Tensor, timest
         )
     if noise.shape != x_start.shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}; it must be x_start's, {tuple(x_start.shape)}")
-    if timestep.is_floating_point() or timestep.is_complex():
-        raise TypeError(f"timestep is {timestep.dtype}; it must be an integer tensor")
-    if tuple(timestep.shape) != (batch_size,):
-        raise ValueError(f"timestep has shape {tuple(timestep.shape)}; it must be ({batch_size},)")
+    _check_timestep(timestep, batch_size)
 
     model_output, x_start, noise = model_output.float(), x_start.float(), noise.float()
     predicted_noise, variance_fraction = model_output.chunk(2, dim=1)
@@ -155,6 +170,12 @@ class LossSecondMomentSampler:
 
     def update(self, timestep: Tensor, losses: Tensor) -> None:
         """Records each sample's loss (B,), unweighted, at its timestep (B,); the newest replace the oldest."""
+        if timestep.ndim != 1 or timestep.shape != losses.shape:
+            raise ValueError(
+                f"losses has shape {tuple(losses.shape)} for a timestep of shape {tuple(timestep.shape)}; both "
+                "must be (B,)"
+            )
+        _check_timestep(timestep, len(timestep))
         history = self.losses.shape[1]
         order = torch.argsort(timestep, stable=True)
         timestep, losses = timestep[order], losses.detach()[order].to(self.losses)
@@ -205,6 +226,18 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, guidance_cha
         conditional, unconditional: model outputs (B, C, …), noise first.
         scale: 1 is no guidance.
         guidance_channels: how many channels are guided; the released sampler guides 3 of the 4 latent channels.
+
+    Raises:
+        ValueError: for outputs of different shapes, a scale that is not finite, or more channels than there are.
     """
+    if conditional.shape != unconditional.shape:
+        raise ValueError(
+            f"unconditional has shape {tuple(unconditional.shape)}; it must be conditional's, "
+            f"{tuple(conditional.shape)}"
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite")
+    if not 0 < guidance_channels <= conditional.shape[1]:
+        raise ValueError(f"guidance_channels is {guidance_channels}; it must be 1 to {conditional.shape[1]}")
     guided = torch.lerp(unconditional[:, :guidance_channels], conditional[:, :guidance_channels], scale)
     return torch.cat([guided, conditional[:, guidance_channels:]], dim=1)

@@ -112,8 +112,8 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
         mid_mask: tuple[int, tuple[float, float]] | None = None,
     ):
         super().__init__()
+        _check_config(self.config)
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        _check_config(self.config, height, width)
         self.latent_size = (height, width)
         H, W = height // patch_size, width // patch_size
         grids = [(H, W), (H // 2, W // 2), (H // 4, W // 4), (H // 2, W // 2), (H, W)]  # per stage
@@ -217,8 +217,8 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError, TypeError: for an argument that does not fit the configuration.
         """
+        self._check_inputs(hidden_states, timestep, class_labels, keep_masks)
         batch_size = hidden_states.shape[0]
-        self._check_inputs(hidden_states, class_labels, keep_masks)
         keep_masks = [None] * NUM_MERGES if keep_masks is None else list(keep_masks)
         mid_keep = keep_masks.pop(0) if len(keep_masks) > NUM_MERGES else None
 
@@ -256,7 +256,10 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
             class_labels = torch.where(drop, self.config.num_classes, class_labels)
         return cond + self.label_embedding(class_labels)
 
-    def _check_inputs(self, hidden_states, class_labels, keep_masks) -> None:
+    def _check_inputs(self, hidden_states, timestep, class_labels, keep_masks) -> None:
+        if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
+            given = hidden_states.dtype if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
+            raise TypeError(f"hidden_states is {given}; it must be a floating-point tensor")
         latent_shape = (self.config.in_channels, *self.latent_size)
         if hidden_states.ndim != 4 or tuple(hidden_states.shape[1:]) != latent_shape:
             raise ValueError(
@@ -264,6 +267,11 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
                 f"{', '.join(map(str, latent_shape))})"
             )
         batch_size = hidden_states.shape[0]
+        if isinstance(timestep, Tensor) and tuple(timestep.shape) not in ((), (1,), (batch_size,)):
+            raise ValueError(
+                f"timestep has shape {tuple(timestep.shape)}; it must be a scalar or ({batch_size},), as "
+                f"hidden_states has {batch_size} samples"
+            )
         _check_class_labels(class_labels, self.config.num_classes, batch_size)
         if keep_masks is None:
             return
@@ -294,9 +302,9 @@ def _check_class_labels(class_labels, num_classes: int, batch_size: int) -> None
         if class_labels is not None:
             raise ValueError("class_labels was given to an unconditional model (num_classes 0); it must be None")
         return
-    if not isinstance(class_labels, Tensor) or class_labels.is_floating_point():
+    if not isinstance(class_labels, Tensor) or class_labels.dtype not in (torch.int64, torch.int32):
         given = class_labels.dtype if isinstance(class_labels, Tensor) else type(class_labels).__name__
-        raise TypeError(f"class_labels is {given}; a model of {num_classes} classes needs an integer tensor")
+        raise TypeError(f"class_labels is {given}; a model of {num_classes} classes needs an int64 or int32 tensor")
     if tuple(class_labels.shape) != (batch_size,):
         raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}; it must be ({batch_size},)")
     # Reading values off a GPU would stall it, and a compiled graph cannot branch on them.
@@ -314,7 +322,14 @@ def _check_block_numbers(name: str, blocks, num_blocks: int) -> None:
         raise ValueError(f"{name} is {tuple(blocks)}; this model has blocks 0 to {num_blocks - 1}")
 
 
-def _check_config(config, height: int, width: int) -> None:
+def _check_config(config) -> None:
+    for name in ("patch_size", "in_channels", "out_channels"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    sides = [config.sample_size] * 2 if isinstance(config.sample_size, int) else list(config.sample_size)
+    if len(sides) != 2:
+        raise ValueError(f"sample_size is {config.sample_size}; it must be one side, or (height, width)")
+    height, width = sides
     multiple = 4 * config.patch_size
     if height < multiple or width < multiple or height % multiple or width % multiple:
         raise ValueError(
@@ -332,6 +347,8 @@ def _check_config(config, height: int, width: int) -> None:
             )
     if config.num_classes < 0:
         raise ValueError(f"num_classes is {config.num_classes}; it must be 0 (unconditional) or more")
+    if not 0 <= config.class_dropout_prob <= 1:
+        raise ValueError(f"class_dropout_prob is {config.class_dropout_prob}; it must be 0 to 1")
     _check_block_numbers("amm_blocks", config.amm_blocks, sum(config.depths))
     if len(config.mask_ratios) != NUM_MERGES:
         raise ValueError(f"mask_ratios is {config.mask_ratios}; it must have {NUM_MERGES} (low, high) ranges")

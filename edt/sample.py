@@ -1,5 +1,6 @@
 """Drawing latents from a model."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -49,6 +50,8 @@ def sample(
         )
     if guidance_scale != 1 and config.num_classes == 0:
         raise ValueError(f"guidance_scale is {guidance_scale}; an unconditional model has no guidance, use 1")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite")
     if not 0 < guidance_channels <= config.in_channels:
         raise ValueError(f"guidance_channels is {guidance_channels}; this model needs 1 to {config.in_channels}")
     device = model.device
@@ -59,6 +62,8 @@ def sample(
                 f"be 0 to {config.num_classes - 1}"
             )
         class_labels = class_labels.to(device)
+        if batch_size not in (None, len(class_labels)):
+            raise ValueError(f"batch_size is {batch_size} for {len(class_labels)} class_labels; leave it out")
         batch_size = len(class_labels)
     noise_device = generator.device if generator is not None else device
     shape = (batch_size, config.in_channels, *model.latent_size)
@@ -66,10 +71,10 @@ def sample(
     scheduler = make_scheduler(num_inference_steps)
     for i, timestep in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress)):
         if guidance_scale == 1:
-            output = model(latents, timestep, class_labels).sample
+            output = model(latents.to(model.dtype), timestep, class_labels).sample
         else:
             labels = torch.cat([class_labels, torch.full_like(class_labels, config.num_classes)])
-            both = model(latents.repeat(2, 1, 1, 1), timestep, labels).sample
+            both = model(latents.to(model.dtype).repeat(2, 1, 1, 1), timestep, labels).sample
             output = guide(*both.chunk(2), guidance_scale, guidance_channels)
         latents = scheduler.step(output.float(), timestep, latents, generator=generator).prev_sample
         if on_step is not None:
