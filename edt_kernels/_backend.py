@@ -9,6 +9,9 @@ try:
 except ImportError:  # Triton has no build for this platform; every op still has its reference
     triton = None
 
+# Whether @triton.jit made interpreted functions: fixed when the kernels are imported, as they are with this module.
+_INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
 _DEVICE_BACKENDS = {"cuda": "triton", "cpu": "reference"}  # ROCm tensors are "cuda" to torch
 
 
@@ -25,7 +28,7 @@ def select_backend(tensor: Tensor) -> str:
                 "the Triton kernels need the package triton, which is not installed; install it, or set "
                 "EDT_KERNELS_BACKEND=reference"
             )
-        if device != "cuda" and not triton.knobs.runtime.interpret:
+        if device != "cuda" and not _INTERPRETED:
             raise RuntimeError(
                 f"the Triton kernels run on CUDA or ROCm tensors, not on {device!r} tensors; set "
                 "EDT_KERNELS_BACKEND=reference, or TRITON_INTERPRET=1 before the import to interpret them"

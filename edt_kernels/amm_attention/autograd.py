@@ -44,7 +44,7 @@ _TILES = {
     ("mma", 128): {"forward": (64, 32, 8, 1), "backward_q": (64, 32, 8, 1), "backward_kv": (32, 64, 8, 1)},
     ("mfma", 64): {"forward": (64, 64, 4, 1), "backward_q": (64, 64, 4, 1), "backward_kv": (64, 64, 4, 1)},
     ("mfma", 128): {"forward": (64, 32, 4, 1), "backward_q": (64, 32, 4, 1), "backward_kv": (32, 64, 4, 1)},
-    ("fma", 64): {"forward": (32, 32, 4, 1), "backward_q": (32, 32, 8, 1), "backward_kv": (32, 32, 4, 1)},
+    ("fma", 64): {"forward": (32, 32, 4, 1), "backward_q": (32, 32, 8, 1), "backward_kv": (32, 32, 8, 1)},
     ("fma", 128): {"forward": (16, 16, 4, 1), "backward_q": (32, 32, 8, 1), "backward_kv": (16, 16, 4, 1)},
 }
 _TABLE_TILES = {"wgmma": (64, 8), "mma": (32, 4), "mfma": (64, 4), "fma": (32, 4)}  # (cells, num_warps)

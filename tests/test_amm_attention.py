@@ -1,0 +1,378 @@
+"""The Triton kernels of `amm_attention`: interpreted on the CPU at small shapes, on a GPU at real ones."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from numerics import assert_within_budget
+
+import edt_kernels
+from edt_kernels.amm_attention import autograd
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    grid: tuple[int, int]
+    head_dim: int = 52
+    batch_size: int = 2
+    heads: int = 2
+    extra: tuple[int, int] = (0, 0)
+    bias: bool = True
+    modulation: str | None = "shared"  # or "per head"
+    layout: str = "packed"  # (B, N, 3, heads, D); or "heads first": (B, heads, N, D); or "strided": D not dense
+
+    @property
+    def num_tokens(self) -> int:
+        return self.extra[0] + self.grid[0] * self.grid[1] + self.extra[1]
+
+    def __str__(self):
+        parts = [f"{self.grid[0]}x{self.grid[1]}", f"D{self.head_dim}", f"B{self.batch_size}", f"h{self.heads}"]
+        parts += [f"extra{self.extra[0]}+{self.extra[1]}"] if any(self.extra) else []
+        parts += [] if self.bias else ["no-bias"]
+        parts += [] if self.modulation == "shared" else [f"{self.modulation or 'no'} modulation"]
+        parts += [] if self.layout == "packed" else [self.layout]
+        return "-".join(parts).replace(" ", "-")
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    B, N, h, D = case.batch_size, case.num_tokens, case.heads, case.head_dim
+    offsets = (2 * case.grid[0] - 1, 2 * case.grid[1] - 1)
+    inputs = {"qkv": randn(B, N, 3, h, D).to(dtype), "grad": randn(B, N, h, D).to(dtype)}
+    if case.bias:
+        inputs["rel_pos_bias"] = randn(offsets[0] * offsets[1], h)
+    if case.modulation is not None:
+        shape = offsets if case.modulation == "shared" else (h, *offsets)
+        inputs["modulation"] = 0.3 + randn(*shape).abs()
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def views(qkv: torch.Tensor, layout: str) -> tuple[torch.Tensor, ...]:
+    """q, k and v as differently strided views of (B, N, 3, heads, D)."""
+    if layout == "heads first":
+        return tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv.unbind(2))
+    if layout == "strided":
+        return tuple(t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in qkv.unbind(2))
+    return qkv.unbind(2)
+
+
+def run(attention, case: Case, inputs: dict, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The output and the gradient of every input; with `dtype`, everything converted to it first."""
+    inputs = {name: (t if dtype is None else t.to(dtype)) for name, t in inputs.items()}
+    grad_out = inputs.pop("grad")
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
+    tables = {name: t for name, t in leaves.items() if name != "qkv"}
+    out = attention(*views(leaves["qkv"], case.layout), grid=case.grid, num_extra_tokens=case.extra, **tables)
+    grads = torch.autograd.grad(out, list(leaves.values()), grad_out)
+    results = {f"grad of {name}": grad for name, grad in zip(leaves, grads)}
+    # Judged apart: each has its own scale.
+    packed = results.pop("grad of qkv")
+    results |= {f"grad of {name}": t for name, t in zip("qkv", packed.unbind(2))}
+    return {"out": out.detach(), **results}
+
+
+def check(case: Case, dtype: torch.dtype, device: str) -> None:
+    inputs = make_inputs(case, dtype, device)
+    result = run(edt_kernels.amm_attention, case, inputs)
+    exact = run(edt_kernels.reference.amm_attention, case, inputs, torch.float64)
+    eager = run(edt_kernels.reference.amm_attention, case, inputs)
+    for name in exact:
+        slack = 0.0
+        if case.num_tokens == 1 and name not in ("out", "grad of v", "grad of modulation"):
+            # The softmax is constant, its gradient the difference of dO·v and dO·O, one of which was rounded.
+            terms = (inputs["grad"].double() * exact["out"]).sum(-1).norm().item()
+            slack = torch.finfo(dtype).eps * terms * inputs["qkv"].abs().max().item()
+        assert_within_budget(name, result[name], exact[name], eager[name], slack)
+
+
+@pytest.fixture
+def _triton(monkeypatch):
+    """The Triton backend, whose uninitialised memory is NaN: an element that no program writes shows."""
+    monkeypatch.setenv("EDT_KERNELS_BACKEND", "triton")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+SMALL_CASES = [
+    Case((1, 1), head_dim=16),
+    Case((1, 1), batch_size=70, heads=1),  # two programs of 64 packed sequences, the second partly empty
+    Case((3, 3)),
+    Case((4, 4), batch_size=5, heads=3),  # packed by fours, the last program short
+    Case((4, 4), head_dim=16, modulation="per head"),
+    Case((2, 8), head_dim=72, heads=3),
+    Case((3, 11), head_dim=16),
+    Case((5, 3), extra=(1, 2), modulation="per head"),
+    Case((4, 4), batch_size=3, extra=(0, 1)),
+    Case((8, 8)),
+    Case((8, 8), heads=1, layout="heads first"),
+    Case((5, 7), heads=1, layout="strided", head_dim=20),
+    Case((7, 5), bias=False),
+    Case((8, 4), modulation=None),
+    Case((6, 6), bias=False, modulation=None, head_dim=8),
+    Case((9, 9), batch_size=1, heads=1, head_dim=72, extra=(3, 0)),
+    Case((10, 13), batch_size=1, heads=1),  # more tokens than one tile, tiles cut by the edge of the grid
+    Case((16, 16), batch_size=1, heads=1),
+    Case((2, 70), batch_size=1, heads=1, head_dim=128),  # a row of the grid longer than a tile
+    Case((11, 11), batch_size=1, heads=2, head_dim=32, extra=(7, 5), modulation="per head"),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+def test_interpreted_kernels_stay_within_the_error_budget(case, dtype):
+    check(case, dtype, "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("unit", ["mma", "mfma", "wgmma"])
+@pytest.mark.parametrize(
+    "case", [Case((4, 4), batch_size=3), Case((8, 8), heads=1), Case((9, 9), batch_size=1, heads=1)], ids=str
+)
+def test_tiles_of_every_matrix_unit(case, unit, monkeypatch):
+    monkeypatch.setattr(autograd, "matrix_unit", lambda _device: unit)
+    check(case, torch.float16, "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+def test_an_expanded_upstream_gradient():
+    case = Case((3, 5), batch_size=1)
+    inputs = make_inputs(case, torch.float32, "cpu")
+    inputs["grad"] = torch.ones(1, 1, 1, 1).expand_as(inputs["grad"])  # what .sum().backward() passes
+    result = run(edt_kernels.amm_attention, case, inputs)
+    exact = run(edt_kernels.reference.amm_attention, case, inputs, torch.float64)
+    eager = run(edt_kernels.reference.amm_attention, case, inputs)
+    for name in exact:
+        assert_within_budget(name, result[name], exact[name], eager[name])
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+def test_tables_without_gradient_cost_no_table_kernel(monkeypatch):
+    case = Case((4, 4))
+    inputs = make_inputs(case, torch.float32, "cpu")
+    qkv = inputs["qkv"].requires_grad_()
+    monkeypatch.setattr(autograd, "_table_gradients", lambda *_: pytest.fail("computed table gradients"))
+    out = edt_kernels.amm_attention(
+        *qkv.unbind(2), grid=case.grid, modulation=inputs["modulation"], rel_pos_bias=inputs["rel_pos_bias"]
+    )
+    out.backward(inputs["grad"])
+    assert torch.isfinite(qkv.grad).all()
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+def test_an_empty_batch():
+    qkv = torch.empty(0, 16, 3, 2, 52, requires_grad=True)
+    bias = torch.zeros(49, 2, requires_grad=True)
+    out = edt_kernels.amm_attention(*qkv.unbind(2), grid=(4, 4), rel_pos_bias=bias)
+    out.sum().backward()
+    assert out.shape == (0, 16, 2, 52)
+    assert qkv.grad.shape == qkv.shape
+    assert torch.equal(bias.grad, torch.zeros(49, 2))
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+def test_large_logits_do_not_overflow():
+    """The row maximum is subtracted before exponentiating, and padding keys must not bring it back."""
+    case = Case((3, 3), batch_size=3, heads=1)
+    inputs = make_inputs(case, torch.float32, "cpu")
+    inputs["rel_pos_bias"] = inputs["rel_pos_bias"] * 10 - 300
+    result = run(edt_kernels.amm_attention, case, inputs)
+    exact = run(edt_kernels.reference.amm_attention, case, inputs, torch.float64)
+    eager = run(edt_kernels.reference.amm_attention, case, inputs)
+    for name in exact:
+        # Backward restores probabilities from a logsumexp of this magnitude, which eager does not round.
+        slack = 300 * torch.finfo(torch.float32).eps * exact[name].norm().item()
+        assert_within_budget(name, result[name], exact[name], eager[name], slack)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+def test_second_derivatives_are_refused_with_a_message():
+    q, k, v = torch.randn(3, 1, 4, 1, 16, requires_grad=True).unbind(0)
+    (grad,) = torch.autograd.grad(
+        edt_kernels.amm_attention(q, k, v, grid=(2, 2)).square().sum(), q, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="amm_attention's Triton kernels cannot be differentiated twice"):
+        torch.autograd.grad(grad.sum(), k)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("modulation", [None, "shared", "per head"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck(modulation, bias):
+    case = Case((2, 3), batch_size=1, modulation=modulation, bias=bias, extra=(1, 0), head_dim=16)
+    inputs = make_inputs(case, torch.float32, "cpu")
+    tables = [inputs.get(name) for name in ("modulation", "rel_pos_bias")]
+    tables = [t if t is None else t.requires_grad_() for t in tables]
+    q, k, v = (t.contiguous().requires_grad_() for t in inputs["qkv"].unbind(2))
+    arguments = (q, k, v, *tables, *case.grid, case.extra[0], 0.25)
+    torch.library.opcheck(torch.ops.edt_kernels.amm_attention.default, arguments)
+
+
+@pytest.mark.interpreter
+def test_compiles_without_a_graph_break(monkeypatch):
+    monkeypatch.setenv("EDT_KERNELS_BACKEND", "triton")
+    case = Case((3, 3), batch_size=1)
+    inputs = make_inputs(case, torch.float32, "cpu")
+    attention = torch.compile(edt_kernels.amm_attention, fullgraph=True, backend="aot_eager")
+    compiled, eager = (run(f, case, inputs) for f in (attention, edt_kernels.amm_attention))
+    for name in eager:
+        assert torch.equal(compiled[name], eager[name]), name
+
+
+@pytest.mark.interpreter
+def test_float64_and_wide_heads_are_refused_by_the_kernels(monkeypatch):
+    monkeypatch.setenv("EDT_KERNELS_BACKEND", "triton")
+    q = torch.zeros(1, 4, 1, 16)
+    with pytest.raises(TypeError, match=r"q is torch\.float64; the Triton kernels take"):
+        edt_kernels.amm_attention(*[q.double()] * 3, grid=(2, 2))
+    with pytest.raises(ValueError, match="q has a head dim of 144; the Triton kernels take up to 128"):
+        edt_kernels.amm_attention(*[torch.zeros(1, 4, 1, 144)] * 3, grid=(2, 2))
+
+
+def test_asking_for_triton_on_the_cpu_raises(monkeypatch):
+    monkeypatch.setenv("EDT_KERNELS_BACKEND", "triton")
+    q = torch.zeros(1, 4, 1, 16)
+    with pytest.raises(RuntimeError, match="the Triton kernels run on CUDA or ROCm tensors, not on 'cpu'"):
+        edt_kernels.amm_attention(q, q, q, grid=(2, 2))
+
+
+def test_an_unknown_backend_raises(monkeypatch):
+    monkeypatch.setenv("EDT_KERNELS_BACKEND", "cuda")
+    q = torch.zeros(1, 4, 1, 16)
+    with pytest.raises(ValueError, match="EDT_KERNELS_BACKEND is 'cuda'"):
+        edt_kernels.amm_attention(q, q, q, grid=(2, 2))
+
+
+def test_imports_and_runs_where_triton_is_missing():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, edt_kernels\n"
+        "q = torch.randn(1, 4, 1, 16)\n"
+        "edt_kernels.amm_attention(q, q, q, grid=(2, 2))\n"
+        "import os; os.environ['EDT_KERNELS_BACKEND'] = 'triton'\n"
+        "try: edt_kernels.amm_attention(q, q, q, grid=(2, 2))\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+    assert "need the package triton, which is not installed" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("tokens", "unit", "kernel", "expected"),
+    [
+        (16, "wgmma", "forward", autograd.Tile(64, 64, 8, 1, 16, 16)),  # four sequences a tile
+        (33, "wgmma", "forward", autograd.Tile(64, 64, 8, 1, 64, 64)),
+        (256, "wgmma", "forward", autograd.Tile(128, 64, 8, 2, 128, 64)),
+        (16, "mma", "backward_kv", autograd.Tile(32, 32, 4, 1, 16, 16)),
+    ],
+)
+def test_tile_choice(tokens, unit, kernel, expected):
+    assert autograd.choose_tile(kernel, unit, tokens, 52) == expected
+
+
+# Every attention of EDT-S, B and XL at 256² and 512², with their heads.
+EDT_CASES = [
+    Case((side, side), heads=heads, batch_size=batch_size)
+    for side, all_heads, batch_size in [
+        (4, (10, 20, 30), 64),
+        (8, (8, 16, 24), 64),
+        (16, (6, 12, 18), 16),
+        (32, (6,), 2),
+    ]
+    for heads in all_heads
+]
+OTHER_GPU_CASES = [
+    Case((16, 16), head_dim=64, heads=4, batch_size=4),
+    Case((16, 16), head_dim=72, heads=16, batch_size=4),
+    Case((24, 16), head_dim=128, heads=4, batch_size=2, extra=(77, 3), modulation="per head"),
+    Case((64, 64), head_dim=52, heads=1, batch_size=1),
+    Case((1, 4096), head_dim=16, heads=1, batch_size=1),
+    Case((13, 29), head_dim=40, heads=3, batch_size=3, layout="heads first"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [*SMALL_CASES, *EDT_CASES, *OTHER_GPU_CASES], ids=str)
+def test_gpu_kernels_stay_within_the_error_budget(case, dtype):
+    check(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", EDT_CASES[:9:4], ids=str)
+def test_gpu_gradients_are_bitwise_deterministic(case):
+    inputs = make_inputs(case, torch.bfloat16, "cuda")
+    first = run(edt_kernels.amm_attention, case, inputs)
+    for _ in range(19):
+        again = run(edt_kernels.amm_attention, case, inputs)
+        for name in first:
+            assert torch.equal(again[name], first[name]), name
+
+
+@pytest.mark.gpu
+def test_gpu_memory_has_no_score_matrix():
+    """Forward and backward allocate the output, the gradients, two statistics a row and table partials only."""
+    case = Case((32, 32), heads=8, batch_size=8)
+    inputs = make_inputs(case, torch.bfloat16, "cuda")
+    run(edt_kernels.amm_attention, case, inputs)  # compile outside the measurement
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(edt_kernels.amm_attention, case, inputs)
+    peak = torch.cuda.max_memory_allocated() - before
+    rows = case.batch_size * case.num_tokens * case.heads
+    row_bytes = case.head_dim * 2
+    # Leaves' copy, their packed gradient and its three parts (autograd's), out; statistics; 512 partials a table.
+    bound = rows * row_bytes * (3 + 3 + 3 + 1) + rows * 4 * 2 + 2 * 600 * 64 * 64 * 4 + (1 << 20)
+    assert peak <= bound, f"{peak} bytes at most {bound}"
+    assert peak < case.batch_size * case.heads * case.num_tokens**2 * 2
+
+
+@pytest.mark.gpu
+def test_gpu_offsets_beyond_32_bits():
+    """The last batch item lies more than 2³¹ elements after the first."""
+    base = torch.empty(2**31 + 2 * 64 * 52, dtype=torch.bfloat16, device="cuda")
+    shape, strides = (2, 64, 1, 52), (2**31, 52, 52, 1)
+    q = base.as_strided(shape, strides)
+    q.copy_(torch.randn(shape, device="cuda"))
+    out = edt_kernels.amm_attention(q, q, q, grid=(8, 8))
+    expected = edt_kernels.amm_attention(*[q.contiguous()] * 3, grid=(8, 8))
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_gpu_compile_and_graph_capture():
+    case = Case((8, 8), heads=4)
+    inputs = make_inputs(case, torch.bfloat16, "cuda")
+    eager = run(edt_kernels.amm_attention, case, inputs)
+    compiled = run(torch.compile(edt_kernels.amm_attention, fullgraph=True), case, inputs)
+    for name in eager:
+        assert torch.equal(compiled[name], eager[name]), name
+    q, k, v = inputs["qkv"].unbind(2)
+    tables = {name: inputs[name] for name in ("modulation", "rel_pos_bias")}
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = edt_kernels.amm_attention(q, k, v, grid=case.grid, **tables)
+    graph.replay()
+    assert torch.equal(out, eager["out"])
