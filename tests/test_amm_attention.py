@@ -85,8 +85,11 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     eager = run(edt_kernels.reference.amm_attention, case, inputs)
     for name in exact:
         slack = 0.0
-        if case.num_tokens == 1 and name not in ("out", "grad of v", "grad of modulation"):
-            # The softmax is constant, its gradient the difference of dO·v and dO·O, one of which was rounded.
+        if case.num_tokens == 1 and name in ("grad of v", "grad of modulation"):
+            # The probability is 1; eager has it exactly, the kernel as exp of two logits of up to 4 or so.
+            slack = 4 * torch.finfo(torch.float32).eps * exact[name].norm().item()
+        elif case.num_tokens == 1 and name != "out":
+            # The exact gradient of a constant softmax is 0, the kernel's dO·v − dO·O, with O rounded.
             terms = (inputs["grad"].double() * exact["out"]).sum(-1).norm().item()
             slack = torch.finfo(dtype).eps * terms * inputs["qkv"].abs().max().item()
         assert_within_budget(name, result[name], exact[name], eager[name], slack)
