@@ -240,9 +240,7 @@ class PlainEDT(nn.Module):
         self.down_blocks = nn.ModuleList(
             DownBlock(hidden_sizes[s], hidden_sizes[s + 1], cond_dim, sizes[s]) for s in (0, 1)
         )
-        self.up_blocks = nn.ModuleList(
-            UpBlock(hidden_sizes[s], hidden_sizes[s + 1], sizes[s]) for s in (2, 3)
-        )
+        self.up_blocks = nn.ModuleList(UpBlock(hidden_sizes[s], hidden_sizes[s + 1], sizes[s]) for s in (2, 3))
         self.concat_blocks = nn.ModuleList(
             ConcatBlock(hidden_sizes[s + 1], cond_dim, sizes[s + 1]) for s in (2, 3)
         )

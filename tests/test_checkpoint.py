@@ -1,0 +1,202 @@
+"""Weights on disk and under the released names."""
+
+import json
+
+import pytest
+import torch
+from released import fixture, released_shapes, tiny_model, under
+from safetensors.torch import load_file, save_file
+
+import edt
+from edt.layers import PositionEmbedding, sincos_position_embedding
+
+
+def released_state(preset, fill):
+    """A state dict under the released names, in the released shapes, without memory for its values."""
+    config = edt.PRESETS[preset]
+    shapes = released_shapes(config["hidden_sizes"], config["depths"], config["num_attention_heads"])
+    state = {name: torch.full((), fill(i)).expand(shape) for i, (name, shape) in enumerate(shapes.items())}
+    for name, shape in shapes.items():
+        if name.endswith("pos_embed"):
+            side = round(shape[1] ** 0.5)
+            state[name] = position_table(shape[2], side)[None]
+    return state
+
+
+def position_table(channels, side):
+    """The formula token by token: the column's [sin, cos], then the row's."""
+    quarter = channels // 4
+    frequencies = [10000 ** (-k / quarter) for k in range(quarter)]
+    tables = torch.tensor([[p * f for f in frequencies] for p in range(side)], dtype=torch.float64)
+    tokens = [
+        torch.cat([tables[x].sin(), tables[x].cos(), tables[y].sin(), tables[y].cos()])
+        for y in range(side)
+        for x in range(side)
+    ]
+    return torch.stack(tokens).float()
+
+
+@pytest.mark.parametrize("preset", ["EDT-S/2", "EDT-B/2"])
+def test_released_names_load_strictly(preset):
+    model = edt.EDTTransformer2DModel(**edt.PRESETS[preset])
+    state = released_state(preset, fill=lambda i: 1 + i / 1024)
+    edt.load_released_state_dict(model, state)
+    names = edt.checkpoint.released_names(model)
+    assert sorted([*names.values(), *(name for name in state if name.endswith("pos_embed"))]) == sorted(state)
+    for name, parameter in model.named_parameters():
+        expected = state[names[name]].flatten()[0]
+        assert (parameter == expected).all(), name
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+def test_released_names_load_strictly_into_xl():
+    """On the meta device, to spare 3 GB: names, shapes and position tables are checked, no values are kept."""
+    with torch.device("meta"):
+        model = edt.load_preset("EDT-XL/2")
+    for module in model.modules():
+        if isinstance(module, PositionEmbedding):
+            tokens, channels = module.table.shape
+            module.table = sincos_position_embedding(channels, (round(tokens**0.5),) * 2)
+    state = released_state("EDT-XL/2", fill=lambda i: 1.0)
+    edt.load_released_state_dict(model, state)
+    del state["blocks.27.mlp.fc2.bias"]
+    with pytest.raises(ValueError, match=r"missing blocks\.27\.mlp\.fc2\.bias"):
+        edt.load_released_state_dict(model, state)
+
+
+def without(mapping, name):
+    return {key: value for key, value in mapping.items() if key != name}
+
+
+@pytest.fixture
+def tiny_state():
+    return under("param", fixture("edt_tiny_s"))
+
+
+BLOCK = "blocks.6.attn.proj.weight"
+TABLE = "concat_blocks.1.pos_embed"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: without(state, BLOCK), rf"missing {BLOCK}; unexpected none"),
+        (lambda state: without(state, TABLE), rf"missing {TABLE}; unexpected none"),
+        (
+            lambda state: {**state, "blocks.12.mlp.fc1.bias": torch.zeros(1)},
+            r"missing none; unexpected blocks\.12",
+        ),
+        (lambda state: {f"module.{name}": t for name, t in state.items()}, r"and \d+ more; unexpected module\.bl"),
+        (lambda state: {**state, BLOCK: state[BLOCK][:, 1:]}, rf"{BLOCK} of shape \(48, 47\).* \(48, 48\)"),
+        (lambda state: {**state, TABLE: state[TABLE][:, :16]}, rf"position table {TABLE}"),
+        (lambda state: {**state, TABLE: state[TABLE].flip(1)}, rf"position table {TABLE}"),
+        (lambda state: {**state, "pos_embed": state["pos_embed"] + 1e-3}, "position table pos_embed"),
+        (lambda state: {}, "missing blocks"),
+    ],
+)
+def test_released_state_that_does_not_fit(tiny_state, change, message):
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        edt.load_released_state_dict(model, change(tiny_state))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+INPUTS = torch.randn(2, 4, 16, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 999])
+
+
+@pytest.mark.parametrize("max_shard_size", ["10GB", "300KB"])
+def test_round_trip(tmp_path, max_shard_size):
+    model = tiny_model(sample_size=(16, 32), mid_mask=(1, (0.1, 0.2)), amm_radius=5.0).eval()
+    model.set_amm_blocks((3, 8, 11))
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    sharded = len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert sharded == (max_shard_size != "10GB")
+
+    loaded = edt.load_checkpoint(tmp_path)
+    assert not loaded.training
+    assert loaded.latent_size == (16, 32)
+    assert loaded.config.amm_blocks == (3, 8, 11)
+    configs = [json.loads(each.to_json_string()) for each in (model, loaded)]
+    assert configs[0] == without(configs[1], "_name_or_path")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    for (name, ours), (_, theirs) in zip(model.named_buffers(), loaded.named_buffers(), strict=True):
+        assert torch.equal(ours, theirs), name  # not in the file: rebuilt from the configuration
+    labels = torch.tensor([0, 10])
+    with torch.no_grad():
+        assert torch.equal(loaded(*INPUTS, labels).sample, model(*INPUTS, labels).sample)
+    masks = [m.draw_keep_masks(2, generator=torch.Generator().manual_seed(0)) for m in (model, loaded)]
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+
+
+def test_half_precision_variant(tmp_path):
+    model = tiny_model()
+    model.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    loaded = edt.load_checkpoint(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    assert loaded.dtype == torch.float16
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    return tmp_path
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def truncate(path, share):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def drop_tensor(path):
+    tensors = load_file(path)
+    del tensors["merges.1.reduction.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def add_tensor(path):
+    save_file({**load_file(path), "stages.5.weight": torch.zeros(1)}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), FileNotFoundError, r"needs a config\.json .*the folder has none"),
+        (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, r"no \.safetensors weights"),
+        (lambda f: truncate(f / WEIGHTS, 0.5), ValueError, "is truncated or not a safetensors"),
+        (lambda f: truncate(f / WEIGHTS, 0.999), ValueError, "is truncated or not a safetensors"),
+        (lambda f: truncate(f / WEIGHTS, 0), ValueError, "is truncated or not a safetensors"),
+        (lambda f: (f / WEIGHTS).write_bytes(b"\x80\x04" * 500), ValueError, "is truncated or not a safetensors"),
+        (lambda f: (f / "config.json").write_text("{"), ValueError, "checkpoint .* config"),
+        (lambda f: drop_tensor(f / WEIGHTS), ValueError, r"missing merges\.1\.reduction\.weight"),
+        (lambda f: add_tensor(f / WEIGHTS), ValueError, r"unexpected stages\.5\.weight"),
+    ],
+)
+def test_damaged_checkpoint(folder, damage, error, message):
+    damage(folder)
+    with pytest.raises(error, match=message):
+        edt.load_checkpoint(folder)
+
+
+def test_checkpoint_of_another_size(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_sizes": [32, 48, 128, 48, 32]}))
+    with pytest.raises(ValueError, match=r"checkpoint .* do not fit: .*merges\.1\.reduction\.weight"):
+        edt.load_checkpoint(folder)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        edt.load_checkpoint(tmp_path / "nowhere")
+
+
+def test_missing_shard(tmp_path):
+    tiny_model().save_pretrained(tmp_path, max_shard_size="300KB")
+    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ValueError, match="checkpoint"):
+        edt.load_checkpoint(tmp_path)

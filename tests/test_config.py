@@ -1,0 +1,113 @@
+"""Presets, placements, and configurations that do not fit."""
+
+import pytest
+import torch
+
+import edt
+
+
+def on_meta(name, **overrides):
+    with torch.device("meta"):
+        return edt.load_preset(name, **overrides)
+
+
+@pytest.mark.parametrize("name", edt.PRESETS)
+def test_presets_build(name):
+    model = on_meta(name)
+    for argument, value in edt.PRESETS[name].items():
+        assert model.config[argument] == value
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "depths"),
+    [
+        ("EDT-S/2", (312, 416, 520, 416, 312), (2, 2, 2, 3, 3)),
+        ("EDT-B/2", (624, 832, 1040, 832, 624), (2, 2, 2, 3, 3)),
+        ("EDT-XL/2", (936, 1248, 1560, 1248, 936), (6, 4, 4, 7, 7)),
+        ("EDT-XL/2-paper", (936, 1248, 1560, 1248, 936), (6, 6, 4, 6, 6)),
+        ("EDT-S/2-512", (312, 416, 520, 416, 312), (2, 2, 2, 3, 3)),
+    ],
+)
+def test_sizes(name, channels, depths):
+    model = on_meta(name)
+    assert tuple(len(stage.blocks) for stage in model.stages) == depths
+    assert tuple(stage.blocks[0].attn.proj.out_features for stage in model.stages) == channels
+    assert {C // stage.blocks[0].attn.num_heads for C, stage in zip(channels, model.stages, strict=True)} == {52}
+
+
+def test_only_xl_masks_inside_a_stage():
+    middle = {name: on_meta(name).config.mid_mask for name in edt.PRESETS}
+    assert {name for name, value in middle.items() if value} == {"EDT-XL/2", "EDT-XL/2-paper"}
+    assert middle["EDT-XL/2"] == (4, (0.15, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("name", "guidance_scale", "blocks"),
+    [
+        ("EDT-S/2", 1.0, (7, 10)),
+        ("EDT-S/2", 1.5, (7, 10)),
+        ("EDT-B/2", 1.25, (7, 10)),
+        ("EDT-S/2", 2.0, (8,)),
+        ("EDT-B/2", 4.0, (8,)),
+        ("EDT-S/2-512", 4.0, (10,)),
+        ("EDT-XL/2", 1.0, (23, 25)),
+        ("EDT-XL/2", 2.0, (23, 25)),
+    ],
+)
+def test_published_placements(name, guidance_scale, blocks):
+    assert edt.published_amm_blocks(name, guidance_scale) == blocks
+    model = on_meta(name)
+    model.set_amm_blocks(blocks)
+    assert model.config.amm_blocks == blocks
+
+
+def test_512_has_its_form_and_grid():
+    model = on_meta("EDT-S/2-512")
+    assert model.config.amm_form == "cos"
+    assert model.stages[0].blocks[0].attn.grid == (32, 32)
+
+
+def test_overrides_replace_a_presets_arguments():
+    model = on_meta("EDT-S/2", num_classes=7, sample_size=(16, 32), amm_blocks=())
+    assert model.config.num_classes == 7
+    assert model.latent_size == (16, 32)
+    assert model.config.amm_blocks == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"sample_size": 33}, "sample_size is 33; each side must be a multiple of 4·patch_size = 8"),
+        ({"sample_size": (32, 20)}, r"sample_size is \(32, 20\)"),
+        ({"sample_size": 0}, "sample_size is 0"),
+        ({"sample_size": (32, 32, 32)}, r"sample_size is \(32, 32, 32\); .*\(height, width\)"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"in_channels": 0}, "in_channels is 0"),
+        ({"out_channels": -1}, "out_channels is -1"),
+        ({"num_classes": -1}, "num_classes is -1"),
+        ({"hidden_sizes": (312, 416, 520)}, "hidden_sizes is .* 5 positive"),
+        ({"hidden_sizes": (314, 416, 520, 416, 312)}, "hidden_sizes has 314 for 6 heads"),
+        ({"hidden_sizes": (318, 416, 520, 416, 312)}, "hidden_sizes has 318 .* of 4"),
+        ({"num_attention_heads": (6, 8, 10, 8)}, "num_attention_heads is"),
+        ({"num_attention_heads": (6, 8, 11, 8, 6)}, "hidden_sizes has 520 for 11 heads"),
+        ({"depths": (2, 2, 0, 3, 3)}, "depths is"),
+        ({"class_dropout_prob": 1.5}, "class_dropout_prob is 1.5"),
+        ({"amm_blocks": (12,)}, r"amm_blocks is \(12,\); this model has blocks 0 to 11"),
+        ({"amm_form": "sine"}, "form is 'sine'"),
+        ({"amm_radius": float("nan")}, "radius is nan"),
+        ({"mask_ratios": ((0.4, 0.5),)}, "mask_ratios is"),
+        ({"mask_ratios": ((0.5, 0.4), (0.1, 0.2))}, "mask_ratios and mid_mask have ranges"),
+        ({"mask_ratios": ((0.4, 0.5), (0.1, 1.0))}, "mask_ratios and mid_mask have ranges"),
+        ({"mid_mask": (2, (0.1, 0.2))}, "mid_mask is before block 2; stage 0 has 2"),
+        ({"mid_mask": (0, (-0.1, 0.2))}, "mask_ratios and mid_mask have ranges"),
+    ],
+)
+def test_bad_configurations(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        on_meta("EDT-S/2", **overrides)
+
+
+@pytest.mark.parametrize("call", [edt.load_preset, lambda name: edt.published_amm_blocks(name, 1.0)])
+def test_unknown_preset(call):
+    with pytest.raises(ValueError, match="is 'EDT-L/2'; it must be one of EDT-S/2, EDT-B/2"):
+        call("EDT-L/2")
