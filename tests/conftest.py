@@ -3,6 +3,9 @@ import os
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers are the parallelism
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -1,0 +1,44 @@
+"""Every kernel, at the tiles that dispatch chooses for EDT, compiled for GPUs that need not be there."""
+
+import pytest
+import torch
+
+static = pytest.importorskip("benchmarks.static", reason="needs Triton, whose compiler is tested here")
+
+KERNELS = {"forward", "backward_q", "backward_kv", "backward_tables", "reduce_table_partials"}
+
+
+@pytest.mark.parametrize("shape", static.EDT_ATTENTION, ids=lambda shape: shape[0])
+@pytest.mark.parametrize("target", static.TARGETS)
+def test_kernels_compile_without_spills_on_tensor_cores(target, shape):
+    rows = static.report((*shape, 52, torch.bfloat16, target))
+    assert {row.kernel.partition("[")[0] for row in rows} == KERNELS
+    assert {row.kernel for row in rows} >= {
+        "forward[b]",
+        "forward[bm]",
+        "backward_tables[b]",
+        "backward_tables[bm]",
+    }
+    for row in rows:
+        assert row.spilled_bytes == 0, row
+        assert row.shared_memory <= static.SHARED_MEMORY[target], row
+        if row.kernel != "reduce_table_partials":  # on sm_90 these are WGMMA instructions
+            assert row.tensor_core_instructions > 0, row
+
+
+def test_a_spill_is_reported():
+    """The check above can fail: the same kernel at a tile far too large for its warps."""
+    launch = static.attention_launches((16, 16), 6, 52, torch.bfloat16, "sm_90")[0]
+    launch.constants |= {"BLOCK_M": 128, "SEQ_M": 128, "BLOCK_N": 128, "SEQ_N": 128}
+    launch.options |= {"num_warps": 4}
+    assert static.compile_launch(launch, "sm_90")["spilled_bytes"] > 0
+
+
+def test_launches_are_recorded_with_their_specialisations():
+    (forward, *_) = static.attention_launches((4, 4), 10, 52, torch.bfloat16, "sm_90", batch_size=1)
+    assert forward.kernel == "forward"
+    assert forward.signature["q"] == "*bf16"
+    assert forward.signature["logsumexp"] == "*fp32"
+    assert forward.constants["B"] == 1  # integer arguments of 1 are compile-time constants
+    assert forward.constants["ALIGN"] == 4  # heads of 52 are 104 bytes apart, so loads are 8 bytes wide
+    assert (forward.constants["BLOCK_M"], forward.constants["SEQ_M"]) == (64, 16)
