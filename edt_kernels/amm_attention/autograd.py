@@ -1,6 +1,5 @@
 """Launchers, tiles and torch registration of the `amm_attention` kernels."""
 
-import contextlib
 import math
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .._launch import common_alignment, dense_rows, on_device_of
 from . import kernels
 
 
@@ -138,7 +138,7 @@ class _Problem:
         return {
             "D": D,
             "BLOCK_D": max(16, triton.next_power_of_2(D)),
-            "ALIGN": common_alignment(tensors),
+            "ALIGN": common_alignment(*tensors),
             "HAS_BIAS": self.bias is not None,
             "HAS_MODULATION": self.modulation is not None,
             "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
@@ -158,30 +158,13 @@ class _Problem:
         }
 
 
-def common_alignment(tensors: tuple[Tensor, ...]) -> int:
-    """The largest power of two of elements, up to 16 bytes, that divides every row's offset and address."""
-    itemsize = tensors[0].element_size()
-    divisor = 16 // itemsize
-    for tensor in tensors:
-        divisor = math.gcd(divisor, *tensor.stride()[:3], tensor.data_ptr() // itemsize)
-    return divisor
-
-
-def _dense_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale) -> _Problem:
     # The bias is stored (offsets, heads); a row of the grid should be one run of memory for a head.
     bias = None if rel_pos_bias is None else rel_pos_bias.t().contiguous()
     if modulation is not None:
         modulation = modulation.reshape(-1, (2 * grid_h - 1) * (2 * grid_w - 1)).contiguous()
-    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     return _Problem(q, k, v, bias, modulation, (grid_h, grid_w), before, scale)
-
-
-def _on_device_of(tensor: Tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale):
@@ -192,7 +175,7 @@ def _forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale):
     if q.numel() == 0:
         return out, logsumexp
     tile = p.tile("forward")
-    with _on_device_of(q):
+    with on_device_of(q):
         kernels.forward[p.launch_grid(tile, tile.block_m, tile.seq_m)](
             p.q, p.k, p.v, *p.tables(), out, logsumexp,
             *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *out.stride()[:3], *p.table_strides(),
@@ -206,7 +189,7 @@ def _backward(
     needs_modulation, needs_bias,
 ):  # fmt: skip
     p = _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale)
-    grad_out = _dense_rows(grad_out)
+    grad_out = dense_rows(grad_out)
     grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
     no_gradient = torch.empty(0, dtype=torch.float32, device=q.device)
     if q.numel() == 0:
@@ -218,7 +201,7 @@ def _backward(
     input_strides = [stride for tensor in inputs for stride in tensor.stride()[:3]]
     out_strides, grad_strides = out.stride()[:3], grad_out.stride()[:3]
     constants = p.constants(*inputs, out, grad_out)
-    with _on_device_of(q):
+    with on_device_of(q):
         tile = p.tile("backward_q")
         kernels.backward_q[p.launch_grid(tile, tile.block_m, tile.seq_m)](
             *inputs, *p.tables(), out, grad_out, logsumexp, delta, grad_q,

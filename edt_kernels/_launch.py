@@ -1,0 +1,30 @@
+"""What every launcher needs: how wide its loads may be, on which device it runs."""
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor
+
+
+def common_alignment(*tensors: Tensor) -> int:
+    """The largest power of two of elements, up to 16 bytes, that divides every row's offset and address.
+
+    Rows are what is left after the last, dense, dimension. The compiler sees whether a size is a multiple of 16,
+    but not of 4 or 8, such as 52 and 312: told of it, its loads are 8 and 16 bytes wide instead of 2.
+    """
+    divisor = 16
+    for tensor in tensors:
+        itemsize = tensor.element_size()
+        divisor = math.gcd(divisor, 16 // itemsize, *tensor.stride()[:-1], tensor.data_ptr() // itemsize)
+    return divisor
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is dense, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def on_device_of(tensor: Tensor):
+    """Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
