@@ -9,7 +9,7 @@ try:
 except ImportError:  # Triton has no build for this platform; every op still has its reference
     triton = None
 
-# Whether @triton.jit made interpreted functions: fixed when the kernels are imported, as they are with this module.
+# Whether @triton.jit made interpreted functions: fixed when kernels are imported, as they are with this module.
 _INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
 _DEVICE_BACKENDS = {"cuda": "triton", "cpu": "reference"}  # ROCm tensors are "cuda" to torch

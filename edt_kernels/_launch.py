@@ -8,15 +8,14 @@ from torch import Tensor
 
 
 def common_alignment(*tensors: Tensor) -> int:
-    """The largest power of two of elements, up to 16 bytes, that divides every row's offset and address.
+    """The largest power of two, up to 16 elements, that divides every row's offset and address.
 
     Rows are what is left after the last, dense, dimension. The compiler sees whether a size is a multiple of 16,
     but not of 4 or 8, such as 52 and 312: told of it, its loads are 8 and 16 bytes wide instead of 2.
     """
     divisor = 16
     for tensor in tensors:
-        itemsize = tensor.element_size()
-        divisor = math.gcd(divisor, 16 // itemsize, *tensor.stride()[:-1], tensor.data_ptr() // itemsize)
+        divisor = math.gcd(divisor, *tensor.stride()[:-1], tensor.data_ptr() // tensor.element_size())
     return divisor
 
 
