@@ -44,15 +44,15 @@ PRESETS = {
         "amm_form": "cos",
         "amm_blocks": AMM_PLACEMENTS["EDT-S/2-512"],
     },
-    # 8×8 grey digits in pixel space, small enough to train on two CPU cores.
+    # 8×8 grey digits in pixel space, small enough to train on two CPU cores. Patches of one pixel (and 48 to 160
+    # channels) took 54 s of CPU for 100 steps of 128 images instead of 32, and learned no more by a step.
     "EDT-digits": {
         "sample_size": 8,
-        "patch_size": 1,
         "in_channels": 1,
         "out_channels": 2,
         "num_classes": 10,
-        "hidden_sizes": (64, 96, 128, 96, 64),
-        "num_attention_heads": (4, 6, 8, 6, 4),
+        "hidden_sizes": (96, 128, 160, 128, 96),
+        "num_attention_heads": (3, 4, 5, 4, 3),
         "depths": (1, 1, 1, 2, 2),
         "amm_blocks": (3, 5),
     },

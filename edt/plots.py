@@ -7,12 +7,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy import ndarray
 
+_LINE = 72  # light on the inverted scale of ink on paper
+
 
 def mosaic(images: ndarray, columns: int) -> ndarray:
-    """(N, H, W, C) uint8, row by row → one image with a line of mid-grey between neighbours."""
+    """(N, H, W, C) uint8, row by row → one image with a grey line between neighbours."""
     N, H, W, C = images.shape
     rows = -(-N // columns)
-    canvas = np.full((rows * (H + 1) + 1, columns * (W + 1) + 1, C), 128, dtype=np.uint8)
+    canvas = np.full((rows * (H + 1) + 1, columns * (W + 1) + 1, C), _LINE, dtype=np.uint8)
     for i, image in enumerate(images):
         y, x = divmod(i, columns)
         canvas[y * (H + 1) + 1 :, x * (W + 1) + 1 :][:H, :W] = image
@@ -24,6 +26,7 @@ def show(axes, images: ndarray, columns: int) -> None:
     axes.imshow(mosaic(images, columns).squeeze(-1) if images.shape[-1] == 1 else mosaic(images, columns),
                 cmap="gray_r", vmin=0, vmax=255, interpolation="nearest")  # fmt: skip
     axes.set(xticks=[], yticks=[])
+    axes.set_anchor("N")
     axes.spines[:].set_visible(False)
 
 
@@ -34,7 +37,7 @@ def save_label_grid(path: Path, images: ndarray, labels: ndarray, title: str, co
     H, W = images.shape[1:3]
     blank = np.zeros((columns, *images.shape[1:]), dtype=np.uint8)
     rows = [np.concatenate([images[labels == name][:columns], blank])[:columns] for name in names]
-    cell = 0.4
+    cell = max(0.4, W / 100)  # inches: a pixel of the picture for each of a large image
     figure = Figure(figsize=(cell * columns + 0.8, cell * len(names) * H / W + 0.7), layout="constrained")
     axes = figure.subplots()
     show(axes, np.concatenate(rows), columns)
