@@ -304,7 +304,9 @@ def _check_class_labels(class_labels, num_classes: int, batch_size: int) -> None
         return
     if not isinstance(class_labels, Tensor) or class_labels.dtype not in (torch.int64, torch.int32):
         given = class_labels.dtype if isinstance(class_labels, Tensor) else type(class_labels).__name__
-        raise TypeError(f"class_labels is {given}; a model of {num_classes} classes needs an int64 or int32 tensor")
+        raise TypeError(
+            f"class_labels is {given}; a model of {num_classes} classes needs an int64 or int32 tensor"
+        )
     if tuple(class_labels.shape) != (batch_size,):
         raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}; it must be ({batch_size},)")
     # Reading values off a GPU would stall it, and a compiled graph cannot branch on them.
