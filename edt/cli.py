@@ -8,8 +8,12 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
+
+try:
+    import tyro
+except ImportError as error:
+    raise SystemExit("edt: error: the command line needs pip install 'edt-kernels[train]'") from error
 
 from . import demo, plots
 from .checkpoint import load_checkpoint
@@ -146,7 +150,7 @@ def run_info(options: Info) -> None:
     for part in parts:
         grid = "×".join(map(str, part.grid)) if part.grid else ""
         print(f"{part.name:16} {grid:>8} {part.channels:>9} {part.blocks or '':>7} {_spaced(part.parameters):>13} "
-              f"{_giga(part.multiply_adds):>15}")  # fmt: skip
+              f"{_giga(part.multiply_adds):>15}".rstrip())  # fmt: skip
     total = sum(part.parameters for part in parts), sum(part.multiply_adds for part in parts)
     print(f"{'total':16} {'':26} {_spaced(total[0]):>13} {_giga(total[1]):>15}")
 
@@ -174,6 +178,8 @@ def _spaced(number: int) -> str:
 
 
 def _giga(multiply_adds: int) -> str:
+    if multiply_adds == 0:
+        return ""
     return f"{multiply_adds / 1e9:.3f} G" if multiply_adds >= 1e7 else f"{multiply_adds / 1e6:.3f} M"
 
 
