@@ -27,3 +27,12 @@ def dense_rows(tensor: Tensor) -> Tensor:
 def on_device_of(tensor: Tensor):
     """Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def refuse_double_backward(op: str):
+    """The autograd formula of an op's backward."""
+
+    def refuse(ctx, *_grads):
+        raise RuntimeError(f"{op}'s Triton kernels cannot be differentiated twice; edt_kernels.reference.{op} can")
+
+    return refuse

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._backend import select_backend, triton
+from .._checks import check_floating, check_grid
 from . import reference
 
 if triton is not None:
@@ -36,7 +37,7 @@ def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=
 
     Source: EDT (arXiv 2410.23788), section 3.2, in the form of the released implementation.
     """
-    grid = _check_grid(grid)
+    grid = check_grid(grid)
     if form not in ("exp_cos", "cos"):
         raise ValueError(f"form is {form!r}; it must be 'exp_cos' or 'cos'")
     if radius is not None and not (math.isfinite(radius) and radius >= 0):
@@ -89,7 +90,7 @@ def amm_attention(
     Source: EDT (arXiv 2410.23788), sections 3.2 and A.3; online softmax as in FlashAttention-2
     (arXiv 2307.08691).
     """
-    grid = _check_grid(grid)
+    grid = check_grid(grid)
     if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
         autocast_dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t.to(autocast_dtype) if _is_floating(t) else t for t in (q, k, v))
@@ -125,14 +126,6 @@ def _is_floating(tensor) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_floating_point()
 
 
-def _check_grid(grid) -> tuple[int, int]:
-    if not (isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(n, int) for n in grid)):
-        raise TypeError(f"grid is {grid!r}; it must be a pair of integers (H, W)")
-    if min(grid) < 1:
-        raise ValueError(f"grid is {tuple(grid)}; both sides must be at least 1")
-    return tuple(grid)
-
-
 def _check_extra_tokens(extra) -> tuple[int, int]:
     if not (isinstance(extra, (tuple, list)) and len(extra) == 2 and all(isinstance(n, int) for n in extra)):
         raise TypeError(f"num_extra_tokens is {extra!r}; it must be a pair of integers (before, after)")
@@ -143,9 +136,7 @@ def _check_extra_tokens(extra) -> tuple[int, int]:
 
 def _check_qkv(q, k, v, grid, extra) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not _is_floating(tensor):
-            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} is {given}; it must be a floating-point tensor")
+        check_floating(name, tensor)
         if tensor.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (B, N, heads, D)")
         if tensor.shape != q.shape:
@@ -165,9 +156,7 @@ def _check_qkv(q, k, v, grid, extra) -> None:
 
 
 def _check_table(name, table, shapes, q) -> None:
-    if not _is_floating(table):
-        given = table.dtype if isinstance(table, Tensor) else type(table).__name__
-        raise TypeError(f"{name} is {given}; it must be a floating-point tensor or None")
+    check_floating(name, table)
     if tuple(table.shape) not in shapes:
         needed = " or ".join(map(str, shapes))
         raise ValueError(f"{name} has shape {tuple(table.shape)}; this grid and these heads need {needed}")

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._launch import common_alignment, dense_rows, on_device_of
+from .._launch import common_alignment, dense_rows, on_device_of, refuse_double_backward
 from . import kernels
 
 
@@ -314,14 +314,8 @@ def _differentiate(ctx, grad_out, _grad_logsumexp):
     return (*grads, *tables, *[None] * len(ctx.arguments))
 
 
-def _refuse_double_backward(ctx, *_grads):
-    raise RuntimeError(
-        "amm_attention's Triton kernels cannot be differentiated twice; edt_kernels.reference.amm_attention can"
-    )
-
-
 torch.library.register_autograd("edt_kernels::amm_attention", _differentiate, setup_context=_save_for_backward)
-torch.library.register_autograd("edt_kernels::amm_attention_backward", _refuse_double_backward)
+torch.library.register_autograd("edt_kernels::amm_attention_backward", refuse_double_backward("amm_attention"))
 
 
 def amm_attention(q, k, v, grid, modulation, rel_pos_bias, scale, num_extra_tokens) -> Tensor:

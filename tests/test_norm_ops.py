@@ -1,0 +1,270 @@
+"""The Triton kernels of the norm-type ops: interpreted on the CPU at small shapes, on a GPU at real ones."""
+
+import dataclasses
+
+import pytest
+import torch
+from numerics import assert_within_budget
+
+import edt_kernels
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+OPS = ("adaln", "gated_residual", "gated_residual_adaln", "token_merge_adaln", "token_split_concat_adaln")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An op at a shape. `grid` is x's; channels are x's, except for the split, where they are the skip's."""
+
+    op: str
+    grid: tuple[int, int]
+    channels: int
+    batch_size: int = 2
+    stream: torch.dtype = F32  # of x, or of the skip
+    branch: torch.dtype = F32  # of y, or of the split's x
+    modulation: torch.dtype = F32
+    out_dtype: torch.dtype | None = None
+    keep: bool = False
+    transposed: bool = False  # tokens outermost: a view with other strides
+
+    def __str__(self):
+        dtypes = [str(d).removeprefix("torch.") for d in (self.stream, self.branch, self.modulation)]
+        flags = [name for name in ("keep", "transposed") if getattr(self, name)]
+        flags += [f"to-{self.out_dtype}".replace("torch.", "")] if self.out_dtype else []
+        grid = "x".join(map(str, self.grid))
+        return "-".join([self.op, grid, f"C{self.channels}", f"B{self.batch_size}", *dtypes, *flags])
+
+
+def make_inputs(case: Case, device: str) -> dict[str, torch.Tensor]:
+    """Floating tensors by argument name, and the upstream gradients "grad 0", "grad 1" by output."""
+    generator = torch.Generator().manual_seed(0)
+    H, W = case.grid
+    B, N, C = case.batch_size, H * W, case.channels
+
+    def randn(*shape, dtype=F32):
+        if case.transposed and len(shape) == 3:
+            return torch.randn(shape[1], shape[0], shape[2], generator=generator).to(dtype).transpose(0, 1)
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    if case.op == "token_merge_adaln":
+        inputs, width, rows = {"x": randn(B, N, C, dtype=case.stream)}, 4 * C, N // 4
+    elif case.op == "token_split_concat_adaln":
+        inputs = {"x": randn(B, N, 4 * C, dtype=case.branch), "skip": randn(B, 4 * N, C, dtype=case.stream)}
+        width, rows = 2 * C, 4 * N
+    else:
+        inputs, width, rows = {"x": randn(B, N, C, dtype=case.stream)}, C, N
+        if case.op != "adaln":
+            inputs["y"] = randn(B, N, C, dtype=case.branch)
+    # One projection makes them all; the ops get views of it, as in a model.
+    inputs["modulation"] = randn(B, 3 * width, dtype=case.modulation) / 2
+    for i in range(2 if case.op == "gated_residual_adaln" else 1):
+        inputs[f"grad {i}"] = randn(B, rows, width)
+    if case.keep:
+        inputs["keep"] = torch.rand(B, N, generator=generator) < 0.6
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def run(namespace, case: Case, inputs: dict, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of every floating input; with `dtype`, everything converted to it first."""
+
+    def convert(t):
+        return t if dtype is None or not t.is_floating_point() else t.to(dtype)
+
+    inputs = {name: convert(tensor) for name, tensor in inputs.items()}
+    upstream = [inputs.pop(name) for name in sorted(inputs) if name.startswith("grad")]
+    keep = inputs.pop("keep", None)
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
+    gate, shift, scale = leaves["modulation"].chunk(3, dim=-1)
+    arguments = {name: leaf for name, leaf in leaves.items() if name != "modulation"}
+    if case.op in ("gated_residual", "gated_residual_adaln"):
+        arguments["gate"] = gate
+    if case.op != "gated_residual":
+        arguments |= {"shift": shift, "scale": scale}
+    if case.op in ("token_merge_adaln", "token_split_concat_adaln"):
+        arguments["grid"] = case.grid
+    if case.op == "token_merge_adaln":
+        arguments["keep"] = keep
+    if case.out_dtype is not None:
+        arguments["out_dtype"] = case.out_dtype if dtype is None else dtype
+    outputs = getattr(namespace, case.op)(**arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [g.to(out.dtype) for g, out in zip(upstream, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+    results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    return results | {f"grad of {name}": grad for name, grad in zip(leaves, grads)}
+
+
+def check(case: Case, device: str) -> None:
+    inputs = make_inputs(case, device)
+    eager = run(edt_kernels.reference, case, inputs)
+    # The upstream gradients as the outputs' dtypes round them, so that both differentiate the same function.
+    rounded = dict(inputs)
+    for i in range(2):
+        if f"grad {i}" in inputs:
+            rounded[f"grad {i}"] = inputs[f"grad {i}"].to(eager[f"output {i}"].dtype)
+    exact = run(edt_kernels.reference, case, rounded, torch.float64)
+    result = run(edt_kernels, case, inputs)
+    assert result.keys() == exact.keys()
+    for name in exact:
+        assert result[name].dtype == eager[name].dtype, name
+        assert_within_budget(name, result[name], exact[name], eager[name])
+
+
+@pytest.fixture
+def _triton(monkeypatch):
+    """The Triton backend, whose uninitialised memory is NaN: an element that no program writes shows."""
+    monkeypatch.setenv("EDT_KERNELS_BACKEND", "triton")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+SMALL_CASES = [
+    *(Case(op, (2, 4), 52, batch_size=3) for op in OPS),
+    *(Case(op, (2, 2), 32, batch_size=1, transposed=True) for op in OPS),
+    *(Case(op, (6, 10), 36, stream=F32, branch=F16, modulation=F16) for op in OPS),
+    *(Case(op, (4, 2), 312, stream=F16, branch=F16, modulation=F32) for op in OPS),
+    Case("adaln", (1, 1), 1248),
+    Case("adaln", (20, 20), 33, batch_size=1),  # more rows than one program takes, an odd number of channels
+    Case("adaln", (3, 5), 8192, batch_size=1),
+    Case("adaln", (2, 3), 48, out_dtype=F16),
+    Case("gated_residual_adaln", (2, 3), 48, out_dtype=F16),
+    Case("gated_residual_adaln", (19, 21), 40, batch_size=1),
+    Case("gated_residual", (19, 21), 40, batch_size=1),
+    Case("token_merge_adaln", (2, 4), 52, batch_size=3, keep=True),
+    Case("token_merge_adaln", (30, 6), 24, keep=True, out_dtype=F16),
+    Case("token_split_concat_adaln", (1, 3), 20),
+    Case("token_split_concat_adaln", (9, 11), 24, batch_size=1, branch=F16),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+def test_interpreted_kernels_stay_within_the_error_budget(case):
+    check(case, "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("op", OPS)
+def test_an_empty_batch(op):
+    case = Case(op, (2, 2), 32, batch_size=0)
+    result = run(edt_kernels, case, make_inputs(case, "cpu"))
+    expected = run(edt_kernels.reference, case, make_inputs(case, "cpu"))
+    for name in expected:
+        assert result[name].shape == expected[name].shape, name
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("op", OPS)
+def test_second_derivatives_are_refused_with_a_message(op):
+    case = Case(op, (2, 2), 32, batch_size=1)
+    inputs = make_inputs(case, "cpu")
+    x = inputs["x"].requires_grad_()
+    gate, shift, scale = inputs["modulation"].requires_grad_().chunk(3, dim=-1)
+    call = {
+        "adaln": lambda: edt_kernels.adaln(x, shift, scale),
+        "gated_residual": lambda: edt_kernels.gated_residual(x, x, gate),
+        "gated_residual_adaln": lambda: edt_kernels.gated_residual_adaln(x, x, gate, shift, scale)[1],
+        "token_merge_adaln": lambda: edt_kernels.token_merge_adaln(x, shift, scale, grid=(2, 2)),
+        "token_split_concat_adaln": lambda: edt_kernels.token_split_concat_adaln(
+            x, inputs["skip"], shift, scale, grid=(2, 2)
+        ),
+    }[op]
+    (grad,) = torch.autograd.grad(call().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op}'s Triton kernels cannot be differentiated twice"):
+        torch.autograd.grad(grad.sum(), inputs["modulation"])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op):
+    case = Case(op, (2, 2), 32, batch_size=2, keep=op == "token_merge_adaln")
+    inputs = make_inputs(case, "cpu")
+    width = inputs["modulation"].shape[1] // 3
+    gate, shift, scale = (t.clone().requires_grad_() for t in inputs["modulation"].split(width, dim=1))
+    x = inputs["x"].requires_grad_()
+    arguments = {
+        "adaln": (x, shift, scale, 1e-6, F32),
+        "gated_residual": (x, inputs.get("y"), gate),
+        "gated_residual_adaln": (x, inputs.get("y"), gate, shift, scale, 1e-6, F32),
+        "token_merge_adaln": (x, shift, scale, inputs.get("keep"), 2, 2, 1e-6, F32),
+        "token_split_concat_adaln": (x, inputs.get("skip"), shift, scale, 2, 2, 1e-6, F32),
+    }[op]
+    torch.library.opcheck(getattr(torch.ops.edt_kernels, op).default, arguments)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_without_a_graph_break(op, monkeypatch):
+    monkeypatch.setenv("EDT_KERNELS_BACKEND", "triton")
+    case = Case(op, (2, 2), 32, keep=op == "token_merge_adaln")
+    inputs = make_inputs(case, "cpu")
+
+    class Compiled:
+        pass
+
+    setattr(
+        Compiled, op, staticmethod(torch.compile(getattr(edt_kernels, op), fullgraph=True, backend="aot_eager"))
+    )
+    compiled, eager = (run(namespace, case, inputs) for namespace in (Compiled, edt_kernels))
+    for name in eager:
+        assert torch.equal(compiled[name], eager[name]), name
+
+
+# The norms of every stage of EDT-S, B and XL, in the dtypes of bf16 autocast.
+_STAGES = [((16, 16), (312, 624, 936)), ((8, 8), (416, 832, 1248)), ((4, 4), (520, 1040, 1560))]
+EDT_CASES = [
+    Case(op, grid, channels, batch_size=32, stream=stream, branch=BF16, modulation=BF16, out_dtype=BF16)
+    for op in ("adaln", "gated_residual_adaln")
+    for grid, widths in _STAGES
+    for channels in widths
+    for stream in (F32, BF16)
+]
+EDT_CASES += [
+    Case("gated_residual", grid, channels, batch_size=32, stream=F32, branch=BF16, modulation=BF16)
+    for grid, widths in _STAGES
+    for channels in widths
+]
+EDT_CASES += [
+    Case("token_merge_adaln", grid, channels, batch_size=32, modulation=BF16, out_dtype=BF16, keep=keep)
+    for grid, widths in _STAGES[:2]
+    for channels in widths
+    for keep in (False, True)
+]
+EDT_CASES += [
+    Case("token_split_concat_adaln", grid, channels, batch_size=32, branch=BF16, modulation=BF16)
+    for grid, widths in (((4, 4), (416, 832, 1248)), ((8, 8), (312, 624, 936)))
+    for channels in widths
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("case", [*SMALL_CASES, *EDT_CASES], ids=str)
+def test_gpu_kernels_stay_within_the_error_budget(case):
+    check(case, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_gpu_gradients_are_bitwise_deterministic(op):
+    case = Case(op, (16, 16), 312, batch_size=64, branch=BF16, modulation=BF16)
+    inputs = make_inputs(case, "cuda")
+    first = run(edt_kernels, case, inputs)
+    for _ in range(19):
+        again = run(edt_kernels, case, inputs)
+        for name in first:
+            assert torch.equal(again[name], first[name]), name
+
+
+@pytest.mark.gpu
+def test_gpu_offsets_beyond_32_bits():
+    """More than 2³¹ elements: the last rows equal those of the same rows alone."""
+    x = torch.empty(2, 2**19 + 1, 2048, dtype=BF16, device="cuda")
+    x.normal_()
+    shift, scale = torch.randn(2, 2, 2048, device="cuda").unbind(0)
+    out = edt_kernels.adaln(x, shift, scale)
+    assert torch.equal(out[1:, -5:], edt_kernels.adaln(x[1:, -5:].clone(), shift[1:], scale[1:]))
