@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 # Where installing finished; any change of the project's files installs again.
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -n 2
+# OpenMP's threads otherwise spin while they wait, which on a machine with other work to do costs more than it saves.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test test-interpreter test-rest lint clean
 

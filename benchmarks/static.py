@@ -9,6 +9,7 @@ spilled bytes, shared memory, tensor-core instructions.
 
 import argparse
 import contextlib
+import importlib
 import json
 import re
 import subprocess
@@ -24,8 +25,10 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from edt_kernels.amm_attention import autograd
-
+# `gated_residual` has no kernels of its own.
+OPS = ("amm_attention", "adaln", "gated_residual_adaln", "token_merge_adaln", "token_split_concat_adaln")
+_LAUNCHERS = {op: importlib.import_module(f"edt_kernels.{op}.autograd") for op in OPS}
+_KERNELS = {op: importlib.import_module(f"edt_kernels.{op}.kernels") for op in OPS}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -42,7 +45,10 @@ _TENSOR_CORE = {
     "gfx942": r"\bv_mfma_",
 }
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
+
+# Kernels that multiply matrices; the others only move and add.
+MATRIX_KERNELS = ("forward", "backward_q", "backward_kv", "backward_tables")
 
 # (name, grid, heads): the attention of every stage of EDT-S at 256² and 512²; more heads, as in B and
 # XL, are more programs of the same code.
@@ -54,10 +60,19 @@ EDT_ATTENTION = (
 )
 
 
+# (name, grid, channels): every stage of EDT-S, B and XL at 256²; 512² has the same channels.
+EDT_NORMS = tuple(
+    (f"{side}×{side}", (side, side), channels)
+    for side, widths in ((16, (312, 624, 936)), (8, (416, 832, 1248)), (4, (520, 1040, 1560)))
+    for channels in widths
+)
+
+
 @dataclass
 class Launch:
     """One recorded launch: a kernel, the types of its run-time arguments, its compile-time arguments."""
 
+    op: str
     kernel: str
     signature: dict[str, str]
     constants: dict[str, object]
@@ -67,6 +82,7 @@ class Launch:
 
 @dataclass
 class Report:
+    op: str
     shape: str
     dtype: str
     kernel: str
@@ -82,28 +98,36 @@ def record_launches(launches: list[Launch], target: str):
     """Replaces the kernels by recorders of their arguments, and the device by the target."""
 
     class Recorder:
-        def __getattr__(self, name):
-            return Kernel(name)
+        def __init__(self, op):
+            self.op = op
+
+        def __getattr__(self, kernel):
+            return Kernel(self.op, kernel)
 
     class Kernel:
-        def __init__(self, name):
-            self.name = name
+        def __init__(self, op, kernel):
+            self.op, self.kernel = op, kernel
 
         def __getitem__(self, grid):
-            return lambda *args, **constants: launches.append(_describe(self.name, args, constants))
+            return lambda *args, **constants: launches.append(_describe(self.op, self.kernel, args, constants))
 
-    originals = autograd.kernels, autograd.matrix_unit
-    autograd.kernels, autograd.matrix_unit = Recorder(), lambda _device: MATRIX_UNITS[target]
+    attention = _LAUNCHERS["amm_attention"]
+    matrix_unit = attention.matrix_unit
+    attention.matrix_unit = lambda _device: MATRIX_UNITS[target]
+    for op, launcher in _LAUNCHERS.items():
+        launcher.kernels = Recorder(op)
     try:
         yield
     finally:
-        autograd.kernels, autograd.matrix_unit = originals
+        attention.matrix_unit = matrix_unit
+        for op, launcher in _LAUNCHERS.items():
+            launcher.kernels = _KERNELS[op]
 
 
-def _describe(name: str, args: tuple, constants: dict) -> Launch:
+def _describe(op: str, kernel: str, args: tuple, constants: dict) -> Launch:
     """Types and specialisations as Triton's own launcher would derive them."""
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
-    parameters = [p.name for p in getattr(_kernels(), name).params]
+    parameters = [p.name for p in getattr(_KERNELS[op], kernel).params]
     signature, values, divisible = {}, dict(constants), []
     for place, (parameter, value) in enumerate(zip(parameters, args)):
         if isinstance(value, Tensor):
@@ -119,13 +143,7 @@ def _describe(name: str, args: tuple, constants: dict) -> Launch:
         if aligned:
             divisible.append(place)
     signature |= dict.fromkeys(values, "constexpr")
-    return Launch(name, {p: signature[p] for p in parameters}, values, divisible, options)
-
-
-def _kernels():
-    from edt_kernels.amm_attention import kernels
-
-    return kernels
+    return Launch(op, kernel, {p: signature[p] for p in parameters}, values, divisible, options)
 
 
 def attention_launches(
@@ -136,24 +154,58 @@ def attention_launches(
     q, k, v = torch.empty(batch_size, H * W, 3, heads, head_dim, dtype=dtype).unbind(2)
     modulation, bias = torch.empty(2 * H - 1, 2 * W - 1), torch.empty((2 * H - 1) * (2 * W - 1), heads)
     arguments = (modulation, bias, H, W, 0, head_dim**-0.5)
+    attention = _LAUNCHERS["amm_attention"]
     launches: list[Launch] = []
     with record_launches(launches, target):
-        out, logsumexp = autograd._forward(q, k, v, *arguments)
-        autograd._backward(out, q, k, v, *arguments[:2], out, logsumexp, *arguments[2:], True, True)
+        out, logsumexp = attention._forward(q, k, v, *arguments)
+        attention._backward(out, q, k, v, *arguments[:2], out, logsumexp, *arguments[2:], True, True)
         # Inference without AMM and training as EDT does it: the bias alone is learned.
-        autograd._forward(q, k, v, None, *arguments[1:])
-        autograd._backward(out, q, k, v, None, bias, out, logsumexp, *arguments[2:], False, True)
-    unique: list[Launch] = []
-    for launch in launches:
-        if launch not in unique:
-            unique.append(launch)
-    return unique
+        attention._forward(q, k, v, None, *arguments[1:])
+        attention._backward(out, q, k, v, None, bias, out, logsumexp, *arguments[2:], False, True)
+    return _unique(launches)
+
+
+def norm_launches(grid: tuple[int, int], channels: int, target: str, batch_size: int = 8) -> list[Launch]:
+    """Every launch of the norm-type ops for tokens of this grid, in the dtypes of bfloat16 autocast: a float32
+    residual stream, branches and modulation in bfloat16. The merge goes from this grid, the split to it."""
+    B, (H, W), C = batch_size, grid, channels
+    bf16 = {"dtype": torch.bfloat16}
+    stream, branch = torch.empty(B, H * W, C), torch.empty(B, H * W, C, **bf16)
+    modulation = [torch.empty(B, 6 * C, **bf16)[:, i * C : (i + 1) * C] for i in range(3)]
+    statistics = torch.empty(B, H * W)
+    launches: list[Launch] = []
+    with record_launches(launches, target):
+        op = _LAUNCHERS["adaln"]
+        op._forward(stream, *modulation[:2], 1e-6, torch.bfloat16)
+        op._backward(branch, stream, modulation[0], statistics, statistics)
+        op = _LAUNCHERS["gated_residual_adaln"]
+        op._forward(stream, branch, *modulation, 1e-6, torch.bfloat16)
+        op._backward(stream, branch, stream, branch, *modulation[:2], statistics, statistics)
+        op._residual_forward(stream, branch, modulation[0])
+        op._residual_backward(stream, branch, modulation[0])
+        if H % 2 == 0 and W % 2 == 0 and min(H, W) > 4:  # EDT neither merges nor splits to its coarsest grid
+            op, merged = _LAUNCHERS["token_merge_adaln"], torch.empty(B, H * W // 4, 4 * C, **bf16)
+            modulation = [torch.empty(B, 8 * C, **bf16)[:, i * 4 * C : (i + 1) * 4 * C] for i in range(2)]
+            keep, statistics = torch.ones(B, H * W, dtype=torch.bool), torch.empty(B, H * W // 4)
+            for mask in (None, keep):
+                op._forward(stream, *modulation, mask, H, W, 1e-6, torch.bfloat16)
+                op._backward(merged, stream, modulation[0], mask, statistics, statistics, H, W)
+            op, joined = _LAUNCHERS["token_split_concat_adaln"], torch.empty(B, H * W, 2 * C, **bf16)
+            modulation = [torch.empty(B, 4 * C, **bf16)[:, i * 2 * C : (i + 1) * 2 * C] for i in range(2)]
+            statistics = torch.empty(B, H * W)
+            op._forward(merged, stream, *modulation, H // 2, W // 2, 1e-6, torch.bfloat16)
+            op._backward(joined, merged, stream, modulation[0], statistics, statistics, H // 2, W // 2)
+    return _unique(launches)
+
+
+def _unique(launches: list[Launch]) -> list[Launch]:
+    return [launch for i, launch in enumerate(launches) if launch not in launches[:i]]
 
 
 def compile_launch(launch: Launch, target: str) -> dict:
     """Registers, spills, shared memory and the tensor-core instructions of one launch for one target."""
     source = ASTSource(
-        fn=getattr(_kernels(), launch.kernel),
+        fn=getattr(_KERNELS[launch.op], launch.kernel),
         signature=launch.signature,
         constexprs=launch.constants,
         attrs={(place,): [["tt.divisibility", 16]] for place in launch.divisible},
@@ -195,19 +247,34 @@ def _run(*command) -> str:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
 
 
-def report(job: tuple[str, tuple[int, int], int, int, torch.dtype, str]) -> list[Report]:
-    """Compiles every launch of one attention shape for one target."""
-    shape, grid, heads, head_dim, dtype, target = job
+def report_attention(name: str, grid: tuple[int, int], heads: int, head_dim: int, dtype: torch.dtype, target: str):
+    """Compiles every launch of one attention shape for one target; a list of reports."""
+    launches = attention_launches(grid, heads, head_dim, dtype, target)
+    return _report(launches, f"{name} D{head_dim}", str(dtype).removeprefix("torch."), target)
+
+
+def report_norms(name: str, grid: tuple[int, int], channels: int, target: str):
+    """Compiles every launch of the norm-type ops at one shape for one target; a list of reports."""
+    return _report(norm_launches(grid, channels, target), f"{name} C{channels}", "bfloat16", target)
+
+
+_FLAGS = {"HAS_BIAS": "b", "HAS_MODULATION": "m", "NORM": "n", "MASKED": "k"}
+
+
+def _report(launches: list[Launch], shape: str, dtype: str, target: str) -> list[Report]:
     rows = []
-    for launch in attention_launches(grid, heads, head_dim, dtype, target):
+    for launch in launches:
         compiled = compile_launch(launch, target)
         compiled.pop("asm")
-        tables = "".join(
-            letter for letter, flag in (("b", "HAS_BIAS"), ("m", "HAS_MODULATION")) if launch.constants.get(flag)
-        )
-        name = f"{launch.kernel}[{tables}]" if tables else launch.kernel
-        rows.append(Report(f"{shape} D{head_dim}", str(dtype).removeprefix("torch."), name, target, **compiled))
+        flags = "".join(letter for flag, letter in _FLAGS.items() if launch.constants.get(flag) is True)
+        name = f"{launch.kernel}[{flags}]" if flags else launch.kernel
+        rows.append(Report(launch.op, shape, dtype, name, target, **compiled))
     return rows
+
+
+def _run_job(job: tuple) -> list[Report]:
+    function, *arguments = job
+    return function(*arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -218,19 +285,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the table as JSON here")
     options = parser.parse_args(arguments)
     jobs = [
-        (name, grid, heads, head_dim, getattr(torch, dtype), target)
+        (report_attention, name, grid, heads, head_dim, getattr(torch, dtype), target)
         for target in options.targets
         for dtype in options.dtypes
         for head_dim in options.head_dims
         for name, grid, heads in EDT_ATTENTION
     ]
-    print(f"{'target':7} {'shape':11} {'dtype':9} {'kernel':24} regs  spill  shared  tensor-core")
+    jobs += [(report_norms, *shape, target) for target in options.targets for shape in EDT_NORMS]
+    print(f"{'target':7} {'op':24} {'shape':12} {'dtype':9} {'kernel':22} regs  spill  shared  tensor-core")
     rows: list[Report] = []
-    with ProcessPoolExecutor(2) as pool:
-        for part in tqdm(pool.map(report, jobs), total=len(jobs), desc="compiling", disable=None):
+    with ProcessPoolExecutor() as pool:
+        parts = pool.map(_run_job, jobs)
+        for part in tqdm(parts, total=len(jobs), desc="compiling", disable=None):
             for row in part:
                 tqdm.write(
-                    f"{row.target:7} {row.shape:11} {row.dtype:9} {row.kernel:24} {row.registers:4} "
+                    f"{row.target:7} {row.op:24} {row.shape:12} {row.dtype:9} {row.kernel:22} {row.registers:4} "
                     f"{row.spilled_bytes:6} {row.shared_memory:7} {row.tensor_core_instructions:5}"
                 )
             rows += part

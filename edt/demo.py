@@ -283,6 +283,7 @@ def run_demo(options: DemoOptions) -> dict:
             **{f"{name}_loss": float(np.mean(values[-100:])) for name, values in losses.items()},
             "seconds": time.perf_counter() - start,
         }
+        _remove_pictures(options.output)
         model.save_pretrained(options.output)
         plots.save_loss_curve(options.output / "loss.png", losses)
         if stop:
@@ -296,6 +297,13 @@ def run_demo(options: DemoOptions) -> dict:
         report["cpu_seconds"] = time.process_time() - start_cpu
         (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _remove_pictures(folder: Path) -> None:
+    """An earlier run's samples must not lie beside a new model that did not draw them."""
+    for pattern in ("samples*.png", "digit_*.png", "denoising.png", "samples.npz"):
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 def _sample_and_judge(

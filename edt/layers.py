@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import edt_kernels
-from edt_kernels import reference as ops
 
 
 def sincos_position_embedding(channels: int, grid: tuple[int, int]) -> Tensor:
@@ -112,10 +111,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor, attention_modulation: Tensor | None = None) -> Tensor:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(cond)
-        normed = ops.adaln(x, shift_attn, scale_attn)
+        normed = edt_kernels.adaln(x, shift_attn, scale_attn)
         y = self.attn(normed, attention_modulation)
-        x, normed = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp)
-        return ops.gated_residual(x, self.mlp(normed), gate_mlp)
+        x, normed = edt_kernels.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp)
+        return edt_kernels.gated_residual(x, self.mlp(normed), gate_mlp)
 
 
 class TokenMerge(nn.Module):
@@ -130,7 +129,7 @@ class TokenMerge(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor, keep: Tensor | None = None) -> Tensor:
         shift, scale = self.modulation(cond)
-        merged = ops.token_merge_adaln(x, shift, scale, grid=self.grid, keep=keep)
+        merged = edt_kernels.token_merge_adaln(x, shift, scale, grid=self.grid, keep=keep)
         return self.position(self.reduction(merged))  # (B, N/4, C')
 
 
@@ -147,7 +146,7 @@ class TokenSplitConcat(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor, cond: Tensor) -> Tensor:
         shift, scale = self.modulation(cond)
-        joined = ops.token_split_concat_adaln(self.expand(x), skip, shift, scale, grid=self.grid)
+        joined = edt_kernels.token_split_concat_adaln(self.expand(x), skip, shift, scale, grid=self.grid)
         return self.position(self.fuse(joined))  # (B, 4N, C')
 
 
@@ -165,6 +164,6 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         shift, scale = self.modulation(cond)
-        patches = self.linear(ops.adaln(x, shift, scale))
+        patches = self.linear(edt_kernels.adaln(x, shift, scale))
         H, W, p = *self.grid, self.patch_size
         return rearrange(patches, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=H, w=W, p1=p, p2=p)

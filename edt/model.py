@@ -347,6 +347,11 @@ def _check_config(config) -> None:
             raise ValueError(
                 f"hidden_sizes has {channels} for {heads} heads; it must be a multiple of the heads and of 4"
             )
+    sizes = tuple(config.hidden_sizes)
+    if sizes[:2] != sizes[:2:-1]:
+        raise ValueError(
+            f"hidden_sizes is {sizes}; the last two must mirror the first two, because skips join their stages"
+        )
     if config.num_classes < 0:
         raise ValueError(f"num_classes is {config.num_classes}; it must be 0 (unconditional) or more")
     if not 0 <= config.class_dropout_prob <= 1:

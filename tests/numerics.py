@@ -8,7 +8,7 @@ def assert_within_budget(name: str, result: Tensor, exact: Tensor, eager: Tensor
     """‖result − exact‖ ≤ 2·‖eager − exact‖ + one rounding step of the result.
 
     `exact` is float64 on the same (already rounded) inputs, `eager` the reference in the result's dtype.
-    `slack` is the rounding step of terms far larger than the result, where a sum of them cancels: the caller says why.
+    `slack` is the rounding step of terms far larger than the result, where a sum of them cancels.
     """
     assert result.shape == exact.shape, f"{name}: shape {tuple(result.shape)} instead of {tuple(exact.shape)}"
     assert torch.isfinite(result).all(), f"{name}: {(~torch.isfinite(result)).sum()} values are not finite"

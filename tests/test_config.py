@@ -88,6 +88,7 @@ def test_overrides_replace_a_presets_arguments():
         ({"hidden_sizes": (312, 416, 520)}, "hidden_sizes is .* 5 positive"),
         ({"hidden_sizes": (314, 416, 520, 416, 312)}, "hidden_sizes has 314 for 6 heads"),
         ({"hidden_sizes": (318, 416, 520, 416, 312)}, "hidden_sizes has 318 .* of 4"),
+        ({"hidden_sizes": (312, 416, 520, 416, 624)}, "last two must mirror the first two"),
         ({"num_attention_heads": (6, 8, 10, 8)}, "num_attention_heads is"),
         ({"num_attention_heads": (6, 8, 11, 8, 6)}, "hidden_sizes has 520 for 11 heads"),
         ({"depths": (2, 2, 0, 3, 3)}, "depths is"),

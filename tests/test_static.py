@@ -10,8 +10,8 @@ KERNELS = {"forward", "backward_q", "backward_kv", "backward_tables", "reduce_ta
 
 @pytest.mark.parametrize("shape", static.EDT_ATTENTION, ids=lambda shape: shape[0])
 @pytest.mark.parametrize("target", static.TARGETS)
-def test_kernels_compile_without_spills_on_tensor_cores(target, shape):
-    rows = static.report((*shape, 52, torch.bfloat16, target))
+def test_attention_compiles_without_spills_on_tensor_cores(target, shape):
+    rows = static.report_attention(*shape, 52, torch.bfloat16, target)
     assert {row.kernel.partition("[")[0] for row in rows} == KERNELS
     assert {row.kernel for row in rows} >= {
         "forward[b]",
@@ -22,8 +22,25 @@ def test_kernels_compile_without_spills_on_tensor_cores(target, shape):
     for row in rows:
         assert row.spilled_bytes == 0, row
         assert row.shared_memory <= static.SHARED_MEMORY[target], row
-        if row.kernel != "reduce_table_partials":  # on sm_90 these are WGMMA instructions
+        if row.kernel.partition("[")[0] in static.MATRIX_KERNELS:  # on sm_90 these are WGMMA instructions
             assert row.tensor_core_instructions > 0, row
+
+
+# All sizes for the GPU that the tiles are made for, the widest for the others.
+NORM_SHAPES = [
+    (target, shape)
+    for target in static.TARGETS
+    for shape in (static.EDT_NORMS if target == "sm_90" else static.EDT_NORMS[2::3])
+]
+
+
+@pytest.mark.parametrize(("target", "shape"), NORM_SHAPES, ids=lambda value: str(value))
+def test_norms_compile_without_spills(target, shape):
+    rows = static.report_norms(*shape, target)
+    assert {row.op for row in rows} >= {"adaln", "gated_residual_adaln"}
+    for row in rows:
+        assert row.spilled_bytes == 0, row
+        assert row.shared_memory <= static.SHARED_MEMORY[target], row
 
 
 def test_a_spill_is_reported():
