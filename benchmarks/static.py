@@ -53,16 +53,16 @@ MATRIX_KERNELS = ("forward", "backward_q", "backward_kv", "backward_tables")
 # (name, grid, heads): the attention of every stage of EDT-S at 256² and 512²; more heads, as in B and
 # XL, are more programs of the same code.
 EDT_ATTENTION = (
-    ("4×4", (4, 4), 10),
-    ("8×8", (8, 8), 8),
-    ("16×16", (16, 16), 6),
-    ("32×32", (32, 32), 6),
+    ("4x4", (4, 4), 10),
+    ("8x8", (8, 8), 8),
+    ("16x16", (16, 16), 6),
+    ("32x32", (32, 32), 6),
 )
 
 
 # (name, grid, channels): every stage of EDT-S, B and XL at 256²; 512² has the same channels.
 EDT_NORMS = tuple(
-    (f"{side}×{side}", (side, side), channels)
+    (f"{side}x{side}", (side, side), channels)
     for side, widths in ((16, (312, 624, 936)), (8, (416, 832, 1248)), (4, (520, 1040, 1560)))
     for channels in widths
 )

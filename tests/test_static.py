@@ -13,12 +13,8 @@ KERNELS = {"forward", "backward_q", "backward_kv", "backward_tables", "reduce_ta
 def test_attention_compiles_without_spills_on_tensor_cores(target, shape):
     rows = static.report_attention(*shape, 52, torch.bfloat16, target)
     assert {row.kernel.partition("[")[0] for row in rows} == KERNELS
-    assert {row.kernel for row in rows} >= {
-        "forward[b]",
-        "forward[bm]",
-        "backward_tables[b]",
-        "backward_tables[bm]",
-    }
+    names = {row.kernel.replace("k]", "]") for row in rows}  # k: some pairs of a packed tile are masked
+    assert names >= {"forward[b]", "forward[bm]", "backward_tables[b]", "backward_tables[bm]"}
     for row in rows:
         assert row.spilled_bytes == 0, row
         assert row.shared_memory <= static.SHARED_MEMORY[target], row
@@ -34,7 +30,11 @@ NORM_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("target", "shape"), NORM_SHAPES, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("target", "shape"),
+    NORM_SHAPES,
+    ids=lambda value: value if isinstance(value, str) else f"{value[0]}-C{value[2]}",
+)
 def test_norms_compile_without_spills(target, shape):
     rows = static.report_norms(*shape, target)
     assert {row.op for row in rows} >= {"adaln", "gated_residual_adaln"}
