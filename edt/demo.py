@@ -41,7 +41,7 @@ class DemoOptions:
 
     output: Path = Path("outputs/demo")
     """Folder for pictures, samples, checkpoint and report."""
-    steps: int = 2400
+    steps: int = 1800
     """Training steps."""
     batch_size: int = 64
     """Images a step; each takes part in the full and in the masked pass."""
