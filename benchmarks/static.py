@@ -147,13 +147,19 @@ def _describe(op: str, kernel: str, args: tuple, constants: dict) -> Launch:
 
 
 def attention_launches(
-    grid: tuple[int, int], heads: int, head_dim: int, dtype: torch.dtype, target: str, batch_size: int = 8
+    grid: tuple[int, int],
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    target: str,
+    batch_size: int = 8,
+    num_extra_tokens: tuple[int, int] = (0, 0),
 ) -> list[Launch]:
     """Every launch of one training step of `amm_attention` on a packed projection, both tables learned."""
-    H, W = grid
-    q, k, v = torch.empty(batch_size, H * W, 3, heads, head_dim, dtype=dtype).unbind(2)
+    (H, W), (before, after) = grid, num_extra_tokens
+    q, k, v = torch.empty(batch_size, before + H * W + after, 3, heads, head_dim, dtype=dtype).unbind(2)
     modulation, bias = torch.empty(2 * H - 1, 2 * W - 1), torch.empty((2 * H - 1) * (2 * W - 1), heads)
-    arguments = (modulation, bias, H, W, 0, head_dim**-0.5)
+    arguments = (modulation, bias, H, W, before, head_dim**-0.5)
     attention = _LAUNCHERS["amm_attention"]
     launches: list[Launch] = []
     with record_launches(launches, target):

@@ -43,6 +43,33 @@ def test_norms_compile_without_spills(target, shape):
         assert row.shared_memory <= static.SHARED_MEMORY[target], row
 
 
+@pytest.mark.parametrize(
+    ("grid", "heads", "head_dim", "batch_size", "extra"),
+    [
+        ((1, 1), 1, 16, 1, (0, 0)),  # every size 1, which Triton makes a compile-time constant
+        ((1, 5), 1, 52, 1, (0, 0)),
+        ((9, 1), 3, 8, 2, (0, 0)),
+        ((16, 16), 1, 72, 1, (0, 0)),
+        ((24, 16), 4, 128, 2, (77, 3)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_attention_compiles_at_other_shapes(grid, heads, head_dim, batch_size, extra, dtype):
+    """What the interpreter does not see: the types of compile-time constants and of loops."""
+    launches = static.attention_launches(grid, heads, head_dim, dtype, "sm_90", batch_size, extra)
+    assert {launch.kernel for launch in launches} == KERNELS
+    for launch in launches:
+        usage = static.compile_launch(launch, "sm_90")
+        assert usage["shared_memory"] <= static.SHARED_MEMORY["sm_90"], launch
+
+
+@pytest.mark.parametrize(("grid", "channels", "batch_size"), [((2, 2), 33, 1), ((6, 10), 1, 2), ((6, 6), 8192, 1)])
+def test_norms_compile_at_other_shapes(grid, channels, batch_size):
+    for launch in static.norm_launches(grid, channels, "sm_90", batch_size):
+        usage = static.compile_launch(launch, "sm_90")
+        assert usage["shared_memory"] <= static.SHARED_MEMORY["sm_90"], launch
+
+
 def test_a_spill_is_reported():
     """The check above can fail: the same kernel at a tile far too large for its warps."""
     launch = static.attention_launches((16, 16), 6, 52, torch.bfloat16, "sm_90")[0]
