@@ -101,7 +101,7 @@ def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:
         raise FileNotFoundError(f"checkpoint {folder} has a config.json but no .safetensors weights")
     try:
         model, loading = EDTTransformer2DModel.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, **kwargs
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **kwargs
         )
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint {folder} is truncated or not a safetensors checkpoint: {error}") from error

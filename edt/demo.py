@@ -268,7 +268,7 @@ def run_demo(options: DemoOptions) -> dict:
         "options": {name: value for name, value in asdict(options).items() if name != "output"},
         "model": {"preset": PRESET, **PRESETS[PRESET]},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "attention": select_backend(torch.empty(0, device=device)),
+        "attention": select_backend(q=torch.empty(0, device=device)),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "real_held_out": judge.judge_real(),

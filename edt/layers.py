@@ -1,7 +1,8 @@
 """The layers of EDT. Each owns its parameters; each calls one op of `edt_kernels` for what is fused."""
 
+import math
+
 import torch
-from diffusers.models.embeddings import get_timestep_embedding
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,9 +63,15 @@ class TimestepEmbedding(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(self.frequencies, channels)
         self.fc2 = nn.Linear(channels, channels)
+        half = self.frequencies // 2
+        # Made on the CPU: one rounding of a GPU's exp, times timesteps up to 999, moves the network's output by
+        # 10⁻⁵. Kept as integers: .to(bfloat16) would round a floating-point buffer.
+        omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / half)
+        self.register_buffer("omega_bits", omega.view(torch.int32), persistent=False)
 
     def forward(self, timestep: Tensor) -> Tensor:
-        sinusoid = get_timestep_embedding(timestep, self.frequencies, flip_sin_to_cos=True, downscale_freq_shift=0)
+        angles = timestep.float()[:, None] * self.omega_bits.view(torch.float32)  # (B, 128)
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.fc2(F.silu(self.fc1(sinusoid.to(self.fc1.weight.dtype))))
 
 

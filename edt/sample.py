@@ -19,7 +19,7 @@ def sample(
     batch_size: int | None = None,
     num_inference_steps: int = 250,
     guidance_scale: float = 1.0,
-    guidance_channels: int = 3,
+    guidance_channels: int | None = None,
     generator: torch.Generator | None = None,
     progress: bool = True,
     on_step: Callable[[int, Tensor], None] | None = None,
@@ -31,7 +31,7 @@ def sample(
         class_labels: (B,) integers 0 to num_classes−1; None, with `batch_size`, for unconditional models.
         num_inference_steps: evenly respaced over the 1000 training steps.
         guidance_scale: 1 is no guidance and runs no unconditional pass.
-        guidance_channels: see `edt.diffusion.guide`.
+        guidance_channels: see `edt.diffusion.guide`; by default 3, or all where there are fewer.
         generator: for the noise, on the model's device or the CPU.
         on_step: called after each step with its number and the latents.
 
@@ -52,6 +52,8 @@ def sample(
         raise ValueError(f"guidance_scale is {guidance_scale}; an unconditional model has no guidance, use 1")
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite")
+    if guidance_channels is None:
+        guidance_channels = min(3, config.in_channels)
     if not 0 < guidance_channels <= config.in_channels:
         raise ValueError(f"guidance_channels is {guidance_channels}; this model needs 1 to {config.in_channels}")
     device = model.device

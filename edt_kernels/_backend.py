@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from torch import Tensor
 
 try:
@@ -12,12 +13,16 @@ except ImportError:  # Triton has no build for this platform; every op still has
 # Whether @triton.jit made interpreted functions: fixed when kernels are imported, as they are with this module.
 _INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICE_BACKENDS = {"cuda": "triton", "cpu": "reference"}  # ROCm tensors are "cuda" to torch
 
 
-def select_backend(tensor: Tensor) -> str:
-    """ "triton" or "reference" for a call on `tensor`. Never falls back from a backend that was asked for."""
-    device = tensor.device.type
+def select_backend(**tensors: Tensor) -> str:
+    """The backend of a call with these arguments: "triton" or "reference". The first one's device decides.
+
+    Never falls back from a backend that was asked for.
+    """
+    device = next(iter(tensors.values())).device.type
     requested = os.environ.get("EDT_KERNELS_BACKEND", "")
     if requested not in ("", "triton", "reference"):
         raise ValueError(f"EDT_KERNELS_BACKEND is {requested!r}; it must be 'triton', 'reference' or unset")
@@ -33,4 +38,7 @@ def select_backend(tensor: Tensor) -> str:
                 f"the Triton kernels run on CUDA or ROCm tensors, not on {device!r} tensors; set "
                 "EDT_KERNELS_BACKEND=reference, or TRITON_INTERPRET=1 before the import to interpret them"
             )
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _KERNEL_DTYPES:
+                raise TypeError(f"{name} is {tensor.dtype}; the Triton kernels take float32, bfloat16 or float16")
     return backend

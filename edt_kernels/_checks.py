@@ -4,6 +4,14 @@ import torch
 from torch import Tensor
 
 
+def enabled_autocast_dtype(tensor) -> torch.dtype | None:
+    """What autocast would cast to on the tensor's device, None where it is off or unknown (as for "meta")."""
+    device = tensor.device.type if isinstance(tensor, Tensor) else "cpu"
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def check_floating(name: str, tensor) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -29,7 +37,7 @@ def check_rows(name: str, tensor) -> None:
 
 
 def check_grid(grid) -> tuple[int, int]:
-    if not (isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(n, int) for n in grid)):
+    if not (isinstance(grid, (tuple, list)) and len(grid) == 2 and all(type(n) is int for n in grid)):
         raise TypeError(f"grid is {grid!r}; it must be a pair of integers (H, W)")
     if min(grid) < 1:
         raise ValueError(f"grid is {tuple(grid)}; both sides must be at least 1")

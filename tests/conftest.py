@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+# What deterministic mode, which fills uninitialised memory with NaN, asks of cuBLAS.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
 

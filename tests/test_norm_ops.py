@@ -114,7 +114,7 @@ def check(case: Case, device: str) -> None:
 def _triton(monkeypatch):
     """The Triton backend, whose uninitialised memory is NaN: an element that no program writes shows."""
     monkeypatch.setenv("EDT_KERNELS_BACKEND", "triton")
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # of the reference, some are not
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -31,6 +31,12 @@ def row_starts(sample, row, stride_sample, stride_row, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def sample_stride(N, WIDTH: tl.constexpr):
+    """Of a contiguous (B, N, WIDTH), 64 bits wide: one sample may have more than 2³¹ elements."""
+    return tl.cast(N, tl.int64) * WIDTH
+
+
+@triton.jit
 def mean_of_rows(values, WIDTH: tl.constexpr):
     """(ROWS, SLICES, BLOCK_C) → (ROWS, 1, 1)."""
     return (tl.sum(tl.sum(values, axis=2), axis=1) / WIDTH)[:, None, None]
@@ -69,7 +75,7 @@ def forward(
     shift_row = tl.load(shift + sample.to(tl.int64) * stride_shift + place, mask=exists).to(tl.float32)
     scale_row = tl.load(scale + sample.to(tl.int64) * stride_scale + place, mask=exists).to(tl.float32)
     result = x_hat * (1.0 + scale_row) + shift_row
-    out_places = row_starts(sample, row, N * C, C, ALIGN) + place
+    out_places = row_starts(sample, row, sample_stride(N, C), C, ALIGN) + place
     tl.store(out + out_places, result.to(out.dtype.element_ty), mask=mask)
     statistics = (sample.to(tl.int64) * N + row)[:, None, None]
     tl.store(mean + statistics, row_mean, mask=(row < N)[:, None, None])
@@ -105,7 +111,7 @@ def backward(
         dx, x_hat = normalize_backward(grad_tile, x_tile.to(tl.float32), row_mean, row_rstd, scale_row, exists, C)
         shift_sum += tl.sum(grad_tile, axis=0, keep_dims=True)
         scale_sum += tl.sum(grad_tile * x_hat, axis=0, keep_dims=True)
-        out_places = row_starts(sample, row, N * C, C, ALIGN) + place
+        out_places = row_starts(sample, row, sample_stride(N, C), C, ALIGN) + place
         tl.store(grad_x + out_places, dx.to(grad_x.dtype.element_ty), mask=mask)
 
     partial = tl.program_id(0).to(tl.int64) * C + place

@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._checks import enabled_autocast_dtype
+
 
 def default_out_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of a normed output that the caller did not choose: autocast's, else the tensor's own."""
-    device_type = tensor.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return tensor.dtype
+    return enabled_autocast_dtype(tensor) or tensor.dtype
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

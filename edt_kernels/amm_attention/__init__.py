@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from .._backend import select_backend, triton
-from .._checks import check_floating, check_grid
+from .._checks import check_floating, check_grid, enabled_autocast_dtype
 from . import reference
 
 if triton is not None:
     from . import autograd
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 128
 
 
@@ -40,9 +39,11 @@ def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=
     grid = check_grid(grid)
     if form not in ("exp_cos", "cos"):
         raise ValueError(f"form is {form!r}; it must be 'exp_cos' or 'cos'")
+    if radius is not None and not isinstance(radius, Real):
+        raise TypeError(f"radius is a {type(radius).__name__}; it must be a number or None")
     if radius is not None and not (math.isfinite(radius) and radius >= 0):
         raise ValueError(f"radius is {radius}; it must be finite and not negative")
-    if not dtype.is_floating_point:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}; it must be a floating-point dtype")
     return reference.amm_table(grid, form=form, radius=radius, dtype=dtype, device=device)
 
@@ -68,7 +69,7 @@ def amm_attention(
         q, k, v: (B, N, heads, D), N = before + H·W + after, of one dtype: float32, bfloat16 or float16
             (the reference path takes float64 too). Any strides; a view with a dense last dimension, such
             as a slice of a packed projection, is read in place. D ≤ 128 for the Triton kernels.
-            Under autocast they are cast to its dtype.
+            Under autocast they are cast to its dtype, except float64.
         grid: (H, W).
         modulation: m, (2H−1, 2W−1) or (heads, 2H−1, 2W−1), any of the floating dtypes; `amm_table` makes one.
             None is a factor of 1.
@@ -78,8 +79,9 @@ def amm_attention(
             them have bias 0 and modulation 1.
 
     Returns:
-        (B, N, heads, D) in q's dtype. Logits, softmax and accumulation are in float32. For backward the
-        Triton path keeps q, k, v, the tables, the output and one float32 per query row and head; nothing
+        (B, N, heads, D) in q's dtype. Softmax and modulation are in float32, on the Triton path logits and
+        accumulation too (the reference leaves them to `torch.matmul` in q's dtype). For backward the Triton path
+        keeps q, k, v, the tables, the output and one float32 per query row and head; nothing
         of size N×N is written to device memory.
 
     Raises:
@@ -91,9 +93,9 @@ def amm_attention(
     (arXiv 2307.08691).
     """
     grid = check_grid(grid)
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
-        autocast_dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (t.to(autocast_dtype) if _is_floating(t) else t for t in (q, k, v))
+    autocast_dtype = enabled_autocast_dtype(q)
+    if autocast_dtype is not None:
+        q, k, v = (t.to(autocast_dtype) if _is_autocast(t) else t for t in (q, k, v))
     num_extra_tokens = _check_extra_tokens(num_extra_tokens)
     _check_qkv(q, k, v, grid, num_extra_tokens)
     heads, head_dim = q.shape[2:]
@@ -109,21 +111,20 @@ def amm_attention(
     elif not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be finite")
 
-    if select_backend(q) == "reference":
+    if select_backend(q=q) == "reference":
         return reference.amm_attention(
             q, k, v,
             grid=grid, modulation=modulation, rel_pos_bias=rel_pos_bias, scale=scale,
             num_extra_tokens=num_extra_tokens,
         )  # fmt: skip
-    if q.dtype not in _KERNEL_DTYPES:
-        raise TypeError(f"q is {q.dtype}; the Triton kernels take float32, bfloat16 or float16")
     if head_dim > _MAX_HEAD_DIM:
         raise ValueError(f"q has a head dim of {head_dim}; the Triton kernels take up to {_MAX_HEAD_DIM}")
     return autograd.amm_attention(q, k, v, grid, modulation, rel_pos_bias, float(scale), num_extra_tokens)
 
 
-def _is_floating(tensor) -> bool:
-    return isinstance(tensor, Tensor) and tensor.is_floating_point()
+def _is_autocast(tensor) -> bool:
+    """float64 stays what it is, as in PyTorch's own ops."""
+    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
 def _check_extra_tokens(extra) -> tuple[int, int]:

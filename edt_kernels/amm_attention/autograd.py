@@ -81,7 +81,8 @@ def choose_table_tile(unit: str, grid: tuple[int, int]) -> TableTile:
 
 
 # Programs that share the sum over the batch in `backward_tables`, whatever the device, so that gradients are
-# the same everywhere: about two waves of an H200. Each writes one (64, 64) partial, 8 MB a table in all.
+# the same everywhere: about two waves of an H200. Each writes one (64, 64) partial: 8 MB a table, or more where
+# heads times distances between tiles exceeds this number (24 heads of 64×64 tokens: 50 MB).
 _TABLE_PROGRAMS = 512
 
 
@@ -105,6 +106,12 @@ class _Problem:
     @property
     def unit(self) -> str:
         return "fma" if self.q.dtype == torch.float32 else matrix_unit(self.q.device)
+
+    @property
+    def precision(self) -> str:
+        """Of float32 products: what PyTorch's own would be."""
+        tf32 = self.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return "tf32" if tf32 else "ieee"
 
     def tile(self, kernel: str) -> Tile:
         _, N, _, D = self.shape
@@ -141,7 +148,7 @@ class _Problem:
             "ALIGN": common_alignment(*tensors),
             "HAS_BIAS": self.bias is not None,
             "HAS_MODULATION": self.modulation is not None,
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "PRECISION": self.precision,
         }
 
     def tile_constants(self, tile: Tile) -> dict:
@@ -301,6 +308,7 @@ def _(
 
 def _save_for_backward(ctx, inputs, output):
     q, k, v, modulation, rel_pos_bias, *ctx.arguments = inputs
+    ctx.set_materialize_grads(False)  # no zeros for the logsumexp, which nobody differentiates
     ctx.save_for_backward(q, k, v, modulation, rel_pos_bias, *output)
 
 

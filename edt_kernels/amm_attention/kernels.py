@@ -119,6 +119,15 @@ def exp_difference(logits, subtrahend, EXACT: tl.constexpr):
 
 
 @triton.jit
+def add_product(accumulator, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """accumulator + a·b. Matrix units add for nothing; on the FMA units of float32 the sum over all tiles would be
+    one chain of roundings, so each tile's product is summed apart."""
+    if EXACT:
+        return accumulator + tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
 def forward(
     q, k, v, bias, modulation, out, logsumexp,
     stride_qb, stride_qn, stride_qh,
@@ -164,19 +173,19 @@ def forward(
             products, scale, bias, index, both_on_grid, pair_valid, HAS_BIAS, HAS_EXTRA, MASKED
         )  # (BLOCK_M, BLOCK_N)
         new_max = tl.maximum(running_max, tl.max(logits, axis=1))
-        # A packed row beyond the batch has no valid pair; any finite maximum keeps its arithmetic finite.
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+        # A row may have no finite logit yet: a table may hold −∞, and a packed row beyond the batch has no pair.
+        # Any finite maximum keeps its arithmetic finite.
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         p = exp_difference(logits, safe_max[:, None], EXACT)
         rescale = exp_difference(running_max, safe_max, EXACT)
         running_sum = running_sum * rescale + tl.sum(p, axis=1)
         if HAS_MODULATION:
             p *= load_table(modulation, index, both_on_grid, 1.0, HAS_EXTRA)
         accumulator = accumulator * rescale[:, None]
-        accumulator = tl.dot(p.to(v_tile.dtype), v_tile, accumulator, input_precision=PRECISION)
+        accumulator = add_product(accumulator, p.to(v_tile.dtype), v_tile, EXACT, PRECISION)
         running_max = new_max
 
-    if MASKED:
-        running_sum = tl.where(running_sum == 0.0, 1.0, running_sum)
+    running_sum = tl.where(running_sum == 0.0, 1.0, running_sum)
     out_offsets = row_offsets(batch_i, i, head, stride_ob, stride_on, stride_oh, ALIGN)
     store_rows(out, out_offsets, valid_i, accumulator / running_sum[:, None], D, BLOCK_D)
     statistics = (batch_i.to(tl.int64) * heads + head) * N + i  # (B, heads, N)
@@ -241,7 +250,7 @@ def backward_q(
         if HAS_MODULATION:
             grad_p *= load_table(modulation, index, both_on_grid, 1.0, HAS_EXTRA)
         grad_logits = p * (grad_p - row_delta[:, None])
-        accumulator = tl.dot(grad_logits.to(k_tile.dtype), k_tile, accumulator, input_precision=PRECISION)
+        accumulator = add_product(accumulator, grad_logits.to(k_tile.dtype), k_tile, EXACT, PRECISION)
     store_rows(grad_q, out_offsets, valid_i, accumulator * scale, D, BLOCK_D)
 
 
@@ -305,9 +314,9 @@ def backward_kv(
             weights = p * factor
         else:
             weights = p
-        v_accumulator = tl.dot(weights.to(grad_tile.dtype), grad_tile, v_accumulator, input_precision=PRECISION)
+        v_accumulator = add_product(v_accumulator, weights.to(grad_tile.dtype), grad_tile, EXACT, PRECISION)
         grad_logits = p * (grad_p - row_delta[None, :])
-        k_accumulator = tl.dot(grad_logits.to(q_tile.dtype), q_tile, k_accumulator, input_precision=PRECISION)
+        k_accumulator = add_product(k_accumulator, grad_logits.to(q_tile.dtype), q_tile, EXACT, PRECISION)
     out_offsets = row_offsets(batch_j, j, head, stride_ob, stride_on, stride_oh, ALIGN)
     store_rows(grad_k, out_offsets, valid_j, k_accumulator * scale, D, BLOCK_D)
     store_rows(grad_v, out_offsets, valid_j, v_accumulator, D, BLOCK_D)

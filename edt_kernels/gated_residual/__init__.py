@@ -33,6 +33,6 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     check_rows("x", x)
     check_like("y", y, x.shape, "x", x)
     check_like("gate", gate, (x.shape[0], x.shape[2]), "x", x)
-    if select_backend(x) == "reference":
+    if select_backend(x=x, y=y, gate=gate) == "reference":
         return reference.gated_residual(x, y, gate)
     return autograd.gated_residual(x, y, gate)

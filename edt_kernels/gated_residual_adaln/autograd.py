@@ -122,12 +122,15 @@ def _(grad_x_out, y, gate):
 def _save_for_backward(ctx, inputs, output):
     _, y, gate, shift, scale, _, _ = inputs
     x_out, _, mean, rstd = output
+    ctx.set_materialize_grads(False)  # no zeros for the statistics, which nobody differentiates
     ctx.shift_dtype = shift.dtype
     ctx.save_for_backward(x_out, y, gate, scale, mean, rstd)
 
 
 def _differentiate(ctx, grad_x_out, grad_out, _grad_mean, _grad_rstd):
-    _, _, gate, scale, _, _ = ctx.saved_tensors
+    x_out, _, gate, scale, _, _ = ctx.saved_tensors
+    grad_x_out = torch.zeros_like(x_out) if grad_x_out is None else grad_x_out
+    grad_out = torch.zeros_like(x_out) if grad_out is None else grad_out
     grad_x, grad_y, sums = torch.ops.edt_kernels.gated_residual_adaln_backward(
         grad_x_out, grad_out, *ctx.saved_tensors
     )

@@ -10,7 +10,7 @@ that arrives at x' and the norm's,
 import triton
 import triton.language as tl
 
-from ..adaln.kernels import channels_of_row, normalize, normalize_backward, row_starts
+from ..adaln.kernels import channels_of_row, normalize, normalize_backward, row_starts, sample_stride
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def forward(
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     place, exists = channels_of_row(C, 1, BLOCK_C)
     mask = (row < N)[:, None, None] & exists
-    out_places = row_starts(sample, row, N * C, C, ALIGN) + place
+    out_places = row_starts(sample, row, sample_stride(N, C), C, ALIGN) + place
 
     x_tile = tl.load(x + row_starts(sample, row, stride_xb, stride_xn, ALIGN) + place, mask=mask, other=0.0)
     y_tile = tl.load(y + row_starts(sample, row, stride_yb, stride_yn, ALIGN) + place, mask=mask, other=0.0)
@@ -69,7 +69,7 @@ def backward(
         row = start + tl.arange(0, ROWS)
         row_exists = (row < last)[:, None, None]
         mask = row_exists & exists
-        out_places = row_starts(sample, row, N * C, C, ALIGN) + place
+        out_places = row_starts(sample, row, sample_stride(N, C), C, ALIGN) + place
         grad_x_places = row_starts(sample, row, stride_xb, stride_xn, ALIGN) + place
         dx = tl.load(grad_x_out + grad_x_places, mask=mask, other=0.0).to(tl.float32)
         y_places = row_starts(sample, row, stride_yb, stride_yn, ALIGN) + place

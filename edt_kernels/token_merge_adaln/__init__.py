@@ -67,7 +67,7 @@ def token_merge_adaln(
             )
     eps = check_eps(eps)
     check_out_dtype(out_dtype)
-    if select_backend(x) == "reference":
+    if select_backend(x=x, shift=shift, scale=scale) == "reference":
         return reference.token_merge_adaln(x, shift, scale, grid=grid, keep=keep, eps=eps, out_dtype=out_dtype)
     out_dtype = out_dtype or default_out_dtype(x)
     return autograd.token_merge_adaln(x, shift, scale, keep, grid, eps, out_dtype)

@@ -11,9 +11,10 @@ from . import kernels
 
 def _keep_arguments(x: Tensor, keep: Tensor | None) -> tuple[Tensor, int, bool]:
     """Bytes, their stride by sample, and whether there is a mask; x stands in for one that is not read."""
-    return (
-        (x, 0, False) if keep is None else (dense_rows(keep).view(torch.uint8), dense_rows(keep).stride(0), True)
-    )
+    if keep is None:
+        return x, 0, False
+    keep = dense_rows(keep).view(torch.uint8)
+    return keep, keep.stride(0), True
 
 
 def _forward(x, shift, scale, keep, grid_h, grid_w, eps, out_dtype):
@@ -85,6 +86,7 @@ def _(grad_out, x, scale, keep, mean, rstd, grid_h, grid_w):
 def _save_for_backward(ctx, inputs, output):
     x, shift, scale, keep, *ctx.grid, _, _ = inputs
     _, mean, rstd = output
+    ctx.set_materialize_grads(False)  # no zeros for the statistics, which nobody differentiates
     ctx.shift_dtype = shift.dtype
     ctx.save_for_backward(x, scale, keep, mean, rstd)
 

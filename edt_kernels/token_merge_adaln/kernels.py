@@ -7,7 +7,7 @@ token (y, x) is token (2y + s % 2, 2x + s // 2), so slices run (0,0), (1,0), (0,
 import triton
 import triton.language as tl
 
-from ..adaln.kernels import channels_of_row, normalize, normalize_backward, row_starts
+from ..adaln.kernels import channels_of_row, normalize, normalize_backward, row_starts, sample_stride
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def forward(
     if MASKED:
         kept = tl.load(keep + sample.to(tl.int64) * stride_keep + token, mask=row_exists, other=0)
         result = tl.where(kept != 0, result, 0.0)
-    out_places = row_starts(sample, row, N * 4 * C, 4 * C, ALIGN) + place
+    out_places = row_starts(sample, row, sample_stride(N, 4 * C), 4 * C, ALIGN) + place
     tl.store(out + out_places, result.to(out.dtype.element_ty), mask=row_exists & exists)
     statistics = (sample.to(tl.int64) * N + row)[:, None, None]
     tl.store(mean + statistics, row_mean, mask=row_exists)
@@ -91,7 +91,7 @@ def backward(
         dx, x_hat = normalize_backward(grad_tile, x_tile, row_mean, row_rstd, scale_row, exists, 4 * C)
         shift_sum += tl.sum(grad_tile, axis=0, keep_dims=True)
         scale_sum += tl.sum(grad_tile * x_hat, axis=0, keep_dims=True)
-        grad_starts = token_starts(sample, token, 4 * N * C, C, ALIGN)
+        grad_starts = token_starts(sample, token, sample_stride(N, 4 * C), C, ALIGN)
         tl.store(grad_x + grad_starts + c, dx.to(grad_x.dtype.element_ty), mask=mask)
 
     partial = tl.program_id(0).to(tl.int64) * 4 * C + place

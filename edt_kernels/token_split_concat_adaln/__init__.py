@@ -49,6 +49,6 @@ def token_split_concat_adaln(
     check_like("shift", shift, (B, C // 2), "x", x)
     check_like("scale", scale, (B, C // 2), "x", x)
     eps = check_eps(eps)
-    if select_backend(x) == "reference":
+    if select_backend(x=x, skip=skip, shift=shift, scale=scale) == "reference":
         return reference.token_split_concat_adaln(x, skip, shift, scale, grid=grid, eps=eps)
     return autograd.token_split_concat_adaln(x, skip, shift, scale, grid, eps, default_out_dtype(x))

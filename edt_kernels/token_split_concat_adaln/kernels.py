@@ -8,7 +8,7 @@ token of the skip. Each is read and written under its own mask; nothing is shuff
 import triton
 import triton.language as tl
 
-from ..adaln.kernels import channels_of_row, normalize, normalize_backward, row_starts
+from ..adaln.kernels import channels_of_row, normalize, normalize_backward, row_starts, sample_stride
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def forward(
     shift_row = tl.load(shift + sample.to(tl.int64) * stride_shift + place, mask=exists).to(tl.float32)
     scale_row = tl.load(scale + sample.to(tl.int64) * stride_scale + place, mask=exists).to(tl.float32)
     result = x_hat * (1.0 + scale_row) + shift_row
-    out_places = row_starts(sample, row, N * 2 * C, 2 * C, ALIGN) + place
+    out_places = row_starts(sample, row, sample_stride(N, 2 * C), 2 * C, ALIGN) + place
     tl.store(out + out_places, result.to(out.dtype.element_ty), mask=mask)
     statistics = (sample.to(tl.int64) * N + row)[:, None, None]
     tl.store(mean + statistics, row_mean, mask=row_exists)
@@ -97,7 +97,9 @@ def backward(
         dx, x_hat = normalize_backward(grad_tile, x_tile, row_mean, row_rstd, scale_row, exists, 2 * C)
         shift_sum += tl.sum(grad_tile, axis=0, keep_dims=True)
         scale_sum += tl.sum(grad_tile * x_hat, axis=0, keep_dims=True)
-        up_places, skip_places = slice_places(sample, row, W, N * C, 4 * C, N * C, C, C, ALIGN, ROWS, BLOCK_C)
+        up_places, skip_places = slice_places(
+            sample, row, W, sample_stride(N, C), 4 * C, sample_stride(N, C), C, C, ALIGN, ROWS, BLOCK_C
+        )
         tl.store(grad_x + up_places, dx.to(grad_x.dtype.element_ty), mask=mask & (is_skip == 0))
         tl.store(grad_skip + skip_places, dx.to(grad_skip.dtype.element_ty), mask=mask & is_skip)
 
