@@ -20,6 +20,7 @@ from .checkpoint import load_checkpoint
 from .complexity import ADAN_BUFFERS, cost_table, estimate_memory, meta_model
 from .config import PRESETS
 from .demo import DemoOptions, check_guidance_scale, torch_device
+from .diffusion import NUM_TRAIN_TIMESTEPS
 from .digits import to_uint8
 from .model import EDTTransformer2DModel
 from .sample import sample
@@ -71,6 +72,8 @@ def run_sample(options: Sample) -> None:
     for name in ("num_per_class", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be at least 1")
+    if not 1 <= options.steps <= NUM_TRAIN_TIMESTEPS:
+        raise ValueError(f"steps is {options.steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}")
     check_guidance_scale(options.guidance_scale)
     device = torch_device(options.device)
     model = load_checkpoint(options.checkpoint).to(device)
@@ -78,10 +81,6 @@ def run_sample(options: Sample) -> None:
         model.set_amm_blocks(())
     config = model.config
     labels = np.repeat(_chosen_labels(options, config.num_classes), options.num_per_class)
-    guidance_channels = options.guidance_channels
-    if guidance_channels is None:
-        guidance_channels = min(3, config.in_channels)
-
     generator = torch.Generator().manual_seed(options.seed)
     batches = torch.from_numpy(labels).split(options.batch_size)
     latents = []
@@ -93,7 +92,7 @@ def run_sample(options: Sample) -> None:
                 batch_size=len(batch),
                 num_inference_steps=options.steps,
                 guidance_scale=options.guidance_scale,
-                guidance_channels=guidance_channels,
+                guidance_channels=options.guidance_channels,
                 generator=generator,
                 progress=False,
                 on_step=lambda step, latents: bar.update(),

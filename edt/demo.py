@@ -85,6 +85,8 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device is {name!r}; it must be cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; it must be cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}; torch sees no GPU here, use cpu")
     return device
@@ -101,12 +103,16 @@ class StopRequest:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[StopRequest]:
-    """Turns Ctrl-C into a request that the loops look at once a step, so that no step is left half done."""
+    """Turns Ctrl-C into a request that the loops look at once a step, so that no step is left half done.
+
+    A second Ctrl-C interrupts at once, should a step hang.
+    """
     stop = StopRequest()
 
     def on_interrupt(signum, frame):
-        if not stop:
-            print("\nstopping after this step …", file=sys.stderr, flush=True)
+        if stop:
+            raise KeyboardInterrupt
+        print("\nstopping after this step …", file=sys.stderr, flush=True)
         stop.requested = True
 
     if threading.current_thread() is not threading.main_thread():

@@ -39,8 +39,9 @@ def _at(name: str, timestep: Tensor, like: Tensor) -> Tensor:
 
 
 def _check_timestep(timestep: Tensor, batch_size: int) -> None:
-    if timestep.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"timestep is {timestep.dtype}; it must be an int64 or int32 tensor")
+    if not isinstance(timestep, Tensor) or timestep.dtype not in (torch.int64, torch.int32):
+        given = timestep.dtype if isinstance(timestep, Tensor) else type(timestep).__name__
+        raise TypeError(f"timestep is {given}; it must be an int64 or int32 tensor")
     if tuple(timestep.shape) != (batch_size,):
         raise ValueError(f"timestep has shape {tuple(timestep.shape)}; it must be ({batch_size},)")
     # Reading values off a GPU would stall it, and a compiled graph cannot branch on them.
@@ -83,8 +84,9 @@ def training_losses(model_output: Tensor, x_start: Tensor, noise: Tensor, timest
     Source: improved diffusion (arXiv 2102.09672), min-SNR weights (arXiv 2303.09556).
     """
     for name, tensor in (("model_output", model_output), ("x_start", x_start), ("noise", noise)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} is {tensor.dtype}; it must be a floating-point tensor")
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} is {given}; it must be a floating-point tensor")
     batch_size, channels = x_start.shape[:2]
     expected = (batch_size, 2 * channels, *x_start.shape[2:])
     if tuple(model_output.shape) != expected:
@@ -204,7 +206,7 @@ def make_scheduler(num_inference_steps: int = 250) -> DDPMScheduler:
     Raises:
         ValueError: for a number of steps outside 1 to 1000.
     """
-    if not 1 <= num_inference_steps <= NUM_TRAIN_TIMESTEPS:
+    if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= NUM_TRAIN_TIMESTEPS:
         raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}")
     scheduler = DDPMScheduler(
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,

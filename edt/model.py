@@ -2,6 +2,7 @@
 Human-like Sketching" (arXiv 2410.23788), as released."""
 
 import math
+from numbers import Real
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -215,7 +216,8 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
             `Transformer2DModelOutput` whose `sample` is (B, out_channels, height, width).
 
         Raises:
-            ValueError, TypeError: for an argument that does not fit the configuration.
+            ValueError, TypeError: for an argument that does not fit the configuration; class labels out of range
+                are only found on a CPU.
         """
         self._check_inputs(hidden_states, timestep, class_labels, keep_masks)
         batch_size = hidden_states.shape[0]
@@ -267,6 +269,8 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
                 f"{', '.join(map(str, latent_shape))})"
             )
         batch_size = hidden_states.shape[0]
+        if not isinstance(timestep, (Tensor, Real)):
+            raise TypeError(f"timestep is a {type(timestep).__name__}; it must be a tensor or a number")
         if isinstance(timestep, Tensor) and tuple(timestep.shape) not in ((), (1,), (batch_size,)):
             raise ValueError(
                 f"timestep has shape {tuple(timestep.shape)}; it must be a scalar or ({batch_size},), as "
@@ -277,6 +281,10 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
             return
         merges = [math.prod(merge.grid) for merge in self.merges]
         needed = merges if self.config.mid_mask is None else [merges[0], *merges]
+        if not all(isinstance(mask, Tensor) for mask in keep_masks):
+            raise TypeError(
+                f"keep_masks has {[type(mask).__name__ for mask in keep_masks]}; it must be bool tensors"
+            )
         if [tuple(mask.shape) for mask in keep_masks] != [(batch_size, n) for n in needed]:
             shapes = [tuple(mask.shape) for mask in keep_masks]
             raise ValueError(
@@ -320,17 +328,39 @@ def _check_class_labels(class_labels, num_classes: int, batch_size: int) -> None
 
 
 def _check_block_numbers(name: str, blocks, num_blocks: int) -> None:
-    if not all(isinstance(b, int) and 0 <= b < num_blocks for b in blocks):
-        raise ValueError(f"{name} is {tuple(blocks)}; this model has blocks 0 to {num_blocks - 1}")
+    if not all(type(b) is int and 0 <= b < num_blocks for b in blocks) or len(set(blocks)) != len(blocks):
+        raise ValueError(
+            f"{name} is {tuple(blocks)}; this model has blocks 0 to {num_blocks - 1}, each at most once"
+        )
+
+
+def _is_range(pair) -> bool:
+    return (
+        isinstance(pair, (tuple, list))
+        and len(pair) == 2
+        and all(isinstance(bound, Real) for bound in pair)
+        and 0 <= pair[0] <= pair[1] < 1
+    )
 
 
 def _check_config(config) -> None:
+    for name in ("patch_size", "in_channels", "out_channels", "num_classes"):
+        if type(getattr(config, name)) is not int:
+            raise TypeError(f"{name} is {getattr(config, name)!r}; it must be an integer")
     for name in ("patch_size", "in_channels", "out_channels"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    sides = [config.sample_size] * 2 if isinstance(config.sample_size, int) else list(config.sample_size)
+    for name in ("hidden_sizes", "num_attention_heads", "depths", "amm_blocks"):
+        values = getattr(config, name)
+        if not isinstance(values, (tuple, list)) or not all(type(value) is int for value in values):
+            raise TypeError(f"{name} is {values!r}; it must be a tuple of integers")
+    sides = config.sample_size if isinstance(config.sample_size, (tuple, list)) else [config.sample_size] * 2
+    if not all(type(side) is int for side in sides):
+        raise TypeError(f"sample_size is {config.sample_size!r}; it must be an integer, or two (height, width)")
     if len(sides) != 2:
         raise ValueError(f"sample_size is {config.sample_size}; it must be one side, or (height, width)")
+    if not (isinstance(config.mlp_ratio, Real) and config.mlp_ratio > 0):
+        raise ValueError(f"mlp_ratio is {config.mlp_ratio!r}; it must be a positive number")
     height, width = sides
     multiple = 4 * config.patch_size
     if height < multiple or width < multiple or height % multiple or width % multiple:
@@ -357,10 +387,17 @@ def _check_config(config) -> None:
     if not 0 <= config.class_dropout_prob <= 1:
         raise ValueError(f"class_dropout_prob is {config.class_dropout_prob}; it must be 0 to 1")
     _check_block_numbers("amm_blocks", config.amm_blocks, sum(config.depths))
-    if len(config.mask_ratios) != NUM_MERGES:
-        raise ValueError(f"mask_ratios is {config.mask_ratios}; it must have {NUM_MERGES} (low, high) ranges")
-    ranges = [*config.mask_ratios, *([config.mid_mask[1]] if config.mid_mask else [])]
-    if not all(0 <= low <= high < 1 for low, high in ranges):
-        raise ValueError(f"mask_ratios and mid_mask have ranges {ranges}; each needs 0 ≤ low ≤ high < 1")
-    if config.mid_mask and not 0 <= config.mid_mask[0] < config.depths[0]:
+    ratios, mid_mask = config.mask_ratios, config.mid_mask
+    if not isinstance(ratios, (tuple, list)) or len(ratios) != NUM_MERGES or not all(map(_is_range, ratios)):
+        raise ValueError(
+            f"mask_ratios is {ratios!r}; it must be {NUM_MERGES} ranges (low, high), 0 ≤ low ≤ high < 1"
+        )
+    if mid_mask is not None and not (
+        isinstance(mid_mask, (tuple, list))
+        and len(mid_mask) == 2
+        and type(mid_mask[0]) is int
+        and _is_range(mid_mask[1])
+    ):
+        raise ValueError(f"mid_mask is {mid_mask!r}; it must be None or (block, (low, high)), 0 ≤ low ≤ high < 1")
+    if mid_mask is not None and not 0 <= config.mid_mask[0] < config.depths[0]:
         raise ValueError(f"mid_mask is before block {config.mid_mask[0]}; stage 0 has {config.depths[0]} blocks")

@@ -39,6 +39,13 @@ def sample(
         ValueError: for labels, guidance or a number of steps that do not fit the model.
     """
     config = model.config
+    if class_labels is not None and not (isinstance(class_labels, Tensor) and class_labels.ndim == 1):
+        given = tuple(class_labels.shape) if isinstance(class_labels, Tensor) else type(class_labels).__name__
+        raise TypeError(f"class_labels is {given}; it must be a tensor of shape (B,)")
+    if class_labels is not None and config.num_classes == 0:
+        raise ValueError("class_labels was given to an unconditional model; give batch_size instead")
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise ValueError(f"batch_size is {batch_size!r}; it must be a positive integer")
     if class_labels is None and (config.num_classes > 0 or batch_size is None):
         raise ValueError("class_labels is None; that needs an unconditional model and a batch_size")
     if model.training:

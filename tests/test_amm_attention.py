@@ -204,6 +204,36 @@ def test_large_logits_do_not_overflow():
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_triton")
+def test_a_window_of_minus_infinity_in_the_bias():
+    """Whole key tiles of a row may have no finite logit: tokens of a 16×16 grid see near ones only."""
+    case = Case((16, 16), batch_size=1, heads=1, modulation=None)
+    inputs = make_inputs(case, torch.float32, "cpu")
+    far = torch.arange(-15, 16).abs() > 2
+    inputs["rel_pos_bias"][(far[:, None] | far).flatten()] = float("-inf")
+    result = run(edt_kernels.amm_attention, case, inputs)
+    exact = run(edt_kernels.reference.amm_attention, case, inputs, torch.float64)
+    eager = run(edt_kernels.reference.amm_attention, case, inputs)
+    for name in exact:
+        assert_within_budget(name, result[name], exact[name], eager[name])
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_either_precision_api_of_torch(precision):
+    """Reading the older flag after the newer was set raises inside torch; in a process of its own."""
+    program = (
+        "import torch, edt_kernels\n"
+        f"torch.backends.fp32_precision = {precision!r}\n"
+        "q = torch.randn(1, 4, 1, 16)\n"
+        "print(edt_kernels.amm_attention(q, q, q, grid=(2, 2)).isfinite().all().item())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.strip() == "True", result.stderr
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
 def test_second_derivatives_are_refused_with_a_message():
     q, k, v = torch.randn(3, 1, 4, 1, 16, requires_grad=True).unbind(0)
     (grad,) = torch.autograd.grad(
@@ -245,6 +275,18 @@ def test_float64_and_wide_heads_are_refused_by_the_kernels(monkeypatch):
         edt_kernels.amm_attention(*[q.double()] * 3, grid=(2, 2))
     with pytest.raises(ValueError, match="q has a head dim of 144; the Triton kernels take up to 128"):
         edt_kernels.amm_attention(*[torch.zeros(1, 4, 1, 144)] * 3, grid=(2, 2))
+
+
+def test_autocast_leaves_float64_alone():
+    q = torch.randn(1, 4, 1, 16, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert edt_kernels.amm_attention(q, q, q, grid=(2, 2)).dtype == torch.float64
+        assert edt_kernels.amm_attention(*[q.float()] * 3, grid=(2, 2)).dtype == torch.bfloat16
+
+
+def test_meta_tensors_give_shapes():
+    q = torch.empty(1, 4, 1, 16, device="meta")
+    assert edt_kernels.amm_attention(q, q, q, grid=(2, 2)).shape == q.shape
 
 
 def test_asking_for_triton_on_the_cpu_raises(monkeypatch):
@@ -314,10 +356,16 @@ OTHER_GPU_CASES = [
 ]
 
 
+# Every shape is compiled anew: bfloat16 for all, the other dtypes where they decide something.
+GPU_CASES = [(case, torch.bfloat16) for case in [*SMALL_CASES, *EDT_CASES, *OTHER_GPU_CASES]]
+GPU_CASES += [
+    (case, dtype) for case in [*EDT_CASES[::3], *OTHER_GPU_CASES] for dtype in (torch.float16, torch.float32)
+]
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_triton")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", [*SMALL_CASES, *EDT_CASES, *OTHER_GPU_CASES], ids=str)
+@pytest.mark.parametrize(("case", "dtype"), GPU_CASES, ids=str)
 def test_gpu_kernels_stay_within_the_error_budget(case, dtype):
     check(case, dtype, "cuda")
 
@@ -357,11 +405,17 @@ def test_gpu_offsets_beyond_32_bits():
     """The last batch item lies more than 2³¹ elements after the first."""
     base = torch.empty(2**31 + 2 * 64 * 52, dtype=torch.bfloat16, device="cuda")
     shape, strides = (2, 64, 1, 52), (2**31, 52, 52, 1)
-    q = base.as_strided(shape, strides)
-    q.copy_(torch.randn(shape, device="cuda"))
-    out = edt_kernels.amm_attention(q, q, q, grid=(8, 8))
-    expected = edt_kernels.amm_attention(*[q.contiguous()] * 3, grid=(8, 8))
-    assert torch.equal(out, expected)
+    base.as_strided(shape, strides).copy_(torch.randn(shape, device="cuda"))
+    grad, bias = torch.randn(shape, device="cuda", dtype=torch.bfloat16), torch.zeros(225, 1, device="cuda")
+
+    def results(q):
+        leaves = q.detach().requires_grad_(), bias.detach().requires_grad_()
+        out = edt_kernels.amm_attention(*[leaves[0]] * 3, grid=(8, 8), rel_pos_bias=leaves[1])
+        return out, *torch.autograd.grad(out, leaves, grad)
+
+    far = base.as_strided(shape, strides)
+    for result, expected in zip(results(far), results(far.contiguous())):
+        assert torch.equal(result, expected)
 
 
 @pytest.mark.gpu

@@ -200,3 +200,12 @@ def test_missing_shard(tmp_path):
     sorted(tmp_path.glob("*.safetensors"))[1].unlink()
     with pytest.raises(ValueError, match="checkpoint"):
         edt.load_checkpoint(tmp_path)
+
+
+def test_pickled_weights_are_not_loaded(folder):
+    """diffusers would fall back to a .bin, whose unpickling can run code; other safetensors do not stand in."""
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), folder / "diffusion_pytorch_model.bin")
+    weights.rename(folder / "ema.safetensors")
+    with pytest.raises(ValueError, match=r"checkpoint .*diffusion_pytorch_model\.safetensors"):
+        edt.load_checkpoint(folder)

@@ -85,7 +85,7 @@ def test_sample_latents(checkpoints, tmp_path, capsys):
         ("digits", ["--labels", "3", "--guidance-channels", "2"], "guidance_channels is 2"),
         ("digits", ["--labels", "3", "--num-per-class", "0"], "num_per_class is 0"),
         ("digits", ["--labels", "3", "--batch-size", "0"], "batch_size is 0"),
-        ("digits", ["--labels", "3", "--steps", "1001"], "num_inference_steps is 1001"),
+        ("digits", ["--labels", "3", "--steps", "1001"], "steps is 1001"),
         ("digits", ["--labels", "3", "--device", "abacus"], "device is 'abacus'"),
         ("unconditional", ["--labels", "3"], "unconditional"),
         ("unconditional", ["--guidance-scale", "2"], "unconditional"),

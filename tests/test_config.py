@@ -97,10 +97,19 @@ def test_overrides_replace_a_presets_arguments():
         ({"amm_form": "sine"}, "form is 'sine'"),
         ({"amm_radius": float("nan")}, "radius is nan"),
         ({"mask_ratios": ((0.4, 0.5),)}, "mask_ratios is"),
-        ({"mask_ratios": ((0.5, 0.4), (0.1, 0.2))}, "mask_ratios and mid_mask have ranges"),
-        ({"mask_ratios": ((0.4, 0.5), (0.1, 1.0))}, "mask_ratios and mid_mask have ranges"),
+        (
+            {"mask_ratios": ((0.5, 0.4), (0.1, 0.2))},
+            "must be .* ranges \\(low, high\\), 0 ≤ low ≤ high < 1|must be None or \\(block, \\(low, high\\)\\)",
+        ),
+        (
+            {"mask_ratios": ((0.4, 0.5), (0.1, 1.0))},
+            "must be .* ranges \\(low, high\\), 0 ≤ low ≤ high < 1|must be None or \\(block, \\(low, high\\)\\)",
+        ),
         ({"mid_mask": (2, (0.1, 0.2))}, "mid_mask is before block 2; stage 0 has 2"),
-        ({"mid_mask": (0, (-0.1, 0.2))}, "mask_ratios and mid_mask have ranges"),
+        (
+            {"mid_mask": (0, (-0.1, 0.2))},
+            "must be .* ranges \\(low, high\\), 0 ≤ low ≤ high < 1|must be None or \\(block, \\(low, high\\)\\)",
+        ),
     ],
 )
 def test_bad_configurations(overrides, message):

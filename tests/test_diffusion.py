@@ -292,3 +292,10 @@ def test_bad_sample_arguments(overrides, arguments, error, message):
 def test_sampling_from_a_model_in_training_mode():
     with pytest.raises(ValueError, match="model is in training mode"):
         edt.sample(tiny_model().train(), torch.tensor([1]), progress=False)
+
+
+def test_sampling_guides_as_many_channels_as_there_are():
+    """One grey channel: the default of three would not fit."""
+    model = tiny_model(in_channels=1, out_channels=2).eval()
+    latents = edt.sample(model, torch.tensor([1]), num_inference_steps=2, guidance_scale=2.0, progress=False)
+    assert latents.shape == (1, 1, 16, 16)

@@ -550,3 +550,11 @@ def test_masks_without_the_mid_mask_for_a_model_that_has_one():
 def test_bad_amm_blocks(blocks):
     with pytest.raises(ValueError, match=r"blocks is .*blocks 0 to 11"):
         tiny_model().set_amm_blocks(blocks)
+
+
+def test_the_timestep_sinusoid_stays_exact_in_low_precision():
+    """Frequencies rounded to bfloat16 would move the angle of t = 999 by radians."""
+    model = tiny_model().to(torch.bfloat16)
+    expected = tiny_model().timestep_embedding.omega_bits
+    assert torch.equal(model.timestep_embedding.omega_bits, expected)
+    assert expected.view(torch.float32)[0] == 1.0

@@ -158,6 +158,29 @@ def test_an_empty_batch(op):
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("unused", [0, 1])
+def test_one_output_without_gradient(unused):
+    x, y, modulation = torch.randn(2, 4, 32), torch.randn(2, 4, 32), torch.randn(2, 96)
+
+    def grads(namespace):
+        leaves = [t.clone().requires_grad_() for t in (x, y, modulation)]
+        outputs = namespace.gated_residual_adaln(*leaves[:2], *leaves[2].chunk(3, dim=1))
+        return torch.autograd.grad(outputs[1 - unused].square().sum(), leaves)
+
+    for result, expected in zip(grads(edt_kernels), grads(edt_kernels.reference)):
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+def test_float64_is_refused_by_the_kernels():
+    x = torch.zeros(1, 4, 8)
+    with pytest.raises(TypeError, match=r"scale is torch\.float64; the Triton kernels take"):
+        edt_kernels.adaln(x, torch.zeros(1, 8), torch.zeros(1, 8, dtype=torch.float64))
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
 @pytest.mark.parametrize("op", OPS)
 def test_second_derivatives_are_refused_with_a_message(op):
     case = Case(op, (2, 2), 32, batch_size=1)
