@@ -215,7 +215,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"edt: training stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nedt: interrupted; nothing was kept", file=sys.stderr)
+        print("\nedt: interrupted at once; only what was already saved is kept", file=sys.stderr)
         return _INTERRUPTED
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pytorch_optimizer import Adan
 from torch.utils.flop_counter import FlopCounterMode
 
 from edt import PRESETS, EDTTransformer2DModel
@@ -56,10 +57,9 @@ def test_memory_estimate():
 
 
 def test_optimizer_state_is_what_adan_keeps():
-    adan = pytest.importorskip("pytorch_optimizer").Adan
     weight = torch.nn.Parameter(torch.zeros(7))
     weight.grad = torch.ones(7)
-    optimizer = adan([weight])
+    optimizer = Adan([weight])
     optimizer.step()
     assert sum(buffer.numel() for buffer in optimizer.state[weight].values()) == ADAN_BUFFERS * 7
 
