@@ -21,7 +21,7 @@ class Case:
     heads: int = 2
     extra: tuple[int, int] = (0, 0)
     bias: bool = True
-    modulation: str | None = "shared"  # or "per head"
+    modulation: str | None = "shared"  # or "per head"; or "fixed": shared, without gradient
     layout: str = "packed"  # (B, N, 3, heads, D); or "heads first": (B, heads, N, D); or "strided": D not dense
 
     @property
@@ -49,7 +49,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, torch.
     if case.bias:
         inputs["rel_pos_bias"] = randn(offsets[0] * offsets[1], h)
     if case.modulation is not None:
-        shape = offsets if case.modulation == "shared" else (h, *offsets)
+        shape = (h, *offsets) if case.modulation == "per head" else offsets
         inputs["modulation"] = 0.3 + randn(*shape).abs()
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
@@ -69,6 +69,8 @@ def run(attention, case: Case, inputs: dict, dtype: torch.dtype | None = None) -
     grad_out = inputs.pop("grad")
     leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
     tables = {name: t for name, t in leaves.items() if name != "qkv"}
+    if case.modulation == "fixed":
+        tables["modulation"] = leaves.pop("modulation").detach()
     out = attention(*views(leaves["qkv"], case.layout), grid=case.grid, num_extra_tokens=case.extra, **tables)
     grads = torch.autograd.grad(out, list(leaves.values()), grad_out)
     results = {f"grad of {name}": grad for name, grad in zip(leaves, grads)}
@@ -86,8 +88,12 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     for name in exact:
         slack = 0.0
         if case.num_tokens == 1 and name in ("grad of v", "grad of modulation"):
-            # The probability is 1; eager has it exactly, the kernel as exp of two logits of up to 4 or so.
-            slack = 4 * torch.finfo(torch.float32).eps * exact[name].norm().item()
+            # The probability is 1; eager has it exactly, the kernel as exp of two logits of up to 4 or so. The
+            # table's gradient is a sum of dO·v, which cancel.
+            terms = exact[name]
+            if name == "grad of modulation":
+                terms = (inputs["grad"].double() * inputs["qkv"][:, :, 2].double()).sum(-1)
+            slack = 4 * torch.finfo(torch.float32).eps * terms.norm().item()
         elif case.num_tokens == 1 and name != "out":
             # The exact gradient of a constant softmax is 0, the kernel's dO·v − dO·O, with O rounded.
             terms = (inputs["grad"].double() * exact["out"]).sum(-1).norm().item()
@@ -110,6 +116,8 @@ SMALL_CASES = [
     Case((3, 3)),
     Case((4, 4), batch_size=5, heads=3),  # packed by fours, the last program short
     Case((4, 4), head_dim=16, modulation="per head"),
+    Case((4, 4), batch_size=3, modulation="fixed"),
+    Case((8, 8), heads=1, modulation="fixed"),
     Case((2, 8), head_dim=72, heads=3),
     Case((3, 11), head_dim=16),
     Case((5, 3), extra=(1, 2), modulation="per head"),
@@ -121,6 +129,7 @@ SMALL_CASES = [
     Case((8, 4), modulation=None),
     Case((6, 6), bias=False, modulation=None, head_dim=8),
     Case((9, 9), batch_size=1, heads=1, head_dim=72, extra=(3, 0)),
+    Case((9, 7), batch_size=1, modulation="fixed", extra=(2, 0)),
     Case((10, 13), batch_size=1, heads=1),  # more tokens than one tile, tiles cut by the edge of the grid
     Case((16, 16), batch_size=1, heads=1),
     Case((2, 70), batch_size=1, heads=1, head_dim=128),  # a row of the grid longer than a tile
@@ -147,6 +156,37 @@ def test_tiles_of_every_matrix_unit(case, unit, monkeypatch):
     check(case, torch.float16, "cpu")
 
 
+RESIDENT_CASES = [
+    Case((9, 9), batch_size=1, modulation=None),
+    Case((16, 16), batch_size=1, heads=1, modulation=None),
+    Case((11, 11), batch_size=1, heads=2, head_dim=32, extra=(7, 5), modulation=None),
+    Case((8, 16), batch_size=1, heads=1, bias=False, modulation=None, layout="heads first"),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("case", RESIDENT_CASES, ids=str)
+def test_whole_heads_on_the_chip(case, monkeypatch):
+    monkeypatch.setattr(autograd, "_RESIDENT_HEADS", 1)
+    monkeypatch.setattr(autograd.kernels, "forward", None)  # the general kernel is not called
+    check(case, torch.float16, "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("extra", [(0, 0), (2, 1)])
+def test_a_program_walks_over_its_share_of_the_batch(extra, monkeypatch):
+    """Several steps a program, the last share short, the last tile partly empty."""
+    monkeypatch.setattr(autograd, "_SHORT_PROGRAMS", {"short_forward": 4, "short_backward": 4})
+    check(Case((3, 3), batch_size=23, extra=extra, modulation=None), torch.float16, "cpu")
+    check(
+        Case((8, 8) if extra == (0, 0) else (7, 8), batch_size=5, extra=extra, modulation=None),
+        torch.float16,
+        "cpu",
+    )
+
+
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_triton")
 def test_an_expanded_upstream_gradient():
@@ -162,11 +202,12 @@ def test_an_expanded_upstream_gradient():
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_triton")
-def test_tables_without_gradient_cost_no_table_kernel(monkeypatch):
-    case = Case((4, 4))
+@pytest.mark.parametrize("grid", [(4, 4), (9, 9)])
+def test_tables_without_gradient_cost_no_table_kernel(grid, monkeypatch):
+    case = Case(grid)
     inputs = make_inputs(case, torch.float32, "cpu")
     qkv = inputs["qkv"].requires_grad_()
-    monkeypatch.setattr(autograd, "_table_gradients", lambda *_: pytest.fail("computed table gradients"))
+    monkeypatch.setattr(autograd, "_reduction_programs", lambda *_: pytest.fail("computed table gradients"))
     out = edt_kernels.amm_attention(
         *qkv.unbind(2), grid=case.grid, modulation=inputs["modulation"], rel_pos_bias=inputs["rel_pos_bias"]
     )
@@ -323,16 +364,37 @@ def test_imports_and_runs_where_triton_is_missing():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "unit", "kernel", "expected"),
+    ("unit", "tokens", "head_dim", "heads", "has_modulation", "kernel"),
     [
-        (16, "wgmma", "forward", autograd.Tile(64, 64, 8, 1, 16, 16)),  # four sequences a tile
-        (33, "wgmma", "forward", autograd.Tile(64, 64, 8, 1, 64, 64)),
-        (256, "wgmma", "forward", autograd.Tile(128, 64, 8, 2, 128, 64)),
-        (16, "mma", "backward_kv", autograd.Tile(32, 32, 4, 1, 16, 16)),
+        ("wgmma", 16, 52, 8 * 10, True, "short_forward"),
+        ("wgmma", 64, 128, 8 * 10, False, "short_forward"),
+        ("wgmma", 65, 52, 1024, False, "resident_forward"),
+        ("wgmma", 256, 64, 264, False, "resident_forward"),
+        ("wgmma", 256, 64, 263, False, "forward"),  # too few heads to fill a device by one program each
+        ("wgmma", 256, 52, 1024, True, "forward"),
+        ("wgmma", 256, 72, 1024, False, "forward"),
+        ("wgmma", 257, 52, 1024, False, "forward"),
+        ("mma", 256, 52, 1024, False, "forward"),
+        ("mma", 64, 52, 8, False, "short_forward"),
+        ("fma", 64, 52, 1024, False, "forward"),  # float32 tiles are smaller
+        ("fma", 32, 52, 1024, False, "short_forward"),
     ],
 )
-def test_tile_choice(tokens, unit, kernel, expected):
-    assert autograd.choose_tile(kernel, unit, tokens, 52) == expected
+def test_choice_of_the_forward_kernel(unit, tokens, head_dim, heads, has_modulation, kernel):
+    assert autograd.choose_forward(unit, tokens, head_dim, heads, has_modulation) == kernel
+
+
+@pytest.mark.parametrize(
+    ("tokens", "learns_modulation", "kernel"),
+    [
+        (16, False, "short_backward"),
+        (64, False, "short_backward"),
+        (64, True, "backward"),
+        (65, False, "backward"),
+    ],
+)
+def test_choice_of_the_backward_kernel(tokens, learns_modulation, kernel):
+    assert autograd.choose_backward("wgmma", tokens, 52, learns_modulation) == kernel
 
 
 # Every attention of EDT-S, B and XL at 256² and 512², with their heads.
