@@ -101,7 +101,7 @@ _RESIDENT_TOKENS = 256
 # Where fewer heads than this are to be computed (two for each multiprocessor of an H200), several programs a head
 # fill the device better.
 _RESIDENT_HEADS = 264
-# Programs of `short_forward` and `short_backward`, and of `backward_tables`, whatever the device, so that gradients
+# Programs of the short kernels and of `backward_tables`, whatever the device, so that gradients
 # are the same everywhere. Each of the short backward pass writes one (64, 64) partial, 4 MB in all; each of the
 # tables' own pass one a table, 8 MB, or more where heads times distances between tiles exceeds this number (24
 # heads of 64×64 tokens: 50 MB).
