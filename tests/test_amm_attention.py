@@ -147,9 +147,11 @@ def test_interpreted_kernels_stay_within_the_error_budget(case, dtype):
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_triton")
-@pytest.mark.parametrize("unit", ["mma", "mfma", "wgmma"])
+@pytest.mark.parametrize("unit", ["mma", "mfma", "wgmma", "tcgen05"])
 @pytest.mark.parametrize(
-    "case", [Case((4, 4), batch_size=3), Case((8, 8), heads=1), Case((9, 9), batch_size=1, heads=1)], ids=str
+    "case",
+    [Case((4, 4), batch_size=3), Case((8, 8), heads=1, modulation=None), Case((9, 9), batch_size=1, heads=1)],
+    ids=str,
 )
 def test_tiles_of_every_matrix_unit(case, unit, monkeypatch):
     monkeypatch.setattr(autograd, "matrix_unit", lambda _device: unit)
@@ -375,6 +377,7 @@ def test_imports_and_runs_where_triton_is_missing():
         ("wgmma", 256, 72, 1024, False, "forward"),
         ("wgmma", 257, 52, 1024, False, "forward"),
         ("mma", 256, 52, 1024, False, "forward"),
+        ("tcgen05", 256, 52, 1024, False, "forward"),
         ("mma", 64, 52, 8, False, "short_forward"),
         ("fma", 64, 52, 1024, False, "forward"),  # float32 tiles are smaller
         ("fma", 32, 52, 1024, False, "short_forward"),
@@ -385,16 +388,19 @@ def test_choice_of_the_forward_kernel(unit, tokens, head_dim, heads, has_modulat
 
 
 @pytest.mark.parametrize(
-    ("tokens", "learns_modulation", "kernel"),
+    ("unit", "tokens", "head_dim", "learns_modulation", "kernel"),
     [
-        (16, False, "short_backward"),
-        (64, False, "short_backward"),
-        (64, True, "backward"),
-        (65, False, "backward"),
+        ("wgmma", 16, 52, False, "short_backward"),
+        ("wgmma", 64, 52, False, "short_backward"),
+        ("wgmma", 64, 52, True, "backward"),
+        ("wgmma", 65, 52, False, "backward"),
+        ("wgmma", 64, 128, False, "backward"),
+        ("mma", 64, 52, False, "backward"),
+        ("mma", 32, 52, False, "short_backward"),
     ],
 )
-def test_choice_of_the_backward_kernel(tokens, learns_modulation, kernel):
-    assert autograd.choose_backward("wgmma", tokens, 52, learns_modulation) == kernel
+def test_choice_of_the_backward_kernel(unit, tokens, head_dim, learns_modulation, kernel):
+    assert autograd.choose_backward(unit, tokens, head_dim, learns_modulation) == kernel
 
 
 # Every attention of EDT-S, B and XL at 256² and 512², with their heads.

@@ -34,47 +34,47 @@ class TableTile:
 
 # The tile of each kernel, by matrix unit and padded head dim: the largest that compile without spills at EDT's
 # shapes (`python -m benchmarks.static`), to be replaced by measured ones. float32 products are exact, so they run
-# on the FMA units out of registers ("fma"; its D 128 still spills).
+# on the FMA units out of registers ("fma"; its D 128 still spills). Triton gives each warp 16 rows of a score tile
+# that feeds another product: with fewer than 16·num_warps rows (queries, in backward_kv and short_backward keys)
+# warps repeat each other's work. 64 rows at 4 warps would not, but miscompile on Hopper (triton issue 11366,
+# flash-linear-attention issue 984), so there 8 warps do.
 _TILES = {
     ("wgmma", 64): {
         "short_forward": Tile(64, 64, 8, 2),
         "short_backward": Tile(64, 64, 8, 2),
         "resident_forward": Tile(128, 64, 8, 1),
         "forward": Tile(128, 64, 8, 2),
-        "backward_q": Tile(128, 64, 8, 2),
-        "backward_kv": Tile(32, 128, 8, 1),
+        "backward_q": Tile(128, 32, 8, 2),
+        "backward_kv": Tile(32, 128, 8, 2),
     },
     ("wgmma", 128): {
         "short_forward": Tile(64, 64, 8, 1),
-        "short_backward": Tile(64, 64, 8, 1),
         "forward": Tile(64, 32, 8, 1),
         "backward_q": Tile(64, 32, 8, 1),
         "backward_kv": Tile(32, 64, 8, 1),
     },
     ("mma", 64): {
         "short_forward": Tile(64, 64, 8, 2),
-        "short_backward": Tile(64, 64, 8, 1),
+        "short_backward": Tile(32, 32, 4, 2),
         "forward": Tile(64, 64, 4, 2),
         "backward_q": Tile(64, 32, 4, 2),
-        "backward_kv": Tile(64, 32, 4, 2),
+        "backward_kv": Tile(32, 64, 4, 2),
     },
     ("mma", 128): {
         "short_forward": Tile(64, 64, 8, 1),
-        "short_backward": Tile(64, 64, 8, 1),
         "forward": Tile(64, 32, 8, 1),
         "backward_q": Tile(64, 32, 8, 1),
         "backward_kv": Tile(32, 64, 8, 1),
     },
     ("mfma", 64): {
         "short_forward": Tile(64, 64, 4, 1),
-        "short_backward": Tile(64, 64, 4, 1),
+        "short_backward": Tile(32, 32, 2, 1),
         "forward": Tile(64, 64, 4, 1),
         "backward_q": Tile(64, 64, 4, 1),
         "backward_kv": Tile(64, 64, 4, 1),
     },
     ("mfma", 128): {
         "short_forward": Tile(64, 64, 4, 1),
-        "short_backward": Tile(64, 64, 4, 1),
         "forward": Tile(64, 32, 4, 1),
         "backward_q": Tile(64, 32, 4, 1),
         "backward_kv": Tile(32, 64, 4, 1),
@@ -88,13 +88,22 @@ _TILES = {
     },
     ("fma", 128): {
         "short_forward": Tile(16, 16, 4, 1),
-        "short_backward": Tile(16, 16, 4, 1),
         "forward": Tile(16, 16, 4, 1),
         "backward_q": Tile(32, 32, 8, 1),
         "backward_kv": Tile(16, 16, 4, 1),
     },
 }
-_TABLE_TILES = {"wgmma": (64, 8), "mma": (32, 4), "mfma": (64, 4), "fma": (32, 4)}  # (cells, num_warps)
+# Datacenter Blackwell takes Hopper's tiles, but for the one whose accumulators exceed its tensor memory (Triton
+# compiles that to an empty kernel).
+for _dim in (64, 128):
+    _TILES["tcgen05", _dim] = {k: tile for k, tile in _TILES["wgmma", _dim].items() if k != "resident_forward"}
+_TABLE_TILES = {
+    "wgmma": (64, 8),
+    "tcgen05": (64, 8),
+    "mma": (32, 4),
+    "mfma": (64, 4),
+    "fma": (32, 4),
+}  # (cells, num_warps)
 
 # What fits on the chip: 256 rows of 64 channels, twice, are 64 KB of shared memory.
 _RESIDENT_TOKENS = 256
@@ -110,34 +119,35 @@ _TABLE_PROGRAMS = 512
 
 
 def matrix_unit(device: torch.device) -> str:
-    """The key of the tile tables for 16-bit inputs: Hopper and datacenter Blackwell, other NVIDIA, AMD CDNA."""
+    """The key of the tile tables for 16-bit inputs: Hopper, datacenter Blackwell, other NVIDIA, AMD CDNA."""
     if device.type != "cuda":  # the interpreter
         return "wgmma"
     if torch.version.hip:
         return "mfma"
-    return "wgmma" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "mma"
+    return {9: "wgmma", 10: "tcgen05"}.get(torch.cuda.get_device_capability(device)[0], "mma")
 
 
-def choose_tile(kernel: str, unit: str, head_dim: int) -> Tile:
-    return _TILES[unit, 64 if head_dim <= 64 else 128][kernel]
+def tiles_of(unit: str, head_dim: int) -> dict[str, Tile]:
+    return _TILES[unit, 64 if head_dim <= 64 else 128]
 
 
 def choose_forward(unit: str, num_tokens: int, head_dim: int, num_heads: int, has_modulation: bool) -> str:
     """The kernel of the forward pass of `num_heads` heads over the whole batch."""
-    if num_tokens <= choose_tile("short_forward", unit, head_dim).block_m:
+    tiles = tiles_of(unit, head_dim)
+    if num_tokens <= tiles["short_forward"].block_m:
         return "short_forward"
-    # Matrix units that do not read shared memory would keep the operands in registers, which are too few, as they
-    # are for both tables (16 bytes spill).
-    fits = unit == "wgmma" and num_tokens <= _RESIDENT_TOKENS and head_dim <= 64 and not has_modulation
+    # Only WGMMA reads both operands from shared memory; others would keep them in registers, which are too few, as
+    # they are for both tables (16 bytes spill).
+    fits = "resident_forward" in tiles and num_tokens <= _RESIDENT_TOKENS and not has_modulation
     return "resident_forward" if fits and num_heads >= _RESIDENT_HEADS else "forward"
 
 
 def choose_backward(unit: str, num_tokens: int, head_dim: int, needs_modulation: bool) -> str:
     """ "short_backward", or "backward" for the three passes. The gradients of both tables at once take more
     registers than there are, so a learned modulation has its own pass."""
-    if num_tokens <= choose_tile("short_backward", unit, head_dim).block_m and not needs_modulation:
-        return "short_backward"
-    return "backward"
+    tiles = tiles_of(unit, head_dim)
+    fits = "short_backward" in tiles and num_tokens <= tiles["short_backward"].block_m
+    return "short_backward" if fits and not needs_modulation else "backward"
 
 
 def choose_table_tile(unit: str, grid: tuple[int, int]) -> TableTile:
@@ -168,7 +178,7 @@ class _Problem:
         return "fma" if self.q.dtype == torch.float32 else matrix_unit(self.q.device)
 
     def tile(self, kernel: str) -> Tile:
-        return choose_tile(kernel, self.unit, self.q.shape[-1])
+        return tiles_of(self.unit, self.q.shape[-1])[kernel]
 
     def strides(self, *tensors: Tensor) -> list[int]:
         """Of q, k, v, then of these, as the kernels take them."""
