@@ -1,19 +1,19 @@
-"""LN(x)·(1+scale)+shift and its gradients on tiles of rows: the pieces of the norms' kernels, @triton.jit only.
+"""LN(x)·(1+scale)+shift and its gradients on tiles of rows: what the norms' kernels are made of, @triton.jit only.
 
-A tile is (ROWS, SLICES, BLOCK_C): ROWS rows of one sample, each of SLICES·C channels. SLICES is 1, or the number of
-tokens whose channels make up a row, so that each token's channels stay one run of memory. What belongs to a row is
-(ROWS, 1, 1), what belongs to a channel (1, SLICES, BLOCK_C). Everything is computed in float32.
+A tile is (ROWS, SLICES, BLOCK_C): ROWS rows of one sample, each of SLICES·C channels. SLICES is 1, or the number
+of tokens whose channels make up a row, so that each token's channels stay one run of memory. What belongs to rows
+is (ROWS, 1, 1), to places in a row (1, SLICES, BLOCK_C). All is computed in float32.
 
-Forward, the two statistics of each row saved:
+Forward, which saves the two statistics of each row:
 
     x̂ = (x − mean)·rstd    rstd = 1/√(variance + eps)    out = x̂·(1+scale) + shift
 
-Backward recomputes x̂ from them. With h = dout·(1+scale),
+Backward, which computes x̂ again from them, with h = dout·(1+scale):
 
     dx = rstd·(h − mean(h) − x̂·mean(h·x̂))    dshift = Σ dout    dscale = Σ dout·x̂
 
-where the last two sum over the rows of a sample: a program adds up its share of them in registers and writes one
-partial sum, and the launcher sums the partials of a sample. No two programs write the same place.
+where the last two sum over the rows of a sample: a program adds up its share in registers and writes one partial
+sum of each; the launcher adds up the partial sums of a sample. No two programs write the same place.
 """
 
 import triton
@@ -22,7 +22,7 @@ import triton.language as tl
 
 @triton.jit
 def rows_of_program(N, rows_per_program):
-    """This program's sample, 64 bits wide as are then all offsets made of it, and its share of the N rows."""
+    """This program's sample, 64 bits wide as then are all offsets made of it, and its rows, from first to last."""
     programs = tl.cdiv(N, rows_per_program)
     first = tl.program_id(0) % programs * rows_per_program
     return (tl.program_id(0) // programs).to(tl.int64), first, tl.minimum(first + rows_per_program, N)
@@ -30,32 +30,16 @@ def rows_of_program(N, rows_per_program):
 
 @triton.jit
 def rows_of_tile(sample, N, first, last, ROWS: tl.constexpr):
-    """Rows of the sample from `first` on, their numbers among the rows of all samples, and which of them come before
-    `last`. All (ROWS, 1, 1)."""
+    """Rows from `first` on, their numbers among the rows of all samples, and which come before `last`."""
     row = first + tl.arange(0, ROWS)[:, None, None]
     return row, sample * N + row, row < last
 
 
 @triton.jit
 def channels_of_row(C: tl.constexpr, SLICES: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Place in a row of SLICES·C channels, place in its slice, and which places exist."""
+    """Places in a row of SLICES·C channels, their channels in the slice, and which exist."""
     c = tl.arange(0, BLOCK_C)[None, None, :]
     return tl.arange(0, SLICES)[None, :, None] * C + c, c, c < C
-
-
-@triton.jit
-def row_starts(sample, row, stride_sample, stride_row, ALIGN: tl.constexpr):
-    """Element offset of each row. Both strides are multiples of ALIGN: that decides how wide the loads are, and the
-    compiler cannot see it for a stride such as 52."""
-    stride_sample = tl.multiple_of(tl.cast(stride_sample, tl.int64), ALIGN)
-    stride_row = tl.multiple_of(tl.cast(stride_row, tl.int64), ALIGN)
-    return sample * stride_sample + row * stride_row
-
-
-@triton.jit
-def dense_starts(number, WIDTH: tl.constexpr):
-    """`row_starts` of a contiguous tensor of WIDTH channels a row, for rows numbered through all samples."""
-    return number * WIDTH
 
 
 @triton.jit
@@ -63,6 +47,16 @@ def load(pointer, offsets, exists):
     """In float32, zero where nothing exists."""
     offsets, exists = tl.broadcast(offsets, exists)
     return tl.load(pointer + offsets, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_rows(pointer, sample, row, stride_sample, stride_row, channel, exists, ALIGN: tl.constexpr):
+    """`load` of channels of rows of a sample. The strides are multiples of ALIGN: that decides how wide the loads
+    are, and the compiler cannot see it for one such as 52. It is told of the strides because the same hint on the
+    offsets of a single row, which it turns into a scalar, fails to compile."""
+    stride_sample = tl.multiple_of(tl.cast(stride_sample, tl.int64), ALIGN)
+    stride_row = tl.multiple_of(tl.cast(stride_row, tl.int64), ALIGN)
+    return load(pointer, sample * stride_sample + row * stride_row + channel, exists)
 
 
 @triton.jit
@@ -74,12 +68,6 @@ def store(pointer, offsets, values, exists):
 @triton.jit
 def mean_of_rows(values, WIDTH: tl.constexpr):
     return (tl.sum(tl.sum(values, axis=2), axis=1) / WIDTH)[:, None, None]
-
-
-@triton.jit
-def sum_of_rows(values):
-    """(ROWS, SLICES, BLOCK_C) → (1, SLICES, BLOCK_C)."""
-    return tl.sum(values, axis=0, keep_dims=True)
 
 
 @triton.jit
@@ -95,24 +83,27 @@ def normalize(x, mean, rstd, number, row_exists, exists, eps, WIDTH: tl.constexp
 
 @triton.jit
 def modulate(x_hat, shift, scale, sample, stride_shift, stride_scale, place, exists):
-    """x̂·(1+scale)+shift. The modulation is read here, not with x: nothing holds it while the statistics are made."""
+    """x̂·(1+scale)+shift. The modulation is read this late to hold no registers while the statistics are made."""
     shift_row = load(shift, sample * stride_shift + place, exists)
     scale_row = load(scale, sample * stride_scale + place, exists)
     return x_hat * (1.0 + scale_row) + shift_row
 
 
 @triton.jit
-def modulated_norm_backward(grad_out, x, scale, mean, rstd, number, row_exists, exists, WIDTH: tl.constexpr):
-    """dx, and the tile's shares of dshift and dscale."""
+def differentiate(
+    grad_out, x, scale_row, mean, rstd, number, row_exists, exists, shift_sum, scale_sum, WIDTH: tl.constexpr
+):
+    """dx of a tile; the sums of dshift and dscale with it. They have a tile's shape, and `store_sum` adds up its
+    rows: adding them here would exchange them between warps for every tile."""
     row_mean, row_rstd = load(mean, number, row_exists), load(rstd, number, row_exists)
     x_hat = tl.where(exists, (x - row_mean) * row_rstd, 0.0)
-    h = grad_out * (1.0 + scale)
+    h = grad_out * (1.0 + scale_row)
     dx = row_rstd * (h - mean_of_rows(h, WIDTH) - x_hat * mean_of_rows(h * x_hat, WIDTH))
-    return dx, sum_of_rows(grad_out), sum_of_rows(grad_out * x_hat)
+    return dx, shift_sum + grad_out, scale_sum + grad_out * x_hat
 
 
 @triton.jit
-def store_partial(partials, quantity: tl.constexpr, values, place, exists, WIDTH: tl.constexpr):
-    """This program's sum: row (quantity, program) of `partials` (quantities, programs, WIDTH)."""
+def store_sum(partials, quantity: tl.constexpr, values, place, exists, WIDTH: tl.constexpr):
+    """Writes this program's row of a quantity of `partials` (quantities, programs, WIDTH)."""
     row = tl.num_programs(0).to(tl.int64) * quantity + tl.program_id(0)
-    store(partials, row * WIDTH + place, values, exists)
+    store(partials, row * WIDTH + place, tl.sum(values, axis=0, keep_dims=True), exists)

@@ -15,10 +15,10 @@ def forward(
     row, number, row_exists = norm.rows_of_tile(sample, N, first, last, ROWS)
     place, _, exists = norm.channels_of_row(C, 1, BLOCK_C)
     mask = row_exists & exists
-    x_tile = norm.load(x, norm.row_starts(sample, row, stride_xb, stride_xn, ALIGN) + place, mask)
+    x_tile = norm.load_rows(x, sample, row, stride_xb, stride_xn, place, mask, ALIGN)
     x_hat = norm.normalize(x_tile, mean, rstd, number, row_exists, exists, eps, C)
     result = norm.modulate(x_hat, shift, scale, sample, stride_shift, stride_scale, place, exists)
-    norm.store(out, norm.dense_starts(number, C) + place, result, mask)
+    norm.store(out, number * C + place, result, mask)
 
 
 @triton.jit
@@ -31,19 +31,16 @@ def backward(
     sample, first, last = norm.rows_of_program(N, rows_per_program)
     place, _, exists = norm.channels_of_row(C, 1, BLOCK_C)
     scale_row = norm.load(scale, sample * stride_scale + place, exists)
-    shift_sum = tl.zeros((1, 1, BLOCK_C), tl.float32)
-    scale_sum = tl.zeros((1, 1, BLOCK_C), tl.float32)
+    shift_sum = tl.zeros((ROWS, 1, BLOCK_C), tl.float32)
+    scale_sum = tl.zeros((ROWS, 1, BLOCK_C), tl.float32)
     for start in range(first, last, ROWS):
         row, number, row_exists = norm.rows_of_tile(sample, N, start, last, ROWS)
         mask = row_exists & exists
-        x_tile = norm.load(x, norm.row_starts(sample, row, stride_xb, stride_xn, ALIGN) + place, mask)
-        grad_places = norm.row_starts(sample, row, stride_gb, stride_gn, ALIGN) + place
-        grad_tile = norm.load(grad_out, grad_places, mask)
-        dx, shift_share, scale_share = norm.modulated_norm_backward(
-            grad_tile, x_tile, scale_row, mean, rstd, number, row_exists, exists, C
+        x_tile = norm.load_rows(x, sample, row, stride_xb, stride_xn, place, mask, ALIGN)
+        grad_tile = norm.load_rows(grad_out, sample, row, stride_gb, stride_gn, place, mask, ALIGN)
+        dx, shift_sum, scale_sum = norm.differentiate(
+            grad_tile, x_tile, scale_row, mean, rstd, number, row_exists, exists, shift_sum, scale_sum, C
         )
-        norm.store(grad_x, norm.dense_starts(number, C) + place, dx, mask)
-        shift_sum += shift_share
-        scale_sum += scale_share
-    norm.store_partial(partials, 0, shift_sum, place, exists, C)
-    norm.store_partial(partials, 1, scale_sum, place, exists, C)
+        norm.store(grad_x, number * C + place, dx, mask)
+    norm.store_sum(partials, 0, shift_sum, place, exists, C)
+    norm.store_sum(partials, 1, scale_sum, place, exists, C)

@@ -1,8 +1,8 @@
 """x' = x + gate·y, and with it LN(x')·(1+scale)+shift; the gradients of both.
 
-Notation, formulas and tiles are those of `edt_kernels._norm`. x' is rounded to its dtype before it is normalised, so
-that backward, which reads x' back, normalises the same numbers. With dx' the sum of the gradient that arrives at x'
-and the norm's,
+Notation, formulas and tiles are those of `edt_kernels._norm`. x' is rounded to its dtype before it is normalised,
+so that backward, which reads x' back, normalises the same numbers. With dx' the sum of the gradient that arrives
+at x' and the norm's,
 
     dx = dx'    dy = gate·dx'    dgate = Σ dx'·y
 """
@@ -24,10 +24,10 @@ def forward(
     row, number, row_exists = norm.rows_of_tile(sample, N, first, last, ROWS)
     place, _, exists = norm.channels_of_row(C, 1, BLOCK_C)
     mask = row_exists & exists
-    out_places = norm.dense_starts(number, C) + place
+    out_places = number * C + place
 
-    x_tile = norm.load(x, norm.row_starts(sample, row, stride_xb, stride_xn, ALIGN) + place, mask)
-    y_tile = norm.load(y, norm.row_starts(sample, row, stride_yb, stride_yn, ALIGN) + place, mask)
+    x_tile = norm.load_rows(x, sample, row, stride_xb, stride_xn, place, mask, ALIGN)
+    y_tile = norm.load_rows(y, sample, row, stride_yb, stride_yn, place, mask, ALIGN)
     gate_row = norm.load(gate, sample * stride_gate + place, exists)
     x_new = (x_tile + gate_row * y_tile).to(x_out.dtype.element_ty)
     norm.store(x_out, out_places, x_new, mask)
@@ -49,31 +49,28 @@ def backward(
     sample, first, last = norm.rows_of_program(N, rows_per_program)
     place, _, exists = norm.channels_of_row(C, 1, BLOCK_C)
     gate_row = norm.load(gate, sample * stride_gate + place, exists)
-    gate_sum = tl.zeros((1, 1, BLOCK_C), tl.float32)
+    gate_sum = tl.zeros((ROWS, 1, BLOCK_C), tl.float32)
     if NORM:
         scale_row = norm.load(scale, sample * stride_scale + place, exists)
-    shift_sum = tl.zeros((1, 1, BLOCK_C), tl.float32)
-    scale_sum = tl.zeros((1, 1, BLOCK_C), tl.float32)
+    shift_sum = tl.zeros((ROWS, 1, BLOCK_C), tl.float32)
+    scale_sum = tl.zeros((ROWS, 1, BLOCK_C), tl.float32)
     for start in range(first, last, ROWS):
         row, number, row_exists = norm.rows_of_tile(sample, N, start, last, ROWS)
         mask = row_exists & exists
-        out_places = norm.dense_starts(number, C) + place
-        dx = norm.load(grad_x_out, norm.row_starts(sample, row, stride_xb, stride_xn, ALIGN) + place, mask)
-        y_tile = norm.load(y, norm.row_starts(sample, row, stride_yb, stride_yn, ALIGN) + place, mask)
+        out_places = number * C + place
+        dx = norm.load_rows(grad_x_out, sample, row, stride_xb, stride_xn, place, mask, ALIGN)
+        y_tile = norm.load_rows(y, sample, row, stride_yb, stride_yn, place, mask, ALIGN)
         if NORM:
             x_tile = norm.load(x_out, out_places, mask)
-            grad_places = norm.row_starts(sample, row, stride_gb, stride_gn, ALIGN) + place
-            grad_tile = norm.load(grad_out, grad_places, mask)
-            norm_dx, shift_share, scale_share = norm.modulated_norm_backward(
-                grad_tile, x_tile, scale_row, mean, rstd, number, row_exists, exists, C
+            grad_tile = norm.load_rows(grad_out, sample, row, stride_gb, stride_gn, place, mask, ALIGN)
+            norm_dx, shift_sum, scale_sum = norm.differentiate(
+                grad_tile, x_tile, scale_row, mean, rstd, number, row_exists, exists, shift_sum, scale_sum, C
             )
             dx += norm_dx
             norm.store(grad_x, out_places, dx, mask)
-            shift_sum += shift_share
-            scale_sum += scale_share
         norm.store(grad_y, out_places, gate_row * dx, mask)
-        gate_sum += norm.sum_of_rows(dx * y_tile)
-    norm.store_partial(partials, 0, gate_sum, place, exists, C)
+        gate_sum += dx * y_tile
+    norm.store_sum(partials, 0, gate_sum, place, exists, C)
     if NORM:
-        norm.store_partial(partials, 1, shift_sum, place, exists, C)
-        norm.store_partial(partials, 2, scale_sum, place, exists, C)
+        norm.store_sum(partials, 1, shift_sum, place, exists, C)
+        norm.store_sum(partials, 2, scale_sum, place, exists, C)

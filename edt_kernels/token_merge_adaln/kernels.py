@@ -36,12 +36,12 @@ def forward(
     place, c, exists = norm.channels_of_row(C, 4, BLOCK_C)
     mask = row_exists & exists
     token = merged_tokens(row, W)
-    x_tile = norm.load(x, norm.row_starts(sample, token, stride_xb, stride_xn, ALIGN) + c, mask)
+    x_tile = norm.load_rows(x, sample, token, stride_xb, stride_xn, c, mask, ALIGN)
     x_hat = norm.normalize(x_tile, mean, rstd, number, row_exists, exists, eps, 4 * C)
     result = norm.modulate(x_hat, shift, scale, sample, stride_shift, stride_scale, place, exists)
     if MASKED:
         result = zero_dropped(result, keep, sample * stride_keep + token, row_exists)
-    norm.store(out, norm.dense_starts(number, 4 * C) + place, result, mask)
+    norm.store(out, number * (4 * C) + place, result, mask)
 
 
 @triton.jit
@@ -54,22 +54,19 @@ def backward(
     sample, first, last = norm.rows_of_program(N, rows_per_program)
     place, c, exists = norm.channels_of_row(C, 4, BLOCK_C)
     scale_row = norm.load(scale, sample * stride_scale + place, exists)
-    shift_sum = tl.zeros((1, 4, BLOCK_C), tl.float32)
-    scale_sum = tl.zeros((1, 4, BLOCK_C), tl.float32)
+    shift_sum = tl.zeros((ROWS, 4, BLOCK_C), tl.float32)
+    scale_sum = tl.zeros((ROWS, 4, BLOCK_C), tl.float32)
     for start in range(first, last, ROWS):
         row, number, row_exists = norm.rows_of_tile(sample, N, start, last, ROWS)
         mask = row_exists & exists
         token = merged_tokens(row, W)
-        x_tile = norm.load(x, norm.row_starts(sample, token, stride_xb, stride_xn, ALIGN) + c, mask)
-        grad_places = norm.row_starts(sample, row, stride_gb, stride_gn, ALIGN) + place
-        grad_tile = norm.load(grad_out, grad_places, mask)
+        x_tile = norm.load_rows(x, sample, token, stride_xb, stride_xn, c, mask, ALIGN)
+        grad_tile = norm.load_rows(grad_out, sample, row, stride_gb, stride_gn, place, mask, ALIGN)
         if MASKED:
             grad_tile = zero_dropped(grad_tile, keep, sample * stride_keep + token, row_exists)
-        dx, shift_share, scale_share = norm.modulated_norm_backward(
-            grad_tile, x_tile, scale_row, mean, rstd, number, row_exists, exists, 4 * C
+        dx, shift_sum, scale_sum = norm.differentiate(
+            grad_tile, x_tile, scale_row, mean, rstd, number, row_exists, exists, shift_sum, scale_sum, 4 * C
         )
-        norm.store(grad_x, norm.dense_starts(sample * N * 4 + token, C) + c, dx, mask)
-        shift_sum += shift_share
-        scale_sum += scale_share
-    norm.store_partial(partials, 0, shift_sum, place, exists, 4 * C)
-    norm.store_partial(partials, 1, scale_sum, place, exists, 4 * C)
+        norm.store(grad_x, (sample * N * 4 + token) * C + c, dx, mask)
+    norm.store_sum(partials, 0, shift_sum, place, exists, 4 * C)
+    norm.store_sum(partials, 1, scale_sum, place, exists, 4 * C)

@@ -1,8 +1,8 @@
 """LN over [pixel shuffle of x, skip], modulated; its gradients.
 
-Notation, formulas and tiles are those of `edt_kernels._norm`, with two slices of C channels to a row. Slice 0 of fine
-token (y, x) is run 2·(y % 2) + x % 2 of C channels of coarse token (y // 2, x // 2); slice 1 is the same token of the
-skip. Each is read and written under its own mask; nothing is shuffled in memory.
+Notation, formulas and tiles are those of `edt_kernels._norm`, with two slices of C channels to a row. Slice 0 of
+fine token (y, x) is run 2·(y % 2) + x % 2 of C channels of coarse token (y // 2, x // 2); slice 1 is the skip's
+token. Each is read and written under its own mask; nothing is shuffled in memory.
 """
 
 import triton
@@ -19,19 +19,6 @@ def coarse_tokens(row, W, C: tl.constexpr):
 
 
 @triton.jit
-def load_slices(
-    x, skip, sample, row, W, stride_xb, stride_xn, stride_skip_b, stride_skip_n, mask, c,
-    C: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """(ROWS, 2, BLOCK_C)."""
-    token, run = coarse_tokens(row, W, C)
-    is_skip = tl.arange(0, 2)[None, :, None] == 1
-    x_places = norm.row_starts(sample, token, stride_xb, stride_xn, ALIGN) + run + c
-    skip_places = norm.row_starts(sample, row, stride_skip_b, stride_skip_n, ALIGN) + c
-    return norm.load(x, x_places, mask & (is_skip == 0)) + norm.load(skip, skip_places, mask & is_skip)
-
-
-@triton.jit
 def forward(
     x, skip, shift, scale, out, mean, rstd,
     stride_xb, stride_xn, stride_skip_b, stride_skip_n, stride_shift, stride_scale, N, W, eps,
@@ -41,13 +28,13 @@ def forward(
     sample, first, last = norm.rows_of_program(N, ROWS)
     row, number, row_exists = norm.rows_of_tile(sample, N, first, last, ROWS)
     place, c, exists = norm.channels_of_row(C, 2, BLOCK_C)
-    mask = row_exists & exists
-    x_tile = load_slices(
-        x, skip, sample, row, W, stride_xb, stride_xn, stride_skip_b, stride_skip_n, mask, c, C, ALIGN
-    )
+    mask, slices = row_exists & exists, tl.arange(0, 2)[None, :, None]
+    token, run = coarse_tokens(row, W, C)
+    x_tile = norm.load_rows(x, sample, token, stride_xb, stride_xn, run + c, mask & (slices == 0), ALIGN)
+    x_tile += norm.load_rows(skip, sample, row, stride_skip_b, stride_skip_n, c, mask & (slices == 1), ALIGN)
     x_hat = norm.normalize(x_tile, mean, rstd, number, row_exists, exists, eps, 2 * C)
     result = norm.modulate(x_hat, shift, scale, sample, stride_shift, stride_scale, place, exists)
-    norm.store(out, norm.dense_starts(number, 2 * C) + place, result, mask)
+    norm.store(out, number * (2 * C) + place, result, mask)
 
 
 @triton.jit
@@ -60,26 +47,21 @@ def backward(
     """dx, dskip, and the partial sums of dshift and dscale."""
     sample, first, last = norm.rows_of_program(N, rows_per_program)
     place, c, exists = norm.channels_of_row(C, 2, BLOCK_C)
-    is_skip = tl.arange(0, 2)[None, :, None] == 1
+    slices = tl.arange(0, 2)[None, :, None]
     scale_row = norm.load(scale, sample * stride_scale + place, exists)
-    shift_sum = tl.zeros((1, 2, BLOCK_C), tl.float32)
-    scale_sum = tl.zeros((1, 2, BLOCK_C), tl.float32)
+    shift_sum = tl.zeros((ROWS, 2, BLOCK_C), tl.float32)
+    scale_sum = tl.zeros((ROWS, 2, BLOCK_C), tl.float32)
     for start in range(first, last, ROWS):
         row, number, row_exists = norm.rows_of_tile(sample, N, start, last, ROWS)
         mask = row_exists & exists
-        x_tile = load_slices(
-            x, skip, sample, row, W, stride_xb, stride_xn, stride_skip_b, stride_skip_n, mask, c, C, ALIGN
-        )
-        grad_places = norm.row_starts(sample, row, stride_gb, stride_gn, ALIGN) + place
-        grad_tile = norm.load(grad_out, grad_places, mask)
-        dx, shift_share, scale_share = norm.modulated_norm_backward(
-            grad_tile, x_tile, scale_row, mean, rstd, number, row_exists, exists, 2 * C
-        )
         token, run = coarse_tokens(row, W, C)
-        grad_x_places = norm.dense_starts(sample * (N // 4) + token, 4 * C) + run + c
-        norm.store(grad_x, grad_x_places, dx, mask & (is_skip == 0))
-        norm.store(grad_skip, norm.dense_starts(number, C) + c, dx, mask & is_skip)
-        shift_sum += shift_share
-        scale_sum += scale_share
-    norm.store_partial(partials, 0, shift_sum, place, exists, 2 * C)
-    norm.store_partial(partials, 1, scale_sum, place, exists, 2 * C)
+        x_tile = norm.load_rows(x, sample, token, stride_xb, stride_xn, run + c, mask & (slices == 0), ALIGN)
+        x_tile += norm.load_rows(skip, sample, row, stride_skip_b, stride_skip_n, c, mask & (slices == 1), ALIGN)
+        grad_tile = norm.load_rows(grad_out, sample, row, stride_gb, stride_gn, place, mask, ALIGN)
+        dx, shift_sum, scale_sum = norm.differentiate(
+            grad_tile, x_tile, scale_row, mean, rstd, number, row_exists, exists, shift_sum, scale_sum, 2 * C
+        )
+        norm.store(grad_x, (sample * (N // 4) + token) * 4 * C + run + c, dx, mask & (slices == 0))
+        norm.store(grad_skip, number * C + c, dx, mask & (slices == 1))
+    norm.store_sum(partials, 0, shift_sum, place, exists, 2 * C)
+    norm.store_sum(partials, 1, scale_sum, place, exists, 2 * C)
