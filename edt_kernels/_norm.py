@@ -29,17 +29,18 @@ def rows_of_program(N, rows_per_program):
 
 
 @triton.jit
-def rows_of_tile(sample, N, first, last, ROWS: tl.constexpr):
-    """Rows from `first` on, their numbers among the rows of all samples, and which come before `last`."""
-    row = first + tl.arange(0, ROWS)[:, None, None]
-    return row, sample * N + row, row < last
-
-
-@triton.jit
 def channels_of_row(C: tl.constexpr, SLICES: tl.constexpr, BLOCK_C: tl.constexpr):
     """Places in a row of SLICES·C channels, their channels in the slice, and which exist."""
     c = tl.arange(0, BLOCK_C)[None, None, :]
     return tl.arange(0, SLICES)[None, :, None] * C + c, c, c < C
+
+
+@triton.jit
+def rows_of_tile(sample, N, first, last, exists, ROWS: tl.constexpr):
+    """Rows of the sample from `first` on, their numbers among all samples' rows, which of them come before `last`,
+    and which of their channels exist."""
+    row = first + tl.arange(0, ROWS)[:, None, None]
+    return row, sample * N + row, row < last, (row < last) & exists
 
 
 @triton.jit

@@ -12,9 +12,8 @@ def forward(
     C: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     sample, first, last = norm.rows_of_program(N, ROWS)
-    row, number, row_exists = norm.rows_of_tile(sample, N, first, last, ROWS)
     place, _, exists = norm.channels_of_row(C, 1, BLOCK_C)
-    mask = row_exists & exists
+    row, number, row_exists, mask = norm.rows_of_tile(sample, N, first, last, exists, ROWS)
     x_tile = norm.load_rows(x, sample, row, stride_xb, stride_xn, place, mask, ALIGN)
     x_hat = norm.normalize(x_tile, mean, rstd, number, row_exists, exists, eps, C)
     result = norm.modulate(x_hat, shift, scale, sample, stride_shift, stride_scale, place, exists)
@@ -34,8 +33,7 @@ def backward(
     shift_sum = tl.zeros((ROWS, 1, BLOCK_C), tl.float32)
     scale_sum = tl.zeros((ROWS, 1, BLOCK_C), tl.float32)
     for start in range(first, last, ROWS):
-        row, number, row_exists = norm.rows_of_tile(sample, N, start, last, ROWS)
-        mask = row_exists & exists
+        row, number, row_exists, mask = norm.rows_of_tile(sample, N, start, last, exists, ROWS)
         x_tile = norm.load_rows(x, sample, row, stride_xb, stride_xn, place, mask, ALIGN)
         grad_tile = norm.load_rows(grad_out, sample, row, stride_gb, stride_gn, place, mask, ALIGN)
         dx, shift_sum, scale_sum = norm.differentiate(

@@ -21,9 +21,8 @@ def forward(
 ):  # fmt: skip
     """x' and, with NORM, its modulated norm."""
     sample, first, last = norm.rows_of_program(N, ROWS)
-    row, number, row_exists = norm.rows_of_tile(sample, N, first, last, ROWS)
     place, _, exists = norm.channels_of_row(C, 1, BLOCK_C)
-    mask = row_exists & exists
+    row, number, row_exists, mask = norm.rows_of_tile(sample, N, first, last, exists, ROWS)
     out_places = number * C + place
 
     x_tile = norm.load_rows(x, sample, row, stride_xb, stride_xn, place, mask, ALIGN)
@@ -55,8 +54,7 @@ def backward(
     shift_sum = tl.zeros((ROWS, 1, BLOCK_C), tl.float32)
     scale_sum = tl.zeros((ROWS, 1, BLOCK_C), tl.float32)
     for start in range(first, last, ROWS):
-        row, number, row_exists = norm.rows_of_tile(sample, N, start, last, ROWS)
-        mask = row_exists & exists
+        row, number, row_exists, mask = norm.rows_of_tile(sample, N, start, last, exists, ROWS)
         out_places = number * C + place
         dx = norm.load_rows(grad_x_out, sample, row, stride_xb, stride_xn, place, mask, ALIGN)
         y_tile = norm.load_rows(y, sample, row, stride_yb, stride_yn, place, mask, ALIGN)

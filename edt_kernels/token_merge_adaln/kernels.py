@@ -32,9 +32,8 @@ def forward(
 ):  # fmt: skip
     """N merged tokens a sample; W is the grid's width before merging."""
     sample, first, last = norm.rows_of_program(N, ROWS)
-    row, number, row_exists = norm.rows_of_tile(sample, N, first, last, ROWS)
     place, c, exists = norm.channels_of_row(C, 4, BLOCK_C)
-    mask = row_exists & exists
+    row, number, row_exists, mask = norm.rows_of_tile(sample, N, first, last, exists, ROWS)
     token = merged_tokens(row, W)
     x_tile = norm.load_rows(x, sample, token, stride_xb, stride_xn, c, mask, ALIGN)
     x_hat = norm.normalize(x_tile, mean, rstd, number, row_exists, exists, eps, 4 * C)
@@ -57,8 +56,7 @@ def backward(
     shift_sum = tl.zeros((ROWS, 4, BLOCK_C), tl.float32)
     scale_sum = tl.zeros((ROWS, 4, BLOCK_C), tl.float32)
     for start in range(first, last, ROWS):
-        row, number, row_exists = norm.rows_of_tile(sample, N, start, last, ROWS)
-        mask = row_exists & exists
+        row, number, row_exists, mask = norm.rows_of_tile(sample, N, start, last, exists, ROWS)
         token = merged_tokens(row, W)
         x_tile = norm.load_rows(x, sample, token, stride_xb, stride_xn, c, mask, ALIGN)
         grad_tile = norm.load_rows(grad_out, sample, row, stride_gb, stride_gn, place, mask, ALIGN)

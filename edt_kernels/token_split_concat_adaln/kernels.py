@@ -26,9 +26,9 @@ def forward(
 ):  # fmt: skip
     """N fine tokens a sample; W is the coarse grid's width."""
     sample, first, last = norm.rows_of_program(N, ROWS)
-    row, number, row_exists = norm.rows_of_tile(sample, N, first, last, ROWS)
     place, c, exists = norm.channels_of_row(C, 2, BLOCK_C)
-    mask, slices = row_exists & exists, tl.arange(0, 2)[None, :, None]
+    row, number, row_exists, mask = norm.rows_of_tile(sample, N, first, last, exists, ROWS)
+    slices = tl.arange(0, 2)[None, :, None]
     token, run = coarse_tokens(row, W, C)
     x_tile = norm.load_rows(x, sample, token, stride_xb, stride_xn, run + c, mask & (slices == 0), ALIGN)
     x_tile += norm.load_rows(skip, sample, row, stride_skip_b, stride_skip_n, c, mask & (slices == 1), ALIGN)
@@ -52,8 +52,7 @@ def backward(
     shift_sum = tl.zeros((ROWS, 2, BLOCK_C), tl.float32)
     scale_sum = tl.zeros((ROWS, 2, BLOCK_C), tl.float32)
     for start in range(first, last, ROWS):
-        row, number, row_exists = norm.rows_of_tile(sample, N, start, last, ROWS)
-        mask = row_exists & exists
+        row, number, row_exists, mask = norm.rows_of_tile(sample, N, start, last, exists, ROWS)
         token, run = coarse_tokens(row, W, C)
         x_tile = norm.load_rows(x, sample, token, stride_xb, stride_xn, run + c, mask & (slices == 0), ALIGN)
         x_tile += norm.load_rows(skip, sample, row, stride_skip_b, stride_skip_n, c, mask & (slices == 1), ALIGN)
