@@ -35,8 +35,8 @@ def choose_row_tile(samples: int, rows: int, slices: int, channels: int) -> RowT
     row_elements = slices * block_c
     tile_rows = max(min(_TILE_ELEMENTS // row_elements, triton.next_power_of_2(rows)), 1)
     # 16 or 32 elements a thread: what compiles without spills for EDT's backward passes on every target. With 32,
-    # adaln's spilled at 1248 channels on sm_100; with 16, the merge's and the split's spilled on sm_90. Backward holds
-    # a row and all sums over rows in registers, so wider rows spill: on sm_90 adaln's beyond 8192 channels,
+    # adaln's spilled at 1248 channels on sm_100; with 16, the merge's and the split's spilled on sm_90. Backward
+    # holds a row and all sums over rows in registers, so wider rows spill: on sm_90 adaln's beyond 8192 channels,
     # gated_residual_adaln's beyond 4096, the merge's beyond 4·2048 and the split's beyond 2·4096.
     num_warps = min(max(tile_rows * row_elements // (512 if slices == 1 else 1024), 1), 16)
     # The nearest number of programs, not the next larger: batches of 32 to 256 then make 256 of them, not 288 to
