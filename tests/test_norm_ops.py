@@ -1,12 +1,15 @@
 """The Triton kernels of the norm-type ops: interpreted on the CPU at small shapes, on a GPU at real ones."""
 
 import dataclasses
+import itertools
+import math
 
 import pytest
 import torch
 from numerics import assert_within_budget
 
 import edt_kernels
+from edt_kernels._rows import choose_row_tile
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 OPS = ("adaln", "gated_residual", "gated_residual_adaln", "token_merge_adaln", "token_split_concat_adaln")
@@ -35,32 +38,39 @@ class Case:
         return "-".join([self.op, grid, f"C{self.channels}", f"B{self.batch_size}", *dtypes, *flags])
 
 
-def make_inputs(case: Case, device: str) -> dict[str, torch.Tensor]:
-    """Floating tensors by argument name, and the upstream gradients "grad 0", "grad 1" by output."""
-    generator = torch.Generator().manual_seed(0)
+def input_shapes(case: Case) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Of the floating inputs by argument name, and of the upstream gradients "grad 0", "grad 1" by output."""
     H, W = case.grid
     B, N, C = case.batch_size, H * W, case.channels
+    if case.op == "token_merge_adaln":
+        shapes, rows, width = {"x": ((B, N, C), case.stream)}, N // 4, 4 * C
+    elif case.op == "token_split_concat_adaln":
+        shapes = {"x": ((B, N, 4 * C), case.branch), "skip": ((B, 4 * N, C), case.stream)}
+        rows, width = 4 * N, 2 * C
+    else:
+        shapes, rows, width = {"x": ((B, N, C), case.stream)}, N, C
+        if case.op != "adaln":
+            shapes["y"] = ((B, N, C), case.branch)
+    shapes["modulation"] = ((B, 3 * width), case.modulation)
+    for i in range(2 if case.op == "gated_residual_adaln" else 1):
+        shapes[f"grad {i}"] = ((B, rows, width), F32)
+    return shapes
 
-    def randn(*shape, dtype=F32):
+
+def make_inputs(case: Case, device: str) -> dict[str, torch.Tensor]:
+    """Tensors by the names of `input_shapes`, and the mask."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(shape, dtype):
         if case.transposed and len(shape) == 3:
             return torch.randn(shape[1], shape[0], shape[2], generator=generator).to(dtype).transpose(0, 1)
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    if case.op == "token_merge_adaln":
-        inputs, width, rows = {"x": randn(B, N, C, dtype=case.stream)}, 4 * C, N // 4
-    elif case.op == "token_split_concat_adaln":
-        inputs = {"x": randn(B, N, 4 * C, dtype=case.branch), "skip": randn(B, 4 * N, C, dtype=case.stream)}
-        width, rows = 2 * C, 4 * N
-    else:
-        inputs, width, rows = {"x": randn(B, N, C, dtype=case.stream)}, C, N
-        if case.op != "adaln":
-            inputs["y"] = randn(B, N, C, dtype=case.branch)
+    inputs = {name: randn(shape, dtype) for name, (shape, dtype) in input_shapes(case).items()}
     # One projection makes them all; the ops get views of it, as in a model.
-    inputs["modulation"] = randn(B, 3 * width, dtype=case.modulation) / 2
-    for i in range(2 if case.op == "gated_residual_adaln" else 1):
-        inputs[f"grad {i}"] = randn(B, rows, width)
+    inputs["modulation"] /= 2
     if case.keep:
-        inputs["keep"] = torch.rand(B, N, generator=generator) < 0.6
+        inputs["keep"] = torch.rand(case.batch_size, math.prod(case.grid), generator=generator) < 0.6
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
@@ -284,10 +294,47 @@ def test_gpu_gradients_are_bitwise_deterministic(op):
 
 
 @pytest.mark.gpu
-def test_gpu_offsets_beyond_32_bits():
-    """More than 2³¹ elements: the last rows equal those of the same rows alone."""
-    x = torch.empty(2, 2**19 + 1, 2048, dtype=BF16, device="cuda")
-    x.normal_()
-    shift, scale = torch.randn(2, 2, 2048, device="cuda").unbind(0)
-    out = edt_kernels.adaln(x, shift, scale)
-    assert torch.equal(out[1:, -5:], edt_kernels.adaln(x[1:, -5:].clone(), shift[1:], scale[1:]))
+@pytest.mark.parametrize("op", OPS)
+def test_gpu_offsets_beyond_32_bits(op):
+    """More than 2³¹ elements in each tensor of rows: in the second of two samples, the results of the grid's last
+    two rows are those of these rows alone. Only the last row of the output has an upstream gradient, so that the
+    sums over a sample's rows are its alone too."""
+    if torch.cuda.mem_get_info()[1] < 64 * 2**30:
+        pytest.skip("needs a device with 64 GiB")
+    grid = (258, 512) if op == "token_split_concat_adaln" else (1026, 512)
+    case = Case(op, grid, 2048, stream=BF16, branch=BF16)
+    inputs = {}
+    for name, (shape, dtype) in input_shapes(case).items():
+        if name.startswith("grad"):
+            inputs[name] = torch.zeros(shape, dtype=BF16, device="cuda")
+            inputs[name][-1, -1].normal_()
+        else:
+            inputs[name] = torch.randn(shape, dtype=dtype, device="cuda")
+        assert name == "modulation" or math.prod(shape) > 2**31
+
+    def last_rows(tensor):
+        return tensor[1:, -(2 * tensor.shape[1] // grid[0]) :] if tensor.ndim == 3 else tensor[1:]
+
+    alone = run(
+        edt_kernels,
+        dataclasses.replace(case, grid=(2, grid[1]), batch_size=1),
+        {name: last_rows(tensor).clone() for name, tensor in inputs.items()},
+    )
+    for name, result in run(edt_kernels, case, inputs).items():
+        torch.testing.assert_close(last_rows(result), alone[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("slices", "channels"), [(1, 32), (1, 1152), (1, 1536), (1, 8192), (4, 312), (2, 936)])
+def test_tiles_fit_the_shapes_of_any_model(slices, channels):
+    for samples, rows in itertools.product(
+        (1, 2, 8, 24, 32, 64, 96, 200, 256, 1000), (1, 16, 77, 256, 4096 + 333)
+    ):
+        tile = choose_row_tile(samples, rows, slices, channels)
+        _, programs = tile.backward_programs
+        assert tile.forward_programs == (samples, math.ceil(rows / tile.rows))
+        assert (programs - 1) * tile.rows_per_program < rows <= programs * tile.rows_per_program
+        assert tile.rows * slices * tile.block_c <= 8192
+        # At least one program for each multiprocessor, unless there are too few tiles.
+        assert samples * programs >= min(samples * math.ceil(rows / tile.rows), 132)
+        # About two, unless there are more samples: each sample takes a program.
+        assert samples * programs <= max(samples, 352)

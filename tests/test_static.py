@@ -63,6 +63,23 @@ def test_attention_compiles_at_other_shapes(grid, heads, head_dim, batch_size, e
         assert usage["shared_memory"] <= static.SHARED_MEMORY["sm_90"], launch
 
 
+@pytest.mark.parametrize(
+    ("channels", "wider"),
+    [
+        (1152, ()),  # DiT-XL's
+        (2048, ()),
+        (4096, ("token_merge_adaln",)),
+        (8192, ("token_merge_adaln", "token_split_concat_adaln", "gated_residual_adaln")),
+    ],
+)
+def test_wide_norms_compile_without_spills(channels, wider):
+    """As wide as `choose_row_tile` says; ops named `wider` hold more than that in registers."""
+    launches = [launch for launch in static.norm_launches((8, 8), channels, "sm_90") if launch.op not in wider]
+    assert launches
+    for launch in launches:
+        assert static.compile_launch(launch, "sm_90")["spilled_bytes"] == 0, launch
+
+
 @pytest.mark.parametrize(("grid", "channels", "batch_size"), [((2, 2), 33, 1), ((6, 10), 1, 2), ((6, 6), 8192, 1)])
 def test_norms_compile_at_other_shapes(grid, channels, batch_size):
     for launch in static.norm_launches(grid, channels, "sm_90", batch_size):
