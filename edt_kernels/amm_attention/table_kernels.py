@@ -23,9 +23,7 @@ def cells_of_tile(
 @triton.jit
 def backward_tables(
     q, k, v, table, grad_out, logsumexp, delta, bias_partials, modulation_partials,
-    stride_qb, stride_qn, stride_qh,
-    stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_gb, stride_gn, stride_gh,
     stride_table, N, heads, H, W, before, scale, B, groups_per_split,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
