@@ -132,7 +132,7 @@ def estimate_memory(config: dict, batch_size: int) -> Memory:
 
 
 def block_grid(stage: nn.Module) -> tuple[int, int]:
-    return stage.blocks[0].attn.grid
+    return stage.blocks[0].attn.attention.grid
 
 
 def _num_tokens(stage: nn.Module) -> int:

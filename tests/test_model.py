@@ -17,6 +17,8 @@ from released import (
 )
 
 import edt
+import edt_kernels
+from edt.checkpoint import to_released_state_dict
 from edt.diffusion import guide
 
 PARITY = 1e-5
@@ -82,12 +84,17 @@ def released_module(model, name):
     return {"down_blocks": model.merges, "concat_blocks": model.splits}[kind][number]
 
 
+def stream(output):
+    """The residual stream: a block returns the next block's first norm beside it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def test_activations(released, inputs):
     expected = under("act.amm", released)
     assert len(expected) == 9
     model, actual = released_model().eval(), {}
     for name in expected:
-        hook = lambda module, args, output, name=name: actual.__setitem__(name, output)  # noqa: E731
+        hook = lambda module, args, output, name=name: actual.__setitem__(name, stream(output))  # noqa: E731
         released_module(model, name).register_forward_hook(hook)
     with torch.no_grad():
         model(*inputs)
@@ -107,10 +114,9 @@ def test_masked_training_forward_and_gradients(released, inputs):
 
     expected = under("grad", released)
     (output * expected.pop("weight")).sum().backward()
-    our_names = {theirs: ours for ours, theirs in edt.checkpoint.released_names(model).items()}
-    parameters = dict(model.named_parameters())
+    gradients = to_released_state_dict(model, {name: p.grad for name, p in model.named_parameters()})
     assert len(expected) == 14
-    errors = {name: relative_error(parameters[our_names[name]].grad, grad) for name, grad in expected.items()}
+    errors = {name: relative_error(gradients[name], grad) for name, grad in expected.items()}
     assert max(errors.values()) <= PARITY, errors
 
 
@@ -125,8 +131,7 @@ def test_agrees_with_the_plain_transcription_at_full_size(training):
             if not parameter.any():
                 parameter.normal_(std=0.02)
     plain = PlainEDT(amm_blocks=(7, 10), class_dropout_prob=0.0).train(training)
-    names = edt.checkpoint.released_names(ours)
-    loaded = plain.load_state_dict({names[k]: v for k, v in ours.state_dict().items()}, strict=False)
+    loaded = plain.load_state_dict(to_released_state_dict(ours), strict=False)
     assert not loaded.unexpected_keys
     assert all(name.endswith("pos_embed") for name in loaded.missing_keys)
     latents, timestep, labels = torch.randn(1, 4, 32, 32), torch.tensor([321]), torch.tensor([7])
@@ -163,8 +168,7 @@ def test_parameter_shapes_are_the_released_ones(preset):
     config = edt.PRESETS[preset]
     expected = released_shapes(config["hidden_sizes"], config["depths"], config["num_attention_heads"])
     model = on_meta(preset)
-    names = edt.checkpoint.released_names(model)
-    actual = {names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    actual = {name: tuple(tensor.shape) for name, tensor in to_released_state_dict(model).items()}
     assert actual == {name: shape for name, shape in expected.items() if not name.endswith("pos_embed")}
 
 
@@ -192,7 +196,7 @@ def test_initial_values():
         model.label_embedding.weight,
         model.timestep_embedding.fc1.weight,
         model.timestep_embedding.fc2.weight,
-        block.attn.rel_pos_bias,
+        block.attn.attention.rel_pos_bias,
     ):
         assert std(normal) == pytest.approx(0.02, rel=0.15)
     zero = [
@@ -219,21 +223,31 @@ def test_amm_acts_in_evaluation_mode_only(inputs):
 def test_amm_acts_in_its_blocks_only(inputs, blocks):
     model = tiny_model(amm_blocks=()).eval()
     model.set_amm_blocks(blocks)
-    modulated = []
+    modulated, changed = [], []
     for number, (stage, block) in enumerate(BLOCK_STAGE_AND_INDEX):
-        attention = model.stages[stage].blocks[block].attn
-        attention.register_forward_pre_hook(
-            lambda module, args, number=number: modulated.append(number) if args[1] is not None else None
+        attention = model.stages[stage].blocks[block].attn.attention
+        if attention.amm != "never":
+            assert attention.amm == "inference"
+            modulated.append(number)
+        attention.register_forward_hook(
+            lambda module, args, output, number=number: (
+                changed.append(number)
+                if not torch.equal(
+                    output, edt_kernels.amm_attention(*args, grid=module.grid, rel_pos_bias=module.rel_pos_bias)
+                )
+                else None
+            )
         )
     with torch.no_grad():
         model(*inputs)
-    assert tuple(modulated) == blocks
+    assert tuple(modulated) == tuple(changed) == blocks
     assert model.config.amm_blocks == blocks
 
 
 def test_amm_form_and_radius_change_the_table():
     tables = [
-        tiny_model(**overrides).stages[4].amm_table for overrides in ({}, {"amm_form": "cos"}, {"amm_radius": 2.0})
+        tiny_model(**overrides).stages[4].blocks[2].attn.attention.modulation
+        for overrides in ({}, {"amm_form": "cos"}, {"amm_radius": 2.0})
     ]
     assert tables[0].shape == (15, 15)
     assert tables[0][7, 7] == pytest.approx(0.5 * math.e)
@@ -262,7 +276,7 @@ def test_rows_and_columns_are_not_confused():
             if isinstance(module, edt.layers.PositionEmbedding):
                 module.table.zero_()
     state = wide.state_dict()
-    grids = [stage.blocks[0].attn.grid for stage in wide.stages]
+    grids = [stage.blocks[0].attn.attention.grid for stage in wide.stages]
     for name, tensor in state.items():
         if name.endswith("rel_pos_bias"):
             H, W = grids[int(name.split(".")[1])]
