@@ -58,8 +58,10 @@ class Stage(nn.Module):
     def forward(
         self, x: Tensor, cond: Tensor, mid_keep: Tensor | None = None, replacement: Tensor | None = None
     ) -> Tensor:
-        """x (B, N, C), cond (B, C0) → (B, N, C). Before `mid_block`, tokens with a False in `mid_keep` (B, N) become
-        those of `replacement` (N, C)."""
+        """x (B, N, C), cond (B, C0) → (B, N, C).
+
+        Before `mid_block`, tokens where `mid_keep` (B, N) is False become those of `replacement` (N, C).
+        """
         modulations = self.modulation(cond).unflatten(1, (-1, BLOCK_MODULATIONS)).unbind(1)  # (B, 6, C) a block
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         mid_block = None if mid_keep is None else self.mid_block
