@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from released import (
     tiny_model,
     under,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 import edt
 import edt_kernels
 from edt.checkpoint import to_released_state_dict
 from edt.diffusion import guide
+from edt.layers import MLP
 
 PARITY = 1e-5
 
@@ -350,7 +353,13 @@ def test_mid_mask_replaces_dropped_tokens_by_their_position(inputs):
     mid_keep, *keep_masks = model.draw_keep_masks(3, generator=torch.Generator().manual_seed(1))
     assert (~mid_keep).any(dim=1).all()
     into_block = []
-    model.stages[0].blocks[1].register_forward_pre_hook(lambda module, args: into_block.append(args[0]))
+
+    def note(module, args):
+        x, _, normed, _ = args
+        assert normed is None  # the norm of the tokens as they were
+        into_block.append(x)
+
+    model.stages[0].blocks[1].register_forward_pre_hook(note)
     with torch.no_grad():
         model(*inputs, keep_masks=[torch.ones_like(mid_keep), *keep_masks])
         model(*inputs, keep_masks=[mid_keep, *keep_masks])
@@ -477,6 +486,59 @@ def test_gradient_checkpointing(inputs):
         assert len(calls) == 1 + checkpointing  # forward again in the backward pass
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_residuals_and_norms_are_fused_across_blocks(inputs, monkeypatch, masked):
+    calls = Counter()
+
+    def counted(function):
+        def count(*args):
+            calls[function.__name__] += 1
+            return function(*args)
+
+        return count
+
+    for op in (edt_kernels.adaln, edt_kernels.gated_residual, edt_kernels.gated_residual_adaln):
+        monkeypatch.setattr(edt_kernels, op.__name__, counted(op))
+    model = tiny_model(mid_mask=(1, (0.1, 0.2))).train()
+    model(*inputs, keep_masks=model.draw_keep_masks(3) if masked else None)
+    stages, blocks, replacements = 5, 12, int(masked)
+    assert calls == {
+        "adaln": stages + replacements + 1,  # the final layer
+        "gated_residual": stages + replacements,
+        "gated_residual_adaln": 2 * blocks - stages - replacements,
+    }
+
+
+def test_mlp_recomputes_gelu_but_no_product():
+    torch.manual_seed(0)
+    mlp, x = MLP(24, 40), torch.randn(2, 5, 24, requires_grad=True)
+    mlp.fc2.register_forward_hook(lambda module, args, output: 3 * output)  # as an adapter might
+
+    def gradients(function):
+        with FlopCounterMode(display=False) as counter:
+            output = function(x)
+            output.square().sum().backward()
+        leaves = (x, *mlp.parameters())
+        found = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return [output.detach(), *found], counter.get_total_flops()
+
+    expected, flops = gradients(lambda x: mlp.fc2(torch.nn.functional.gelu(mlp.fc1(x), approximate="tanh")))
+    actual, actual_flops = gradients(mlp)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    assert actual_flops == flops == 3 * 2 * 2 * 10 * 24 * 40
+
+
+@torch._dynamo.config.patch(recompile_limit=16)
+def test_repeated_blocks_compile(inputs):
+    model = tiny_model(depths=(3, 1, 1, 1, 1), amm_blocks=(1,)).eval()
+    with torch.no_grad():
+        expected = model(*inputs).sample
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        assert relative_error(model(*inputs).sample, expected) <= PARITY
 
 
 def test_compiles_without_graph_breaks():

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,6 +247,16 @@ def test_the_package_lists_the_modules():
 
 def python_examples(text):
     return [re.sub(r"(?m)^ {4}", "", block) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+
+
+def test_readme_examples_of_ops_and_modules_run():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    examples = [example for example in python_examples(readme) if "edt_kernels" in example]
+    assert len(examples) == 2
+    for example in examples:
+        variables = {}
+        exec(example, variables)
+        assert variables["normed"].shape == (4, 256, 312)
 
 
 @pytest.mark.parametrize("name", edt_kernels.nn.__all__)
