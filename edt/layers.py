@@ -109,8 +109,8 @@ class MLP(nn.Module):
         if not hidden.requires_grad:
             return self._activate_and_project(hidden)
         # GELU's output is as large as its input and cheap to compute again, so backward does: a fifth less memory
-        # for activations. `checkpoint` stops before fc2's product, and calls fc2 as a module: what wraps or replaces
-        # a Linear (adapters, quantisation, offloading) keeps working, as it would not with fc2's weight alone.
+        # for activations. `checkpoint` stops before fc2's product. It calls fc2 as a module, so that what wraps or
+        # replaces a Linear (adapters, quantisation, offloading) works; a Function of fc2's weight would bypass it.
         return checkpoint(self._activate_and_project, hidden, use_reentrant=False, preserve_rng_state=False)
 
     def _activate_and_project(self, hidden: Tensor) -> Tensor:
