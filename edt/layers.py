@@ -1,4 +1,4 @@
-"""The layers of EDT. They own the projections; what is fused between them is one op of `edt_kernels` each."""
+"""The layers of EDT. They own the projections; what is fused between them is a module of `edt_kernels.nn`."""
 
 import math
 
@@ -146,6 +146,8 @@ class Block(nn.Module):
         amm_radius: float | None = None,
     ):
         super().__init__()
+        self.norm = edt_kernels.nn.AdaLN()
+        self.residual_norm = edt_kernels.nn.GatedResidualAdaLN()
         self.attn = Attention(channels, num_heads, grid, amm_form, amm_radius)
         self.mlp = MLP(channels, int(channels * mlp_ratio))
 
@@ -168,13 +170,13 @@ class Block(nn.Module):
         """
         shift, scale, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(1)  # (B, C) views
         if normed is None:
-            normed = edt_kernels.adaln(x, shift, scale)
+            normed = self.norm(x, shift, scale)
         y = self.attn(normed)
-        x, normed = edt_kernels.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp)
+        x, normed = self.residual_norm(x, y, gate_attn, shift_mlp, scale_mlp)
         y = self.mlp(normed)
         if next_modulation is None:
             return edt_kernels.gated_residual(x, y, gate_mlp), None
-        return edt_kernels.gated_residual_adaln(x, y, gate_mlp, next_modulation[:, 0], next_modulation[:, 1])
+        return self.residual_norm(x, y, gate_mlp, next_modulation[:, 0], next_modulation[:, 1])
 
 
 class TokenMerge(nn.Module):
@@ -184,13 +186,13 @@ class TokenMerge(nn.Module):
         super().__init__()
         self.grid = grid
         self.modulation = Modulation(cond_channels, 4 * channels, parts=2)
+        self.merge = edt_kernels.nn.TokenMerge(grid)
         self.reduction = nn.Linear(4 * channels, out_channels, bias=False)
         self.position = PositionEmbedding(out_channels, (grid[0] // 2, grid[1] // 2))
 
     def forward(self, x: Tensor, cond: Tensor, keep: Tensor | None = None) -> Tensor:
         shift, scale = self.modulation(cond).unbind(1)
-        merged = edt_kernels.token_merge_adaln(x, shift, scale, grid=self.grid, keep=keep)
-        return self.position(self.reduction(merged))  # (B, N/4, C')
+        return self.position(self.reduction(self.merge(x, shift, scale, keep)))  # (B, N/4, C')
 
 
 class TokenSplitConcat(nn.Module):
@@ -201,13 +203,13 @@ class TokenSplitConcat(nn.Module):
         self.grid = grid
         self.expand = nn.Linear(channels, 4 * out_channels, bias=False)
         self.modulation = Modulation(cond_channels, 2 * out_channels, parts=2)
+        self.split = edt_kernels.nn.TokenSplitConcat(grid)
         self.fuse = nn.Linear(2 * out_channels, out_channels)
         self.position = PositionEmbedding(out_channels, (grid[0] * 2, grid[1] * 2))
 
     def forward(self, x: Tensor, skip: Tensor, cond: Tensor) -> Tensor:
         shift, scale = self.modulation(cond).unbind(1)
-        joined = edt_kernels.token_split_concat_adaln(self.expand(x), skip, shift, scale, grid=self.grid)
-        return self.position(self.fuse(joined))  # (B, 4N, C')
+        return self.position(self.fuse(self.split(self.expand(x), skip, shift, scale)))  # (B, 4N, C')
 
 
 class FinalLayer(nn.Module):
@@ -220,10 +222,11 @@ class FinalLayer(nn.Module):
         self.grid = grid
         self.patch_size = patch_size
         self.modulation = Modulation(cond_channels, channels, parts=2)
+        self.norm = edt_kernels.nn.AdaLN()
         self.linear = nn.Linear(channels, patch_size * patch_size * out_channels)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         shift, scale = self.modulation(cond).unbind(1)
-        patches = self.linear(edt_kernels.adaln(x, shift, scale))
+        patches = self.linear(self.norm(x, shift, scale))
         H, W, p = *self.grid, self.patch_size
         return rearrange(patches, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=H, w=W, p1=p, p2=p)

@@ -493,14 +493,18 @@ def test_residuals_and_norms_are_fused_across_blocks(inputs, monkeypatch, masked
     calls = Counter()
 
     def counted(function):
-        def count(*args):
+        def count(*args, **kwargs):
             calls[function.__name__] += 1
-            return function(*args)
+            return function(*args, **kwargs)
 
         return count
 
-    for op in (edt_kernels.adaln, edt_kernels.gated_residual, edt_kernels.gated_residual_adaln):
-        monkeypatch.setattr(edt_kernels, op.__name__, counted(op))
+    for module, op in (
+        (edt_kernels.nn, edt_kernels.adaln),
+        (edt_kernels.nn, edt_kernels.gated_residual_adaln),
+        (edt_kernels, edt_kernels.gated_residual),
+    ):
+        monkeypatch.setattr(module, op.__name__, counted(op))
     model = tiny_model(mid_mask=(1, (0.1, 0.2))).train()
     model(*inputs, keep_masks=model.draw_keep_masks(3) if masked else None)
     stages, blocks, replacements = 5, 12, int(masked)
