@@ -98,13 +98,13 @@ _TILES = {
 for _dim in (64, 128):
     _TILES["tcgen05", _dim] = {k: tile for k, tile in _TILES["wgmma", _dim].items() if k != "resident_forward"}
 _TILES["tcgen05", 64]["backward_q"] = Tile(128, 64, 8, 2)
-_TABLE_TILES = {
-    "wgmma": (64, 8),
-    "tcgen05": (64, 8),
-    "mma": (32, 4),
-    "mfma": (64, 4),
-    "fma": (32, 4),
-}  # (cells, num_warps)
+_TABLE_TILES = {  # (cells, num_warps, num_stages)
+    "wgmma": (64, 8, 2),
+    "tcgen05": (64, 8, 1),
+    "mma": (32, 4, 1),
+    "mfma": (64, 4, 1),
+    "fma": (32, 4, 1),
+}
 
 # What fits on the chip: 256 rows of 64 channels, twice, are 64 KB of shared memory.
 _RESIDENT_TOKENS = 256
@@ -153,11 +153,11 @@ def choose_backward(unit: str, num_tokens: int, head_dim: int, needs_modulation:
 
 def choose_table_tile(unit: str, grid: tuple[int, int]) -> TableTile:
     """Whole rows of the grid as far as they fit, then more batch items where the grid is smaller."""
-    cells, num_warps = _TABLE_TILES[unit]
+    cells, num_warps, num_stages = _TABLE_TILES[unit]
     H, W = grid
     columns = min(triton.next_power_of_2(W), cells)
     rows = min(triton.next_power_of_2(H), cells // columns)
-    return TableTile(cells // (rows * columns), rows, columns, num_warps, num_stages=1)
+    return TableTile(cells // (rows * columns), rows, columns, num_warps, num_stages)
 
 
 @dataclass(frozen=True)
@@ -370,7 +370,8 @@ def _launch_table_gradients(p, grad_out, logsumexp, delta, grad_bias, grad_modul
     p.launch(
         table_kernels.backward_tables, tile, splits * heads * distances,
         (grad_out, logsumexp, delta, bias_partials, modulation_partials), (grad_out,), B, groups_per_split,
-        GRAD_BIAS=grad_bias.numel() > 0, GRAD_MODULATION=grad_modulation.numel() > 0, **layout,
+        GRAD_BIAS=grad_bias.numel() > 0, GRAD_MODULATION=grad_modulation.numel() > 0,
+        MASKED=tile.items > 1 or H % tile.rows != 0 or W % tile.columns != 0, **layout,
     )  # fmt: skip
     for partials, gradient in ((bias_partials, grad_bias), (modulation_partials, grad_modulation)):
         if gradient.numel():
