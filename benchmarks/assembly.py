@@ -3,6 +3,7 @@
 Reads text only: SASS (`nvdisasm -c`), GCN assembly and LLVM's intermediate representation, as Triton keeps them.
 """
 
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _CLASSES = {
 _CLASS_PATTERNS = {name: re.compile(pattern) for name, pattern in _CLASSES.items()}
 
 
+@functools.cache
 def classify(opcode: str) -> str:
     """matrix, float, special (exp2, log2, 1/x, ...), integer (addresses too), shared, global, ... of an opcode."""
     name = opcode.split(".")[0]
@@ -49,8 +51,9 @@ class Instruction:
 def parse(assembly: str) -> tuple[list[Instruction], dict[str, int]]:
     """The instructions in order, and for each label the number of instructions before it."""
     instructions, labels = [], {}
-    for line in assembly.splitlines():
-        if label := re.match(r"(\.L\w+):(?:$|.*Loop)", line):  # LLVM says which blocks belong to a loop
+    for line in re.sub(r"\n\s+;", " ;", assembly).splitlines():  # a remark may go on in the next line
+        # LLVM says which of its blocks belong to a loop; others may be jumped back to because they were moved.
+        if label := re.match(r"(\.L(?!BB)\w+|\.LBB\w+(?=:.*Loop)):", line):
             labels[label.group(1)] = len(instructions)
         elif sass := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
             jump = re.search(r"`\((\.L\w+)\)", sass.group(2)) if sass.group(1).startswith("BRA") else None
@@ -105,7 +108,9 @@ def global_loads(llvm: str, parameters: list[str]) -> dict[str, dict[int, int]]:
     loads: dict[str, Counter] = {}
     for line in lines:
         if size := _bytes_of_load(line):
-            found = [origins[name] for name in re.findall(r"%[\w.]+", line.partition("=")[2] or line) if name in origins]
+            found = [
+                origins[name] for name in re.findall(r"%[\w.]+", line.partition("=")[2] or line) if name in origins
+            ]
             loads.setdefault(found[0] if found else "unknown", Counter())[size] += 1
     return {argument: dict(sorted(counter.items())) for argument, counter in loads.items()}
 
@@ -145,12 +150,12 @@ class Multiprocessor:
     tensor_memory: int = 0  # columns
 
 
-# CUDA C++ programming guide, appendix "compute capabilities", tables of technical specifications: resident warps and
-# blocks, 64 K registers and the shared memory of a multiprocessor; of that a block may take 1 KB less, and each block
-# costs 1 KB. Registers are given to warps in units of 256, 8 a thread (CUDA's cuda_occupancy.h). Tensor memory: PTX
-# ISA, tcgen05.alloc.
-# gfx942: AMD's CDNA3 instruction set architecture, 512 vector registers a lane in each of four SIMDs, for 8 waves at
-# most, in units of 8; 64 KB of LDS; 16 groups of several waves, for so many barriers (LLVM's AMDGPU back end).
+# CUDA C++ programming guide, appendix "compute capabilities", tables of technical specifications: resident warps
+# and blocks, 64 K registers and the shared memory of a multiprocessor; a block may take 1 KB less, and each block
+# costs 1 KB. Registers are given to warps in units of 256, 8 a thread (CUDA's cuda_occupancy.h). Tensor memory:
+# PTX ISA, tcgen05.alloc.
+# gfx942: AMD's CDNA3 instruction set architecture, 512 vector registers a lane in each of four SIMDs, for 8 waves
+# at most, in units of 8; 64 KB of LDS; 16 groups of several waves, for so many barriers (LLVM's AMDGPU back end).
 MULTIPROCESSORS = {
     "sm_80": Multiprocessor(32, 64, 32, 512, 8, 164 << 10, 163 << 10, 1 << 10),
     "sm_86": Multiprocessor(32, 48, 16, 512, 8, 100 << 10, 99 << 10, 1 << 10),

@@ -1,26 +1,26 @@
 """What the compiler makes of every kernel at the tiles that dispatch chooses, for GPUs that need not be there.
 
-    python -m benchmarks.static [--targets sm_90 gfx942] [--models EDT-S/2 SD3-medium] [--out table.json]
+    python -m benchmarks.static [--targets sm_90 gfx942] [--models EDT-S/2] [--out table.json]
 
 The launchers run on CPU tensors with every launch recorded instead of run, so that what is compiled is what a call
 would launch: the same arguments, specialisations and tiles. Prints, for each kernel, target and set of shapes that
 share its code: registers, spilled bytes, shared memory, matrix instructions, the programs that fit on a
-multiprocessor, and the instructions of the inner loop by class. --out also stores how wide each argument is loaded,
-and a summary in Markdown beside it. The exit status is 1 if a kernel has a fault (see `faults`).
+multiprocessor, and the instructions of the inner loop by class. --out also stores how wide each argument is
+loaded, and a summary in Markdown beside it. The exit status is 1 if a kernel has a fault (`static_report.faults`).
 """
 
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -36,6 +36,7 @@ from triton.runtime.jit import JITFunction
 from edt.config import PRESETS
 
 from .assembly import MULTIPROCESSORS, global_loads, instruction_mix, resident_programs
+from .static_report import FLAGS, HEADER, NARROW_LOADS, Report, faults, line, summary
 
 # `gated_residual` is launched by `gated_residual_adaln`.
 OPS = ("amm_attention", "adaln", "gated_residual_adaln", "token_merge_adaln", "token_split_concat_adaln")
@@ -48,7 +49,14 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MATRIX_UNITS = {"sm_80": "mma", "sm_86": "mma", "sm_90": "wgmma", "sm_100": "wgmma", "sm_120": "mma", "gfx942": "mfma"}
+MATRIX_UNITS = {
+    "sm_80": "mma",
+    "sm_86": "mma",
+    "sm_90": "wgmma",
+    "sm_100": "wgmma",
+    "sm_120": "mma",
+    "gfx942": "mfma",
+}
 # The instructions of those units: sm_120 has the warp's mma of sm_80, not sm_100's tcgen05.
 _MATRIX_INSTRUCTION = {
     "sm_80": r"\bHMMA\b",
@@ -61,21 +69,6 @@ _MATRIX_INSTRUCTION = {
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
 _BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2, "*u8": 1}
-
-# Arguments that are rightly loaded in pieces smaller than their alignment allows.
-NARROW_LOADS = {
-    "bias": "gathered from the table at the offset of each pair of tokens",
-    "modulation": "gathered from the table at the offset of each pair of tokens",
-    "logsumexp": "one number a row",
-    "delta": "one number a row",
-    "mean": "one number a row",
-    "rstd": "one number a row",
-    "keep": "one byte a token",
-    "shift": "one row a program, shared out among all its threads",
-    "scale": "one row a program, shared out among all its threads",
-    "gate": "one row a program, shared out among all its threads",
-    "partials": "gathered: neighbouring offsets of a table come from different tiles",
-}
 
 
 class AttentionShape(NamedTuple):
@@ -152,50 +145,6 @@ class Launch:
         return repr((self.module, self.kernel, self.signature, self.constants, self.divisible, self.options))
 
 
-@dataclass
-class Report:
-    """One kernel, compiled for one target."""
-
-    target: str
-    op: str
-    kernel: str  # with a letter for each flag, see `_FLAGS`
-    dtype: str
-    shapes: list[str]  # that launch this code
-    tile: dict[str, int]  # its integer constants, num_warps and num_stages
-    registers: int
-    spilled_bytes: int
-    shared_memory: int
-    multiplies: bool  # the kernel has a matrix product
-    matrix_instructions: int
-    programs_per_multiprocessor: int
-    occupancy: float  # resident warps, as a share of the most there can be
-    limited_by: str
-    inner_loop: bool  # what `instructions` counts; without a loop, the whole kernel
-    instructions: dict[str, int]  # by class
-    # Of each argument: how many loads of how many bytes; what the alignment of rows allows.
-    bytes_per_load: dict[str, dict[int, int]] = field(default_factory=dict)
-    possible_bytes_per_load: dict[str, int] = field(default_factory=dict)
-
-
-def faults(report: Report) -> list[str]:
-    """What a kernel must not have at a production shape."""
-    found = []
-    if report.spilled_bytes:
-        found.append(f"spills {report.spilled_bytes} bytes")
-    if report.multiplies and not report.matrix_instructions:
-        found.append("multiplies matrices without the matrix unit")
-    limit = MULTIPROCESSORS[report.target].shared_memory_of_program
-    if report.shared_memory > limit:
-        found.append(f"needs {report.shared_memory} bytes of shared memory of {limit}")
-    for argument, possible in report.possible_bytes_per_load.items():
-        narrowest = min(report.bytes_per_load[argument])
-        if narrowest < possible:
-            found.append(f"loads {argument} by {narrowest} bytes where {possible} are possible")
-    if "unknown" in report.bytes_per_load:
-        found.append("loads from an address that could not be traced to an argument")
-    return found
-
-
 @contextlib.contextmanager
 def record_launches(launches: list[Launch], op: str, target: str):
     """Records every launch of a kernel instead of running it, with the device's matrix unit that of the target."""
@@ -203,7 +152,7 @@ def record_launches(launches: list[Launch], op: str, target: str):
     def record(kernel: JITFunction, *args, grid, warmup, **kwargs):
         launches.append(_describe(op, kernel, args, kwargs))
 
-    unit = mock.patch.object(_LAUNCHERS["amm_attention"], "matrix_unit", lambda _device: MATRIX_UNITS[target])
+    unit = mock.patch.object(_LAUNCHERS["amm_attention"], "matrix_unit", return_value=MATRIX_UNITS[target])
     with unit, mock.patch.object(JITFunction, "run", record):
         yield
 
@@ -265,7 +214,8 @@ def norm_launches(
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Launch]:
     """Every launch of the norm-type ops for tokens of this grid, in the dtypes of autocast: a float32 residual
-    stream, branches and modulation in `dtype`. With `resizes`, the merge from this grid and the split to it too."""
+    stream, branches and modulation in `dtype`. With `resizes`, the merge from this grid and the split to it, too.
+    """
     B, (H, W), C = batch_size, grid, channels
     narrow = {"dtype": dtype}
     stream, branch = torch.empty(B, H * W, C), torch.empty(B, H * W, C, **narrow)
@@ -300,7 +250,9 @@ def norm_launches(
     return unique(launches)
 
 
-def launches_of(shape: AttentionShape | NormShape, target: str, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+def launches_of(
+    shape: AttentionShape | NormShape, target: str, dtype: torch.dtype = torch.bfloat16
+) -> list[Launch]:
     """Every launch of a training step at a shape."""
     if isinstance(shape, NormShape):
         return norm_launches(shape.grid, shape.channels, target, resizes=shape.resizes, dtype=dtype)
@@ -316,8 +268,9 @@ def unique(launches: list[Launch]) -> list[Launch]:
 def possible_load_bytes(launch: Launch) -> dict[str, int]:
     """For each argument that is read as rows: the bytes that one load may take.
 
-    A row starts at a multiple of ALIGN elements, and its channels (D or C) end at a mask; a thread loads the largest
-    power of two of elements that divides both, up to 16 bytes. D = 52 in bfloat16 has rows of 104 bytes: 8.
+    A row starts at a multiple of ALIGN elements, and its channels (D or C) end at a mask; a thread loads the
+    largest power of two of elements that divides both, up to 16 bytes. Heads of 52 in bfloat16 are 104 bytes
+    apart: 8 bytes.
     """
     if "ALIGN" not in launch.constants:
         return {}
@@ -341,14 +294,14 @@ def compile_launch(launch: Launch, target: str):
     return triton.compile(source, target=TARGETS[target], options=launch.options)
 
 
-_FLAGS = {"HAS_BIAS": "b", "HAS_MODULATION": "m", "NORM": "n", "MASKED": "k", "HAS_EXTRA": "x"}
-
-
 def report(launch: Launch, target: str, shapes: list[str] = (), disassemble: bool = True) -> Report:
     """Compiles a launch for a target. Without `disassemble`, which is a third of the time, the instructions of
     kernels without a matrix product are not counted."""
     compiled = compile_launch(launch, target)
-    multiplies = "tt.dot" in compiled.asm["ttir"]
+    pointers = {kind for kind in launch.signature.values() if kind.startswith("*")}
+    dtype = " ".join(sorted(kind[1:] for kind in pointers & {"*bf16", "*fp16"})) or "fp32"
+    exact = dtype == "fp32" and launch.constants.get("PRECISION") == "ieee"  # only FMA units multiply so
+    multiplies = "tt.dot" in compiled.asm["ttir"] and not exact
     assembly = ""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         if target.startswith("gfx"):
@@ -359,7 +312,7 @@ def report(launch: Launch, target: str, shapes: list[str] = (), disassemble: boo
             cubin.flush()
             registers, spilled = _nvidia_registers(cubin.name)
             if multiplies or disassemble:
-                assembly = _run(_NVIDIA_TOOLS / "nvdisasm", "-c", cubin.name)
+                assembly = _run(_NVIDIA_TOOLS / "nvdisasm", "-ndf", "-c", cubin.name)
     num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     programs, limited_by = resident_programs(target, num_warps, registers, shared, tensor_memory)
@@ -367,12 +320,12 @@ def report(launch: Launch, target: str, shapes: list[str] = (), disassemble: boo
     arguments = [name for name, kind in launch.signature.items() if kind != "constexpr"]
     loads = global_loads(compiled.asm["llir"], arguments)
     integers = {name: n for name, n in launch.constants.items() if type(n) is int and name.isupper()}
-    flags = "".join(letter for flag, letter in _FLAGS.items() if launch.constants.get(flag) is True)
+    flags = "".join(letter for flag, letter in FLAGS.items() if launch.constants.get(flag) is True)
     return Report(
         target=target,
         op=launch.op,
         kernel=f"{launch.kernel}[{flags}]" if flags else launch.kernel,
-        dtype=" ".join(sorted({kind[1:] for kind in launch.signature.values() if kind in ("*bf16", "*fp16")})) or "fp32",
+        dtype=dtype,
         shapes=list(shapes),
         tile=integers | {"num_warps": num_warps, "num_stages": compiled.metadata.num_stages},
         registers=registers,
@@ -407,79 +360,6 @@ def _run(*command) -> str:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
 
 
-def line(row: Report) -> str:
-    """A report on one line of text."""
-    mix = " ".join(f"{kind} {count}" for kind, count in row.instructions.items())
-    shapes = row.shapes[0] + (f" +{len(row.shapes) - 1}" if len(row.shapes) > 1 else "")
-    return (
-        f"{row.target:6} {row.op:24} {row.kernel:20} {row.dtype:4} {shapes:38} {row.registers:4} "
-        f"{row.spilled_bytes:5} {row.shared_memory:7} {row.matrix_instructions:6} {row.programs_per_multiprocessor:5}"
-        f" {row.occupancy:5.0%}  {mix}"
-    )
-
-
-HEADER = (
-    f"{'target':6} {'op':24} {'kernel':20} {'type':4} {'shapes':38} regs spill  shared matrix programs occ  inner loop"
-)
-
-
-def summary(rows: list[Report]) -> str:
-    """The table in Markdown: what a kernel takes over all its shapes, and what its inner loop is made of."""
-    text = [
-        "# What the compiler makes of every kernel",
-        "",
-        "Written by `python -m benchmarks.static` "
-        f"(PyTorch {torch.__version__.split('+')[0]}, Triton {triton.__version__}); [table.json](table.json) has every "
-        "row. Ranges are over shapes and flags. Programs: how many fit on a multiprocessor at once, and what limits the "
-        "fewest. Limits: CUDA C++ programming guide, CDNA3 instruction set architecture (`benchmarks/assembly.py`).",
-        "",
-        "| target | op | kernel | rows | registers | spilled bytes | shared memory, KB | programs | limit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    groups: dict[tuple[str, str, str], list[Report]] = {}
-    for row in rows:
-        groups.setdefault((row.target, row.op, row.kernel.partition("[")[0]), []).append(row)
-    for key, group in groups.items():
-        fewest = min(group, key=lambda row: row.programs_per_multiprocessor)
-        values = (
-            _span(row.registers for row in group),
-            _span(row.spilled_bytes for row in group),
-            _span(round(row.shared_memory / 1024) for row in group),
-            _span(row.programs_per_multiprocessor for row in group),
-        )
-        text.append(f"| {' | '.join(key)} | {len(group)} | {' | '.join(values)} | {fewest.limited_by} |")
-    kinds = [kind for kind, _ in Counter(kind for row in rows for kind in row.instructions).most_common()]
-    text += [
-        "",
-        "Instructions of the inner loop by class (of the whole kernel where it has no loop), at each op's first shape "
-        "with every flag. A compiler may have unrolled the loop.",
-        "",
-        f"| target | op | kernel | {' | '.join(kinds)} |",
-        f"| --- | --- | --- |{' --- |' * len(kinds)}",
-    ]
-    for (target, op, _), group in groups.items():
-        row = max(group, key=lambda row: row.kernel.count("") if row.shapes[0] == group[0].shapes[0] else 0)
-        counts = " | ".join(str(row.instructions.get(kind, 0)) for kind in kinds)
-        text.append(f"| {target} | {op} | {row.kernel}{'' if row.inner_loop else ' (no loop)'} | {counts} |")
-    text += ["", "Bytes per load of rows, over all shapes: what the alignment allows is what is loaded, unless named.", ""]
-    text += ["| op | kernel | argument | bytes per load | possible |", "| --- | --- | --- | --- | --- |"]
-    widths: dict[tuple[str, str, str], tuple[set, set]] = {}
-    for row in rows:
-        for argument, counts in row.bytes_per_load.items():
-            key = (row.op, row.kernel.partition("[")[0], argument)
-            actual, possible = widths.setdefault(key, (set(), set()))
-            actual |= set(counts)
-            possible |= {row.possible_bytes_per_load.get(argument, NARROW_LOADS.get(argument, ""))}
-    for key, sets in widths.items():
-        text.append(f"| {' | '.join(key)} | {' | '.join(', '.join(map(str, sorted(s, key=str))) for s in sets)} |")
-    return "\n".join(text) + "\n"
-
-
-def _span(numbers) -> str:
-    numbers = sorted(set(numbers))
-    return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
-
-
 def _report(job: tuple) -> Report:
     return report(*job)
 
@@ -489,15 +369,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--out", type=Path, help="store the table here as JSON, and a summary beside it as Markdown")
+    parser.add_argument(
+        "--out", type=Path, help="store the table here as JSON, and a summary beside it as Markdown"
+    )
     options = parser.parse_args(arguments)
+    # One job for each code, whichever shapes launch it.
     jobs: dict[str, tuple[Launch, str, list[str]]] = {}
-    for target in options.targets:
-        for dtype in options.dtypes:
-            for shape in SHAPES:
-                if shape.model in options.models:
-                    for launch in launches_of(shape, target, getattr(torch, dtype)):
-                        jobs.setdefault(f"{target} {launch.op} {launch.identity}", (launch, target, []))[2].append(str(shape))
+    shapes = [shape for shape in SHAPES if shape.model in options.models]
+    for target, dtype, shape in itertools.product(options.targets, options.dtypes, shapes):
+        for launch in launches_of(shape, target, getattr(torch, dtype)):
+            code = f"{target} {launch.op} {launch.identity}"
+            jobs.setdefault(code, (launch, target, []))[2].append(str(shape))
     print(HEADER)
     rows: list[Report] = []
     with ProcessPoolExecutor() as pool:
@@ -508,7 +390,9 @@ def main(arguments: list[str] | None = None) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n")
         options.out.with_suffix(".md").write_text(summary(rows))
-    faulty = [f"{row.target} {row.op} {row.kernel} {row.shapes[0]}: {fault}" for row in rows for fault in faults(row)]
+    faulty = [
+        f"{row.target} {row.op} {row.kernel} {row.shapes[0]}: {fault}" for row in rows for fault in faults(row)
+    ]
     print(f"{len(rows)} kernels, {len(faulty)} faults", *faulty, sep="\n")
     sys.exit(bool(faulty))
 
