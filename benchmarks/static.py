@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -360,6 +360,19 @@ def _run(*command) -> str:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
 
 
+def store(rows: list[Report], path: Path) -> None:
+    """Writes JSON, a line for each row, and its summary. Rows that differ in their shapes only become one."""
+    merged: dict[str, Report] = {}
+    for row in rows:
+        figures = repr(replace(row, shapes=[]))
+        shapes = merged[figures].shapes if figures in merged else []
+        merged[figures] = replace(row, shapes=shapes + row.shapes)
+    lines = [json.dumps(asdict(row), separators=(",", ":")) for row in merged.values()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    path.with_suffix(".md").write_text(summary(list(merged.values())))
+
+
 def _report(job: tuple) -> Report:
     return report(*job)
 
@@ -387,9 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
             tqdm.write(line(row))
             rows.append(row)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n")
-        options.out.with_suffix(".md").write_text(summary(rows))
+        store(rows, options.out)
     faulty = [
         f"{row.target} {row.op} {row.kernel} {row.shapes[0]}: {fault}" for row in rows for fault in faults(row)
     ]

@@ -1,6 +1,6 @@
 """Every kernel, at the tiles that dispatch chooses, compiled for GPUs that need not be there.
 
-The unmarked tests compile EDT at 256² for sm_90 and a cover of it for the other targets; those marked slow compile
+The unmarked tests compile EDT at 256² for sm_90 and a cover of it for other targets; those marked slow compile
 whatever `python -m benchmarks.static` does.
 """
 
@@ -28,32 +28,36 @@ def check_attention(launches: list[static.Launch], target: str) -> None:
     assert switches == {"b", "bm"}  # the bias alone, and the bias and AMM
 
 
-@pytest.mark.parametrize("side", [16, 8, 4, 32])
+# Three stages a model for 256² pixels, and three for 512².
+ATTENTION_256 = [shape for i, shape in enumerate(static.EDT_ATTENTION) if i % 6 < 3]
+NORMS_256 = [shape for i, shape in enumerate(static.EDT_NORMS) if i % 6 < 3]
+
+
+@pytest.mark.parametrize("side", [16, 8, 4])
 def test_attention_of_edt_on_sm_90(side):
-    """All head counts at 256²; of 512² what differs, its largest grid."""
-    sizes = ("EDT-S/2",) if side == 32 else ("EDT-S/2", "EDT-B/2", "EDT-XL/2")
-    stages = {shape.model: shape for shape in reversed(static.EDT_ATTENTION) if shape.grid == (side, side)}
-    check_attention([launch for size in sizes for launch in static.launches_of(stages[size], "sm_90")], "sm_90")
+    """One stage of all sizes together: their head counts mostly compile to the same code."""
+    shapes = [shape for shape in ATTENTION_256 if shape.grid == (side, side)]
+    check_attention([launch for shape in shapes for launch in static.launches_of(shape, "sm_90")], "sm_90")
 
 
-@pytest.mark.parametrize("shape", [shape for shape in static.EDT_NORMS if shape.grid[0] <= 16], ids=str)
+@pytest.mark.parametrize("shape", NORMS_256, ids=str)
 def test_norms_of_edt_on_sm_90(shape):
     check(static.launches_of(shape, "sm_90"), "sm_90")
 
 
 # sm_86 runs sm_80's code, with less shared memory and fewer warps.
-FIRST_STAGE, LAST_STAGE = static.EDT_ATTENTION[0], static.EDT_ATTENTION[2]
-NARROWEST, WIDEST = static.EDT_NORMS[0], max(static.EDT_NORMS, key=lambda shape: (shape.resizes, shape.channels))
-COVER = [
+FIRST_STAGE, _, LAST_STAGE = ATTENTION_256[:3]
+NARROWEST, WIDEST = NORMS_256[0], max(NORMS_256, key=lambda shape: (shape.resizes, shape.channels))
+LARGEST = static.EDT_ATTENTION[3]  # 512²'s first stage; the other grids of 512² are 256²'s too
+COVER = [("sm_90", LARGEST), ("sm_86", FIRST_STAGE), ("sm_86", WIDEST)] + [
     (target, shape)
-    for target in static.TARGETS
-    if target != "sm_90"
-    for shape in ((FIRST_STAGE, WIDEST) if target == "sm_86" else (FIRST_STAGE, LAST_STAGE, NARROWEST, WIDEST))
+    for target in ("sm_80", "sm_100", "sm_120", "gfx942")
+    for shape in (FIRST_STAGE, LAST_STAGE, NARROWEST, WIDEST)
 ]
 
 
 @pytest.mark.parametrize(("target", "shape"), COVER, ids=str)
-def test_cover_of_edt_on_other_targets(target, shape):
+def test_cover_of_edt(target, shape):
     (check if isinstance(shape, static.NormShape) else check_attention)(static.launches_of(shape, target), target)
 
 
