@@ -350,10 +350,12 @@ def _nvidia_registers(cubin: str) -> tuple[int, int]:
 
 
 def _amd_registers(gcn: str) -> tuple[int, int]:
+    """Vector registers and bytes of scratch memory of a lane. Scalar registers are spilled to lanes of vectors."""
+
     def value(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", gcn).group(1))
 
-    return value("vgpr_count"), 4 * (value("vgpr_spill_count") + value("sgpr_spill_count"))
+    return value("vgpr_count"), value("private_segment_fixed_size")
 
 
 def _run(*command) -> str:

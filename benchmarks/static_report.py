@@ -23,9 +23,9 @@ NARROW_LOADS = {
     "partials": "gathered: neighbouring offsets of a table come from different tiles",
 }
 
-# (target, op, kernel): bytes of one or two registers, stored once and reloaded outside the inner loop (backward_kv's
-# on sm_100 inside). By all but sm_90's the compiler fits another program on a multiprocessor; the attention's are
-# those of SD3-medium and, on sm_80, DiT-XL/2.
+# (target, op, kernel): bytes, of one or two registers, stored once and reloaded outside the inner loop (on sm_100,
+# backward_kv's inside). By all but sm_90's the compiler fits another program on a multiprocessor; the attention's
+# are those of SD3-medium and, on sm_80, DiT-XL/2.
 ACCEPTED_SPILLS = {
     ("sm_80", "amm_attention", "backward_tables[bm]"): 8,
     ("sm_90", "amm_attention", "backward_kv[bmkx]"): 8,
