@@ -53,7 +53,7 @@ MATRIX_UNITS = {
     "sm_80": "mma",
     "sm_86": "mma",
     "sm_90": "wgmma",
-    "sm_100": "wgmma",
+    "sm_100": "tcgen05",
     "sm_120": "mma",
     "gfx942": "mfma",
 }
@@ -67,8 +67,14 @@ _MATRIX_INSTRUCTION = {
     "gfx942": r"\bv_mfma_",
 }
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
-_BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2, "*u8": 1}
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+    torch.int64: "i64",
+}
+_BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2, "*u8": 1, "*i64": 8}
 
 
 class AttentionShape(NamedTuple):
@@ -186,22 +192,22 @@ def attention_launches(
     head_dim: int,
     dtype: torch.dtype,
     target: str,
-    batch_size: int = 8,
+    batch_sizes: tuple[int, ...] = (16, 64),  # of which dispatch takes other kernels
     num_extra_tokens: tuple[int, int] = (0, 0),
 ) -> list[Launch]:
-    """Every launch of one training step of `amm_attention` on a packed projection, both tables learned."""
+    """Every launch of training steps of `amm_attention` on a packed projection: with both tables learned, with a
+    fixed modulation, and without, as EDT trains and as it samples outside its AMM blocks."""
     (H, W), (before, after) = grid, num_extra_tokens
-    q, k, v = torch.empty(batch_size, before + H * W + after, 3, heads, head_dim, dtype=dtype).unbind(2)
-    modulation, bias = torch.empty(2 * H - 1, 2 * W - 1), torch.empty((2 * H - 1) * (2 * W - 1), heads)
-    arguments = (modulation, bias, H, W, before, head_dim**-0.5)
+    table, bias = torch.empty(2 * H - 1, 2 * W - 1), torch.empty((2 * H - 1) * (2 * W - 1), heads)
+    arguments = (H, W, before, head_dim**-0.5)
     attention = _LAUNCHERS["amm_attention"]
     launches: list[Launch] = []
     with record_launches(launches, "amm_attention", target):
-        out, logsumexp = attention._forward(q, k, v, *arguments)
-        attention._backward(out, q, k, v, *arguments[:2], out, logsumexp, *arguments[2:], True, True)
-        # Inference without AMM and training as EDT does it: the bias alone is learned.
-        attention._forward(q, k, v, None, *arguments[1:])
-        attention._backward(out, q, k, v, None, bias, out, logsumexp, *arguments[2:], False, True)
+        for batch_size in batch_sizes:
+            qkv = torch.empty(batch_size, before + H * W + after, 3, heads, head_dim, dtype=dtype).unbind(2)
+            for modulation, learned in ((table, True), (table, False), (None, False)):
+                out, logsumexp = attention._forward(*qkv, modulation, bias, *arguments)
+                attention._backward(out, *qkv, modulation, bias, out, logsumexp, *arguments, learned, True)
     return unique(launches)
 
 

@@ -10,8 +10,7 @@ from .assembly import MULTIPROCESSORS
 
 # Arguments that are rightly loaded in pieces smaller than their alignment allows.
 NARROW_LOADS = {
-    "bias": "gathered from the table at the offset of each pair of tokens",
-    "modulation": "gathered from the table at the offset of each pair of tokens",
+    "table": "gathered at the offset of each pair of tokens: 4 bytes, or 8 of bias and modulation together",
     "logsumexp": "one number a row",
     "delta": "one number a row",
     "mean": "one number a row",

@@ -388,7 +388,7 @@ def test_choice_of_the_forward_kernel(unit, tokens, head_dim, heads, has_modulat
 
 
 @pytest.mark.parametrize(
-    ("unit", "tokens", "head_dim", "learns_modulation", "kernel"),
+    ("unit", "tokens", "head_dim", "has_modulation", "kernel"),
     [
         ("wgmma", 16, 52, False, "short_backward"),
         ("wgmma", 64, 52, False, "short_backward"),
@@ -399,8 +399,8 @@ def test_choice_of_the_forward_kernel(unit, tokens, head_dim, heads, has_modulat
         ("mma", 32, 52, False, "short_backward"),
     ],
 )
-def test_choice_of_the_backward_kernel(unit, tokens, head_dim, learns_modulation, kernel):
-    assert autograd.choose_backward(unit, tokens, head_dim, learns_modulation) == kernel
+def test_choice_of_the_backward_kernel(unit, tokens, head_dim, has_modulation, kernel):
+    assert autograd.choose_backward(unit, tokens, head_dim, has_modulation) == kernel
 
 
 # Every attention of EDT-S, B and XL at 256² and 512², with their heads.

@@ -85,7 +85,7 @@ EDGES = [
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_attention_compiles_at_other_shapes(grid, heads, head_dim, batch_size, extra, dtype):
     """What the interpreter does not see: the types of compile-time constants and of loops."""
-    for launch in static.attention_launches(grid, heads, head_dim, dtype, "sm_90", batch_size, extra):
+    for launch in static.attention_launches(grid, heads, head_dim, dtype, "sm_90", (batch_size,), extra):
         shared_memory = static.compile_launch(launch, "sm_90").metadata.shared
         assert shared_memory <= assembly.MULTIPROCESSORS["sm_90"].shared_memory_of_program, launch
 
@@ -123,7 +123,7 @@ def forward_launch(target: str = "sm_90") -> static.Launch:
 
 def test_a_spill_is_a_fault():
     launch = forward_launch()
-    launch.constants |= {"BLOCK_M": 128, "SEQ_M": 128, "BLOCK_N": 128, "SEQ_N": 128}
+    launch.constants |= {"BLOCK_M": 128, "BLOCK_N": 128}
     launch.options |= {"num_warps": 4}
     assert any(re.fullmatch(r"spills \d+ bytes", fault) for fault in faults(static.report(launch, "sm_90")))
 
@@ -131,7 +131,7 @@ def test_a_spill_is_a_fault():
 def test_a_product_off_the_matrix_unit_is_a_fault():
     launch = forward_launch()
     launch.options |= {"num_warps": 2}  # fewer than a warpgroup, so the products fall back to the warps' mma
-    launch.constants |= {"BLOCK_M": 32, "SEQ_M": 32}
+    launch.constants |= {"BLOCK_M": 32}
     assert faults(static.report(launch, "sm_90")) == ["multiplies matrices without the matrix unit"]
 
 
@@ -165,13 +165,22 @@ def test_a_load_that_cannot_be_traced_is_a_fault():
 
 
 def test_launches_are_recorded_with_their_specialisations():
-    (forward, *_) = static.attention_launches((4, 4), 10, 52, torch.bfloat16, "sm_90", batch_size=1)
-    assert forward.kernel == "forward"
+    (forward, *_) = static.attention_launches((4, 4), 10, 52, torch.bfloat16, "sm_90", (1,))
+    assert forward.kernel == "short_forward"
     assert forward.signature["q"] == "*bf16"
     assert forward.signature["logsumexp"] == "*fp32"
+    assert forward.signature["table"] == "*i64"  # pairs of float32
     assert forward.constants["B"] == 1  # integer arguments of 1 are compile-time constants
     assert forward.constants["ALIGN"] == 4  # heads of 52 are 104 bytes apart, so loads are 8 bytes wide
-    assert (forward.constants["BLOCK_M"], forward.constants["SEQ_M"]) == (64, 16)
+    assert (forward.constants["BLOCK"], forward.constants["SEQ"]) == (64, 16)
+
+
+def test_every_attention_kernel_is_among_the_launches():
+    kernels = {launch.kernel for shape in static.EDT_ATTENTION for launch in static.launches_of(shape, "sm_90")}
+    assert kernels == {
+        "short_forward", "short_backward", "reduce_short_partials", "resident_forward", "forward", "backward_q",
+        "backward_kv", "backward_tables", "reduce_table_partials",
+    }  # fmt: skip
 
 
 def test_rows_may_be_loaded_by_16_bytes_except_heads_of_52():
@@ -191,7 +200,7 @@ def test_loads_are_traced_to_their_arguments():
         row = static.report(forward_launch(target), target)
         rows = {argument for argument in row.bytes_per_load if argument not in NARROW_LOADS}
         assert rows == set(row.possible_bytes_per_load) == {"q", "k", "v"}
-        assert {name: set(row.bytes_per_load[name]) for name in ("q", "bias")} == {"q": {8}, "bias": {4}}
+        assert {name: set(row.bytes_per_load[name]) for name in ("q", "table")} == {"q": {8}, "table": {8}}
         assert row.inner_loop
         assert row.instructions["matrix"] > 0
         assert row.instructions["special"] > 0  # exp2

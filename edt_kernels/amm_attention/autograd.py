@@ -143,12 +143,12 @@ def choose_forward(unit: str, num_tokens: int, head_dim: int, num_heads: int, ha
     return "resident_forward" if fits and num_heads >= _RESIDENT_HEADS else "forward"
 
 
-def choose_backward(unit: str, num_tokens: int, head_dim: int, needs_modulation: bool) -> str:
-    """ "short_backward", or "backward" for the three passes. The gradients of both tables at once take more
-    registers than there are, so a learned modulation has its own pass."""
+def choose_backward(unit: str, num_tokens: int, head_dim: int, has_modulation: bool) -> str:
+    """ "short_backward", or "backward" for the three passes. Registers do not hold a second table: with AMM, which
+    trained models of EDT have for inference alone, the short kernel spills."""
     tiles = tiles_of(unit, head_dim)
     fits = "short_backward" in tiles and num_tokens <= tiles["short_backward"].block_m
-    return "short_backward" if fits and not needs_modulation else "backward"
+    return "short_backward" if fits and not has_modulation else "backward"
 
 
 def choose_table_tile(unit: str, grid: tuple[int, int]) -> TableTile:
@@ -316,7 +316,7 @@ def _backward(
 def _launch_backward(p, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias, grad_modulation) -> None:
     """Fills the gradients; of the tables only those that have elements."""
     _, N, _, D = p.q.shape
-    if choose_backward(p.unit, N, D, grad_modulation.numel() > 0) == "short_backward":
+    if choose_backward(p.unit, N, D, p.has_modulation) == "short_backward":
         _launch_short_backward(p, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias)
         return
     delta = torch.empty_like(logsumexp)

@@ -59,7 +59,9 @@ def short_forward(
         table, position[:, None] - position[None, :], on_grid[:, None] & on_grid[None, :],
         HAS_BIAS, HAS_MODULATION, HAS_EXTRA,
     )  # fmt: skip
-    pair_valid = (sequence[:, None] == sequence[None, :]) & (token < N)[None, :]
+    if MASKED:
+        pair_valid = (sequence[:, None] == sequence[None, :]) & (token < N)[None, :]
+        bias = tl.where(pair_valid, bias, float("-inf"))
 
     last = tl.minimum(first + steps, tl.cdiv(B, BLOCK // SEQ))
     for step in tl.range(first, last, disable_licm=True):  # hoisted row offsets would spill
@@ -72,7 +74,7 @@ def short_forward(
         k_tile = load_rows_transposed(k, k_offsets, valid, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
         v_tile = load_rows(v, v_offsets, valid, D, BLOCK_D, MASKED)  # (BLOCK, BLOCK_D)
         products = tl.dot(q_tile, k_tile, input_precision=PRECISION)
-        logits = masked_logits(products, scale, bias, pair_valid, HAS_BIAS, MASKED)
+        logits = masked_logits(products, scale, bias, None, HAS_BIAS or MASKED, False)
         row_max = tl.max(logits, axis=1)
         # A row of a table of −∞ alone has no finite logit: any finite maximum keeps its arithmetic finite.
         safe_max = tl.where(row_max == float("-inf"), 0.0, row_max)
@@ -97,17 +99,19 @@ def short_backward(
     GRAD_BIAS: tl.constexpr, PRECISION: tl.constexpr, SEQ: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv of `steps` tiles of one head, and their share of dbias: partials
-    (programs a head, heads, BLOCK keys, BLOCK queries). The gradients share `out`'s strides."""
+    (programs a head, heads, BLOCK keys, BLOCK queries). There is no modulation (HAS_MODULATION is False). The
+    gradients share `out`'s strides."""
+    tl.static_assert(not HAS_MODULATION)
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     head, first = tl.program_id(0) % heads, tl.program_id(0) // heads * steps
     table += head * stride_table + middle_of_table(H, W)
     sequence, token = packed_rows(SEQ, BLOCK)
     position, on_grid = grid_positions(token, before, H, W)
-    bias, factor = look_up(
-        table, position[None, :] - position[:, None], on_grid[None, :] & on_grid[:, None],
-        HAS_BIAS, HAS_MODULATION, HAS_EXTRA,
-    )  # fmt: skip
-    pair_valid = (sequence[:, None] == sequence[None, :]) & (token < N)[:, None]
+    index, both_on_grid = position[None, :] - position[:, None], on_grid[None, :] & on_grid[:, None]
+    bias, factor = look_up(table, index, both_on_grid, HAS_BIAS, False, HAS_EXTRA)
+    if MASKED:
+        pair_valid = (sequence[:, None] == sequence[None, :]) & (token < N)[:, None]
+        bias = tl.where(pair_valid, bias, float("-inf"))
 
     if GRAD_BIAS:
         bias_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -130,8 +134,8 @@ def short_backward(
         # +∞ makes the probabilities of rows that do not exist zero.
         row_logsumexp = tl.load(logsumexp + statistics, mask=valid, other=float("inf"))
         weights, grad_logits = transposed_gradients(
-            k_tile, v_tile, q_tile, grad_tile, row_logsumexp, row_delta, scale, bias, factor, pair_valid,
-            HAS_BIAS, HAS_MODULATION, MASKED, EXACT, PRECISION,
+            k_tile, v_tile, q_tile, grad_tile, row_logsumexp, row_delta, scale, bias, factor, None,
+            HAS_BIAS or MASKED, False, False, EXACT, PRECISION,
         )  # fmt: skip
         if GRAD_BIAS:
             bias_sum += grad_logits
