@@ -1,0 +1,109 @@
+"""Cases of the norm-type ops: inputs, outputs and gradients, and the check of them against float64."""
+
+import dataclasses
+
+import torch
+from numerics import assert_within_budget
+
+import edt_kernels
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+OPS = ("adaln", "gated_residual", "gated_residual_adaln", "token_merge_adaln", "token_split_concat_adaln")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An op at a shape. `grid` is x's; channels are x's, except for the split, where they are the skip's."""
+
+    op: str
+    grid: tuple[int, int]
+    channels: int
+    batch_size: int = 2
+    stream: torch.dtype = F32  # of x, or of the skip
+    branch: torch.dtype = F32  # of y, or of the split's x
+    modulation: torch.dtype = F32
+    out_dtype: torch.dtype | None = None
+    keep: bool = False
+    transposed: bool = False  # tokens outermost: a view with other strides
+
+    def __str__(self):
+        dtypes = [str(d).removeprefix("torch.") for d in (self.stream, self.branch, self.modulation)]
+        flags = [name for name in ("keep", "transposed") if getattr(self, name)]
+        flags += [f"to-{self.out_dtype}".replace("torch.", "")] if self.out_dtype else []
+        grid = "x".join(map(str, self.grid))
+        return "-".join([self.op, grid, f"C{self.channels}", f"B{self.batch_size}", *dtypes, *flags])
+
+
+def make_inputs(case: Case, device: str) -> dict[str, torch.Tensor]:
+    """Floating tensors by argument name, and the upstream gradients "grad 0", "grad 1" by output."""
+    generator = torch.Generator().manual_seed(0)
+    H, W = case.grid
+    B, N, C = case.batch_size, H * W, case.channels
+
+    def randn(*shape, dtype=F32):
+        if case.transposed and len(shape) == 3:
+            return torch.randn(shape[1], shape[0], shape[2], generator=generator).to(dtype).transpose(0, 1)
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    if case.op == "token_merge_adaln":
+        inputs, width, rows = {"x": randn(B, N, C, dtype=case.stream)}, 4 * C, N // 4
+    elif case.op == "token_split_concat_adaln":
+        inputs = {"x": randn(B, N, 4 * C, dtype=case.branch), "skip": randn(B, 4 * N, C, dtype=case.stream)}
+        width, rows = 2 * C, 4 * N
+    else:
+        inputs, width, rows = {"x": randn(B, N, C, dtype=case.stream)}, C, N
+        if case.op != "adaln":
+            inputs["y"] = randn(B, N, C, dtype=case.branch)
+    # One projection makes them all; the ops get views of it, as in a model.
+    inputs["modulation"] = randn(B, 3 * width, dtype=case.modulation) / 2
+    for i in range(2 if case.op == "gated_residual_adaln" else 1):
+        inputs[f"grad {i}"] = randn(B, rows, width)
+    if case.keep:
+        inputs["keep"] = torch.rand(B, N, generator=generator) < 0.6
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def run(namespace, case: Case, inputs: dict, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of every floating input; with `dtype`, everything converted to it first."""
+
+    def convert(t):
+        return t if dtype is None or not t.is_floating_point() else t.to(dtype)
+
+    inputs = {name: convert(tensor) for name, tensor in inputs.items()}
+    upstream = [inputs.pop(name) for name in sorted(inputs) if name.startswith("grad")]
+    keep = inputs.pop("keep", None)
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
+    gate, shift, scale = leaves["modulation"].chunk(3, dim=-1)
+    arguments = {name: leaf for name, leaf in leaves.items() if name != "modulation"}
+    if case.op in ("gated_residual", "gated_residual_adaln"):
+        arguments["gate"] = gate
+    if case.op != "gated_residual":
+        arguments |= {"shift": shift, "scale": scale}
+    if case.op in ("token_merge_adaln", "token_split_concat_adaln"):
+        arguments["grid"] = case.grid
+    if case.op == "token_merge_adaln":
+        arguments["keep"] = keep
+    if case.out_dtype is not None:
+        arguments["out_dtype"] = case.out_dtype if dtype is None else dtype
+    outputs = getattr(namespace, case.op)(**arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [g.to(out.dtype) for g, out in zip(upstream, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+    results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    return results | {f"grad of {name}": grad for name, grad in zip(leaves, grads)}
+
+
+def check(case: Case, device: str) -> None:
+    inputs = make_inputs(case, device)
+    eager = run(edt_kernels.reference, case, inputs)
+    # The upstream gradients as the outputs' dtypes round them, so that both differentiate the same function.
+    rounded = dict(inputs)
+    for i in range(2):
+        if f"grad {i}" in inputs:
+            rounded[f"grad {i}"] = inputs[f"grad {i}"].to(eager[f"output {i}"].dtype)
+    exact = run(edt_kernels.reference, case, rounded, torch.float64)
+    result = run(edt_kernels, case, inputs)
+    assert result.keys() == exact.keys()
+    for name in exact:
+        assert result[name].dtype == eager[name].dtype, name
+        assert_within_budget(name, result[name], exact[name], eager[name])
