@@ -76,8 +76,8 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_out, _grad_mean, _grad_rstd):
-    scale = ctx.saved_tensors[1]
-    grad_x, sums = torch.ops.edt_kernels.adaln_backward(grad_out, *ctx.saved_tensors)
+    saved = _, scale, *_ = ctx.saved_tensors  # once: a checkpoint recomputes for one reading
+    grad_x, sums = torch.ops.edt_kernels.adaln_backward(grad_out, *saved)
     return grad_x, sums[0].to(ctx.shift_dtype), sums[1].to(scale.dtype), None, None
 
 

@@ -128,12 +128,10 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_x_out, grad_out, _grad_mean, _grad_rstd):
-    x_out, _, gate, scale, _, _ = ctx.saved_tensors
+    saved = x_out, _, gate, scale, _, _ = ctx.saved_tensors  # once: a checkpoint recomputes for one reading
     grad_x_out = torch.zeros_like(x_out) if grad_x_out is None else grad_x_out
     grad_out = torch.zeros_like(x_out) if grad_out is None else grad_out
-    grad_x, grad_y, sums = torch.ops.edt_kernels.gated_residual_adaln_backward(
-        grad_x_out, grad_out, *ctx.saved_tensors
-    )
+    grad_x, grad_y, sums = torch.ops.edt_kernels.gated_residual_adaln_backward(grad_x_out, grad_out, *saved)
     grad_gate, grad_shift, grad_scale = sums.unbind(0)
     grads = grad_gate.to(gate.dtype), grad_shift.to(ctx.shift_dtype), grad_scale.to(scale.dtype)
     return grad_x, grad_y, *grads, None, None

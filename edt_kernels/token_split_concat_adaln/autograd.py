@@ -85,10 +85,8 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_out, _grad_mean, _grad_rstd):
-    scale = ctx.saved_tensors[2]
-    grad_x, grad_skip, sums = torch.ops.edt_kernels.token_split_concat_adaln_backward(
-        grad_out, *ctx.saved_tensors, *ctx.grid
-    )
+    saved = _, _, scale, *_ = ctx.saved_tensors  # once: a checkpoint recomputes for one reading
+    grad_x, grad_skip, sums = torch.ops.edt_kernels.token_split_concat_adaln_backward(grad_out, *saved, *ctx.grid)
     return grad_x, grad_skip, sums[0].to(ctx.shift_dtype), sums[1].to(scale.dtype), *[None] * 4
 
 
