@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+from layouts import lay_out
 from numerics import assert_within_budget
 
 import edt_kernels
@@ -24,11 +25,16 @@ class Case:
     modulation: torch.dtype = F32
     out_dtype: torch.dtype | None = None
     keep: bool = False
-    transposed: bool = False  # tokens outermost: a view with other strides
+    layout: str = "dense"  # of x, y and skip
+    grad_layout: str = "dense"  # of the upstream gradients
+    eps: float = 1e-6
 
     def __str__(self):
         dtypes = [str(d).removeprefix("torch.") for d in (self.stream, self.branch, self.modulation)]
-        flags = [name for name in ("keep", "transposed") if getattr(self, name)]
+        flags = ["keep"] if self.keep else []
+        flags += [self.layout.replace(" ", "-")] if self.layout != "dense" else []
+        flags += [f"grad-{self.grad_layout}".replace(" ", "-")] if self.grad_layout != "dense" else []
+        flags += [f"eps{self.eps}"] if self.eps != 1e-6 else []
         flags += [f"to-{self.out_dtype}".replace("torch.", "")] if self.out_dtype else []
         grid = "x".join(map(str, self.grid))
         return "-".join([self.op, grid, f"C{self.channels}", f"B{self.batch_size}", *dtypes, *flags])
@@ -41,8 +47,6 @@ def make_inputs(case: Case, device: str) -> dict[str, torch.Tensor]:
     B, N, C = case.batch_size, H * W, case.channels
 
     def randn(*shape, dtype=F32):
-        if case.transposed and len(shape) == 3:
-            return torch.randn(shape[1], shape[0], shape[2], generator=generator).to(dtype).transpose(0, 1)
         return torch.randn(*shape, generator=generator).to(dtype)
 
     if case.op == "token_merge_adaln":
@@ -74,11 +78,11 @@ def run(namespace, case: Case, inputs: dict, dtype: torch.dtype | None = None) -
     keep = inputs.pop("keep", None)
     leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
     gate, shift, scale = leaves["modulation"].chunk(3, dim=-1)
-    arguments = {name: leaf for name, leaf in leaves.items() if name != "modulation"}
+    arguments = {name: lay_out(leaf, case.layout) for name, leaf in leaves.items() if name != "modulation"}
     if case.op in ("gated_residual", "gated_residual_adaln"):
         arguments["gate"] = gate
     if case.op != "gated_residual":
-        arguments |= {"shift": shift, "scale": scale}
+        arguments |= {"shift": shift, "scale": scale, "eps": case.eps}
     if case.op in ("token_merge_adaln", "token_split_concat_adaln"):
         arguments["grid"] = case.grid
     if case.op == "token_merge_adaln":
@@ -87,7 +91,7 @@ def run(namespace, case: Case, inputs: dict, dtype: torch.dtype | None = None) -
         arguments["out_dtype"] = case.out_dtype if dtype is None else dtype
     outputs = getattr(namespace, case.op)(**arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    upstream = [g.to(out.dtype) for g, out in zip(upstream, outputs, strict=True)]
+    upstream = [lay_out(g.to(out.dtype), case.grad_layout) for g, out in zip(upstream, outputs, strict=True)]
     grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
     results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
     return results | {f"grad of {name}": grad for name, grad in zip(leaves, grads)}

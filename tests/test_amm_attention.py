@@ -46,17 +46,6 @@ def test_interpreted_kernels_stay_within_the_error_budget(case, dtype):
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_triton")
-@pytest.mark.parametrize("unit", ["mma", "mfma", "wgmma"])
-@pytest.mark.parametrize(
-    "case", [Case((4, 4), batch_size=3), Case((8, 8), heads=1), Case((9, 9), batch_size=1, heads=1)], ids=str
-)
-def test_tiles_of_every_matrix_unit(case, unit, monkeypatch):
-    monkeypatch.setattr(autograd, "matrix_unit", lambda _device: unit)
-    check(case, torch.float16, "cpu")
-
-
-@pytest.mark.interpreter
-@pytest.mark.usefixtures("_triton")
 def test_an_expanded_upstream_gradient():
     case = Case((3, 5), batch_size=1)
     inputs = make_inputs(case, torch.float32, "cpu")

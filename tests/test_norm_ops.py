@@ -8,7 +8,7 @@ import edt_kernels
 
 SMALL_CASES = [
     *(Case(op, (2, 4), 52, batch_size=3) for op in OPS),
-    *(Case(op, (2, 2), 32, batch_size=1, transposed=True) for op in OPS),
+    *(Case(op, (2, 2), 32, batch_size=1, layout="transposed") for op in OPS),
     *(Case(op, (6, 10), 36, stream=F32, branch=F16, modulation=F16) for op in OPS),
     *(Case(op, (4, 2), 312, stream=F16, branch=F16, modulation=F32) for op in OPS),
     Case("adaln", (1, 1), 1248),

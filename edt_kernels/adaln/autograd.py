@@ -4,7 +4,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .._launch import common_alignment, dense_rows, on_device_of, refuse_double_backward
+from .._launch import (
+    common_alignment,
+    dense_rows,
+    on_device_of,
+    refuse_double_backward,
+    refuse_forward_mode,
+    refuse_transforms,
+)
 from .._rows import choose_row_tile
 from . import kernels
 
@@ -83,8 +90,10 @@ def _differentiate(ctx, grad_out, _grad_mean, _grad_rstd):
 
 torch.library.register_autograd("edt_kernels::adaln", _differentiate, setup_context=_save_for_backward)
 torch.library.register_autograd("edt_kernels::adaln_backward", refuse_double_backward("adaln"))
+refuse_transforms("adaln")
 
 
 def adaln(x, shift, scale, eps, out_dtype) -> Tensor:
     """`edt_kernels.adaln` by the kernels; the arguments are checked."""
+    refuse_forward_mode("adaln", x, shift, scale)
     return torch.ops.edt_kernels.adaln(x, shift, scale, eps, out_dtype)[0]

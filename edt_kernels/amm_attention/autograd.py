@@ -7,7 +7,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .._launch import common_alignment, dense_rows, on_device_of, refuse_double_backward
+from .._launch import (
+    common_alignment,
+    dense_rows,
+    on_device_of,
+    refuse_double_backward,
+    refuse_forward_mode,
+    refuse_transforms,
+)
 from . import kernels
 
 
@@ -324,10 +331,12 @@ def _differentiate(ctx, grad_out, _grad_logsumexp):
 
 torch.library.register_autograd("edt_kernels::amm_attention", _differentiate, setup_context=_save_for_backward)
 torch.library.register_autograd("edt_kernels::amm_attention_backward", refuse_double_backward("amm_attention"))
+refuse_transforms("amm_attention")
 
 
 def amm_attention(q, k, v, grid, modulation, rel_pos_bias, scale, num_extra_tokens) -> Tensor:
     """`edt_kernels.amm_attention` by the kernels; the arguments are checked."""
+    refuse_forward_mode("amm_attention", q, k, v, modulation, rel_pos_bias)
     out, _ = torch.ops.edt_kernels.amm_attention(
         q, k, v, modulation, rel_pos_bias, *grid, num_extra_tokens[0], scale
     )

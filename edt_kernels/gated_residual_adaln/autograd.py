@@ -4,7 +4,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .._launch import common_alignment, dense_rows, on_device_of, refuse_double_backward
+from .._launch import (
+    common_alignment,
+    dense_rows,
+    on_device_of,
+    refuse_double_backward,
+    refuse_forward_mode,
+    refuse_transforms,
+)
 from .._rows import choose_row_tile
 from . import kernels
 
@@ -155,13 +162,16 @@ torch.library.register_autograd(
 )
 for _op in ("gated_residual_adaln", "gated_residual"):
     torch.library.register_autograd(f"edt_kernels::{_op}_backward", refuse_double_backward(_op))
+    refuse_transforms(_op)
 
 
 def gated_residual_adaln(x, y, gate, shift, scale, eps, out_dtype) -> tuple[Tensor, Tensor]:
     """`edt_kernels.gated_residual_adaln` by the kernels; the arguments are checked."""
+    refuse_forward_mode("gated_residual_adaln", x, y, gate, shift, scale)
     return torch.ops.edt_kernels.gated_residual_adaln(x, y, gate, shift, scale, eps, out_dtype)[:2]
 
 
 def gated_residual(x, y, gate) -> Tensor:
     """`edt_kernels.gated_residual` by the kernels; the arguments are checked."""
+    refuse_forward_mode("gated_residual", x, y, gate)
     return torch.ops.edt_kernels.gated_residual(x, y, gate)

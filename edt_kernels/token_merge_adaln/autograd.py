@@ -4,7 +4,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .._launch import common_alignment, dense_rows, on_device_of, refuse_double_backward
+from .._launch import (
+    common_alignment,
+    dense_rows,
+    on_device_of,
+    refuse_double_backward,
+    refuse_forward_mode,
+    refuse_transforms,
+)
 from .._rows import choose_row_tile
 from . import kernels
 
@@ -101,8 +108,10 @@ torch.library.register_autograd("edt_kernels::token_merge_adaln", _differentiate
 torch.library.register_autograd(
     "edt_kernels::token_merge_adaln_backward", refuse_double_backward("token_merge_adaln")
 )
+refuse_transforms("token_merge_adaln")
 
 
 def token_merge_adaln(x, shift, scale, keep, grid, eps, out_dtype) -> Tensor:
     """`edt_kernels.token_merge_adaln` by the kernels; the arguments are checked."""
+    refuse_forward_mode("token_merge_adaln", x, shift, scale)
     return torch.ops.edt_kernels.token_merge_adaln(x, shift, scale, keep, *grid, eps, out_dtype)[0]

@@ -6,7 +6,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .._launch import common_alignment, dense_rows, on_device_of, refuse_double_backward
+from .._launch import (
+    common_alignment,
+    dense_rows,
+    on_device_of,
+    refuse_double_backward,
+    refuse_forward_mode,
+    refuse_transforms,
+)
 from .._rows import choose_row_tile
 from . import kernels
 
@@ -96,8 +103,10 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "edt_kernels::token_split_concat_adaln_backward", refuse_double_backward("token_split_concat_adaln")
 )
+refuse_transforms("token_split_concat_adaln")
 
 
 def token_split_concat_adaln(x, skip, shift, scale, grid, eps, out_dtype) -> Tensor:
     """`edt_kernels.token_split_concat_adaln` by the kernels; the arguments are checked."""
+    refuse_forward_mode("token_split_concat_adaln", x, skip, shift, scale)
     return torch.ops.edt_kernels.token_split_concat_adaln(x, skip, shift, scale, *grid, eps, out_dtype)[0]
