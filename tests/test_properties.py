@@ -69,7 +69,7 @@ def norm_examples(draw, op: str, dtypes=INTERPRETED_DTYPES, real: bool = False) 
         op,
         grid,
         channels,
-        batch_size=draw(st.integers(0, min(most, 64))),
+        batch_size=draw(st.integers(1 if real else 0, min(most, 64))),
         stream=draw(dtype),
         branch=draw(dtype),
         modulation=draw(dtype),
@@ -101,7 +101,7 @@ def attention_examples(draw, dtypes=INTERPRETED_DTYPES, real: bool = False):
     case = attention_cases.Case(
         grid,
         head_dim=head_dim,
-        batch_size=draw(st.integers(0, min(most, 64))),
+        batch_size=draw(st.integers(1 if real else 0, min(most, 64))),
         heads=heads,
         extra=extra,
         bias=draw(st.booleans()),
