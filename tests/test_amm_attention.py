@@ -18,6 +18,8 @@ SMALL_CASES = [
     Case((3, 3)),
     Case((4, 4), batch_size=5, heads=3),  # packed by fours, the last program short
     Case((4, 4), head_dim=16, modulation="per head"),
+    Case((4, 4), batch_size=3, modulation="fixed"),
+    Case((8, 8), heads=1, modulation="fixed"),
     Case((2, 8), head_dim=72, heads=3),
     Case((3, 11), head_dim=16),
     Case((5, 3), extra=(1, 2), modulation="per head"),
@@ -29,6 +31,7 @@ SMALL_CASES = [
     Case((8, 4), modulation=None),
     Case((6, 6), bias=False, modulation=None, head_dim=8),
     Case((9, 9), batch_size=1, heads=1, head_dim=72, extra=(3, 0)),
+    Case((9, 7), batch_size=1, modulation="fixed", extra=(2, 0)),
     Case((10, 13), batch_size=1, heads=1),  # more tokens than one tile, tiles cut by the edge of the grid
     Case((16, 16), batch_size=1, heads=1),
     Case((2, 70), batch_size=1, heads=1, head_dim=128),  # a row of the grid longer than a tile
@@ -42,6 +45,37 @@ SMALL_CASES = [
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 def test_interpreted_kernels_stay_within_the_error_budget(case, dtype):
     check(case, dtype, "cpu")
+
+
+RESIDENT_CASES = [
+    Case((9, 9), batch_size=1, modulation=None),
+    Case((16, 16), batch_size=1, heads=1, modulation=None),
+    Case((11, 11), batch_size=1, heads=2, head_dim=32, extra=(7, 5), modulation=None),
+    Case((8, 16), batch_size=1, heads=1, bias=False, modulation=None, layout="heads first"),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("case", RESIDENT_CASES, ids=str)
+def test_whole_heads_on_the_chip(case, monkeypatch):
+    monkeypatch.setattr(autograd, "_RESIDENT_HEADS", 1)
+    monkeypatch.setattr(autograd.kernels, "forward", None)  # the general kernel is not called
+    check(case, torch.float16, "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("extra", [(0, 0), (2, 1)])
+def test_a_program_walks_over_its_share_of_the_batch(extra, monkeypatch):
+    """Several steps a program, the last share short, the last tile partly empty."""
+    monkeypatch.setattr(autograd, "_SHORT_PROGRAMS", {"short_forward": 4, "short_backward": 4})
+    check(Case((3, 3), batch_size=23, extra=extra, modulation=None), torch.float16, "cpu")
+    check(
+        Case((8, 8) if extra == (0, 0) else (7, 8), batch_size=5, extra=extra, modulation=None),
+        torch.float16,
+        "cpu",
+    )
 
 
 @pytest.mark.interpreter
@@ -59,11 +93,12 @@ def test_an_expanded_upstream_gradient():
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_triton")
-def test_tables_without_gradient_cost_no_table_kernel(monkeypatch):
-    case = Case((4, 4))
+@pytest.mark.parametrize("grid", [(4, 4), (9, 9)])
+def test_tables_without_gradient_cost_no_table_kernel(grid, monkeypatch):
+    case = Case(grid)
     inputs = make_inputs(case, torch.float32, "cpu")
     qkv = inputs["qkv"].requires_grad_()
-    monkeypatch.setattr(autograd, "_table_gradients", lambda *_: pytest.fail("computed table gradients"))
+    monkeypatch.setattr(autograd, "_reduction_programs", lambda *_: pytest.fail("computed table gradients"))
     out = edt_kernels.amm_attention(
         *qkv.unbind(2), grid=case.grid, modulation=inputs["modulation"], rel_pos_bias=inputs["rel_pos_bias"]
     )
@@ -220,16 +255,41 @@ def test_imports_and_runs_where_triton_is_missing():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "unit", "kernel", "expected"),
+    ("unit", "tokens", "head_dim", "heads", "has_modulation", "kernel"),
     [
-        (16, "wgmma", "forward", autograd.Tile(64, 64, 8, 1, 16, 16)),  # four sequences a tile
-        (33, "wgmma", "forward", autograd.Tile(64, 64, 8, 1, 64, 64)),
-        (256, "wgmma", "forward", autograd.Tile(128, 64, 8, 2, 128, 64)),
-        (16, "mma", "backward_kv", autograd.Tile(32, 32, 4, 1, 16, 16)),
+        ("wgmma", 16, 52, 8 * 10, True, "short_forward"),
+        ("wgmma", 64, 128, 8 * 10, False, "short_forward"),
+        ("wgmma", 65, 52, 1024, False, "resident_forward"),
+        ("wgmma", 256, 64, 264, False, "resident_forward"),
+        ("wgmma", 256, 64, 263, False, "forward"),  # too few heads to fill a device by one program each
+        ("wgmma", 256, 52, 1024, True, "forward"),
+        ("wgmma", 256, 72, 1024, False, "forward"),
+        ("wgmma", 257, 52, 1024, False, "forward"),
+        ("mma", 256, 52, 1024, False, "forward"),
+        ("tcgen05", 256, 52, 1024, False, "forward"),
+        ("mma", 64, 52, 8, False, "short_forward"),
+        ("fma", 64, 52, 1024, False, "forward"),  # float32 tiles are smaller
+        ("fma", 32, 52, 1024, False, "short_forward"),
     ],
 )
-def test_tile_choice(tokens, unit, kernel, expected):
-    assert autograd.choose_tile(kernel, unit, tokens, 52) == expected
+def test_choice_of_the_forward_kernel(unit, tokens, head_dim, heads, has_modulation, kernel):
+    assert autograd.choose_forward(unit, tokens, head_dim, heads, has_modulation) == kernel
+
+
+@pytest.mark.parametrize(
+    ("unit", "tokens", "head_dim", "learns_modulation", "kernel"),
+    [
+        ("wgmma", 16, 52, False, "short_backward"),
+        ("wgmma", 64, 52, False, "short_backward"),
+        ("wgmma", 64, 52, True, "backward"),
+        ("wgmma", 65, 52, False, "backward"),
+        ("wgmma", 64, 128, False, "backward"),
+        ("mma", 64, 52, False, "backward"),
+        ("mma", 32, 52, False, "short_backward"),
+    ],
+)
+def test_choice_of_the_backward_kernel(unit, tokens, head_dim, learns_modulation, kernel):
+    assert autograd.choose_backward(unit, tokens, head_dim, learns_modulation) == kernel
 
 
 # Every attention of EDT-S, B and XL at 256² and 512², with their heads.

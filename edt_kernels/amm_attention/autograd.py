@@ -15,19 +15,17 @@ from .._launch import (
     refuse_forward_mode,
     refuse_transforms,
 )
-from . import kernels
+from . import kernels, resident_kernels, short_kernels, table_kernels
 
 
 @dataclass(frozen=True)
 class Tile:
-    """block_m query rows by block_n key rows; seq is the rows that one sequence takes of a packed tile."""
+    """block_m query rows by block_n key rows."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    seq_m: int
-    seq_n: int
 
 
 @dataclass(frozen=True)
@@ -41,41 +39,122 @@ class TableTile:
     num_stages: int
 
 
-# (block_m, block_n, num_warps, num_stages) of each kernel, by matrix unit and padded head dim: the largest that
-# compile without spills at EDT's shapes (`python -m benchmarks.static`), to be replaced by measured ones.
-# float32 products are exact, so they run on the FMA units out of registers ("fma"; its D 128 still spills).
+# The tile of each kernel, by matrix unit and padded head dim: the largest that compile without spills at EDT's
+# shapes (`python -m benchmarks.static`), to be replaced by measured ones. float32 products are exact, so they run
+# on the FMA units out of registers ("fma"; its D 128 still spills). Triton gives each warp 16 rows of a score tile
+# that feeds another product: with fewer than 16·num_warps rows (queries, in backward_kv and short_backward keys)
+# warps repeat each other's work. 64 rows at 4 warps would not, but miscompile on Hopper (triton issue 11366,
+# flash-linear-attention issue 984), so there 8 warps do.
 _TILES = {
-    ("wgmma", 64): {"forward": (128, 64, 8, 2), "backward_q": (64, 64, 8, 2), "backward_kv": (64, 64, 8, 2)},
-    ("wgmma", 128): {"forward": (64, 32, 8, 1), "backward_q": (64, 32, 8, 1), "backward_kv": (32, 64, 8, 1)},
-    ("mma", 64): {"forward": (64, 64, 4, 2), "backward_q": (64, 32, 4, 2), "backward_kv": (64, 32, 4, 2)},
-    ("mma", 128): {"forward": (64, 32, 8, 1), "backward_q": (64, 32, 8, 1), "backward_kv": (32, 64, 8, 1)},
-    ("mfma", 64): {"forward": (64, 64, 4, 1), "backward_q": (64, 64, 4, 1), "backward_kv": (64, 64, 4, 1)},
-    ("mfma", 128): {"forward": (64, 32, 4, 1), "backward_q": (64, 32, 4, 1), "backward_kv": (32, 64, 4, 1)},
-    ("fma", 64): {"forward": (32, 32, 4, 1), "backward_q": (32, 32, 8, 1), "backward_kv": (32, 32, 8, 1)},
-    ("fma", 128): {"forward": (16, 16, 4, 1), "backward_q": (32, 32, 8, 1), "backward_kv": (16, 16, 4, 1)},
+    ("wgmma", 64): {
+        "short_forward": Tile(64, 64, 8, 2),
+        "short_backward": Tile(64, 64, 8, 2),
+        "resident_forward": Tile(128, 64, 8, 1),
+        "forward": Tile(128, 64, 8, 2),
+        "backward_q": Tile(128, 32, 8, 2),
+        "backward_kv": Tile(32, 128, 8, 2),
+    },
+    ("wgmma", 128): {
+        "short_forward": Tile(64, 64, 8, 1),
+        "forward": Tile(64, 32, 8, 1),
+        "backward_q": Tile(64, 32, 8, 1),
+        "backward_kv": Tile(32, 64, 8, 1),
+    },
+    ("mma", 64): {
+        "short_forward": Tile(64, 64, 8, 2),
+        "short_backward": Tile(32, 32, 4, 2),
+        "forward": Tile(64, 64, 4, 2),
+        "backward_q": Tile(64, 32, 4, 2),
+        "backward_kv": Tile(32, 64, 4, 2),
+    },
+    ("mma", 128): {
+        "short_forward": Tile(64, 64, 8, 1),
+        "forward": Tile(64, 32, 8, 1),
+        "backward_q": Tile(64, 32, 8, 1),
+        "backward_kv": Tile(32, 64, 8, 1),
+    },
+    ("mfma", 64): {
+        "short_forward": Tile(64, 64, 4, 1),
+        "short_backward": Tile(32, 32, 2, 1),
+        "forward": Tile(64, 64, 4, 1),
+        "backward_q": Tile(64, 64, 4, 1),
+        "backward_kv": Tile(64, 64, 4, 1),
+    },
+    ("mfma", 128): {
+        "short_forward": Tile(64, 64, 4, 1),
+        "forward": Tile(64, 32, 4, 1),
+        "backward_q": Tile(64, 32, 4, 1),
+        "backward_kv": Tile(32, 64, 4, 1),
+    },
+    ("fma", 64): {
+        "short_forward": Tile(32, 32, 4, 1),
+        "short_backward": Tile(32, 32, 8, 1),
+        "forward": Tile(32, 32, 4, 1),
+        "backward_q": Tile(32, 32, 8, 1),
+        "backward_kv": Tile(32, 32, 8, 1),
+    },
+    ("fma", 128): {
+        "short_forward": Tile(16, 16, 4, 1),
+        "forward": Tile(16, 16, 4, 1),
+        "backward_q": Tile(32, 32, 8, 1),
+        "backward_kv": Tile(16, 16, 4, 1),
+    },
 }
-_TABLE_TILES = {"wgmma": (64, 8), "mma": (32, 4), "mfma": (64, 4), "fma": (32, 4)}  # (cells, num_warps)
+# Datacenter Blackwell takes Hopper's tiles, but for the one whose accumulators exceed its tensor memory (Triton
+# compiles that to an empty kernel).
+for _dim in (64, 128):
+    _TILES["tcgen05", _dim] = {k: tile for k, tile in _TILES["wgmma", _dim].items() if k != "resident_forward"}
+_TABLE_TILES = {
+    "wgmma": (64, 8),
+    "tcgen05": (64, 8),
+    "mma": (32, 4),
+    "mfma": (64, 4),
+    "fma": (32, 4),
+}  # (cells, num_warps)
+
+# What fits on the chip: 256 rows of 64 channels, twice, are 64 KB of shared memory.
+_RESIDENT_TOKENS = 256
+# Where fewer heads than this are to be computed (two for each multiprocessor of an H200), several programs a head
+# fill the device better.
+_RESIDENT_HEADS = 264
+# Programs of the short kernels and of `backward_tables`, whatever the device, so that gradients
+# are the same everywhere. Each of the short backward pass writes one (64, 64) partial, 4 MB in all; each of the
+# tables' own pass one a table, 8 MB, or more where heads times distances between tiles exceeds this number (24
+# heads of 64×64 tokens: 50 MB).
+_SHORT_PROGRAMS = {"short_forward": 528, "short_backward": 264}
+_TABLE_PROGRAMS = 512
 
 
 def matrix_unit(device: torch.device) -> str:
-    """The key of the tile tables for 16-bit inputs: Hopper and datacenter Blackwell, other NVIDIA, AMD CDNA."""
+    """The key of the tile tables for 16-bit inputs: Hopper, datacenter Blackwell, other NVIDIA, AMD CDNA."""
     if device.type != "cuda":  # the interpreter
         return "wgmma"
     if torch.version.hip:
         return "mfma"
-    return "wgmma" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "mma"
+    return {9: "wgmma", 10: "tcgen05"}.get(torch.cuda.get_device_capability(device)[0], "mma")
 
 
-def choose_tile(kernel: str, unit: str, num_tokens: int, head_dim: int) -> Tile:
-    """The tile of "forward", "backward_q" or "backward_kv". Sequences shorter than a tile are packed into it."""
-    block_m, block_n, num_warps, num_stages = _TILES[unit, 64 if head_dim <= 64 else 128][kernel]
-    if num_tokens <= 64:  # a loop of one iteration has nothing to load ahead
-        block_m, num_stages = min(block_m, 64), 1
-    seq = triton.next_power_of_2(num_tokens)
-    if seq < min(block_m, block_n):  # queries and keys of a packed tile are the same rows
-        block = min(block_m, block_n)
-        return Tile(block, block, num_warps, num_stages, seq, seq)
-    return Tile(block_m, block_n, num_warps, num_stages, block_m, block_n)
+def tiles_of(unit: str, head_dim: int) -> dict[str, Tile]:
+    return _TILES[unit, 64 if head_dim <= 64 else 128]
+
+
+def choose_forward(unit: str, num_tokens: int, head_dim: int, num_heads: int, has_modulation: bool) -> str:
+    """The kernel of the forward pass of `num_heads` heads over the whole batch."""
+    tiles = tiles_of(unit, head_dim)
+    if num_tokens <= tiles["short_forward"].block_m:
+        return "short_forward"
+    # Only WGMMA reads both operands from shared memory; others would keep them in registers, which are too few, as
+    # they are for both tables (16 bytes spill).
+    fits = "resident_forward" in tiles and num_tokens <= _RESIDENT_TOKENS and not has_modulation
+    return "resident_forward" if fits and num_heads >= _RESIDENT_HEADS else "forward"
+
+
+def choose_backward(unit: str, num_tokens: int, head_dim: int, needs_modulation: bool) -> str:
+    """ "short_backward", or "backward" for the three passes. The gradients of both tables at once take more
+    registers than there are, so a learned modulation has its own pass."""
+    tiles = tiles_of(unit, head_dim)
+    fits = "short_backward" in tiles and num_tokens <= tiles["short_backward"].block_m
+    return "short_backward" if fits and not needs_modulation else "backward"
 
 
 def choose_table_tile(unit: str, grid: tuple[int, int]) -> TableTile:
@@ -87,12 +166,6 @@ def choose_table_tile(unit: str, grid: tuple[int, int]) -> TableTile:
     return TableTile(cells // (rows * columns), rows, columns, num_warps, num_stages=1)
 
 
-# Programs that share the sum over the batch in `backward_tables`, whatever the device, so that gradients are
-# the same everywhere: about two waves of an H200. Each writes one (64, 64) partial: 8 MB a table, or more where
-# heads times distances between tiles exceeds this number (24 heads of 64×64 tokens: 50 MB).
-_TABLE_PROGRAMS = 512
-
-
 @dataclass(frozen=True)
 class _Problem:
     """What the launches of one call share."""
@@ -100,101 +173,121 @@ class _Problem:
     q: Tensor
     k: Tensor
     v: Tensor
-    bias: Tensor | None  # (heads, offsets)
-    modulation: Tensor | None  # (heads or 1, offsets)
+    table: Tensor  # (heads or 1, offsets): bias, modulation, or pairs of both; q stands in where there is neither
+    has_bias: bool
+    has_modulation: bool
     grid: tuple[int, int]
     before: int
     scale: float
 
     @property
-    def shape(self) -> torch.Size:
-        return self.q.shape
-
-    @property
     def unit(self) -> str:
         return "fma" if self.q.dtype == torch.float32 else matrix_unit(self.q.device)
 
-    @property
-    def precision(self) -> str:
-        """Of float32 products: what PyTorch's own would be."""
-        tf32 = self.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        return "tf32" if tf32 else "ieee"
-
     def tile(self, kernel: str) -> Tile:
-        _, N, _, D = self.shape
-        return choose_tile(kernel, self.unit, N, D)
+        return tiles_of(self.unit, self.q.shape[-1])[kernel]
 
-    def launch_grid(self, tile: Tile, block: int, seq: int) -> tuple[int]:
-        B, N, heads, _ = self.shape
-        return (triton.cdiv(N, seq) * heads * triton.cdiv(B, block // seq),)
-
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """Bias and modulation; q stands in for one that is absent and not read."""
-        return (
-            self.q if self.bias is None else self.bias,
-            self.q if self.modulation is None else self.modulation,
-        )
-
-    def table_strides(self) -> tuple[int, int]:
-        shared = self.modulation is None or self.modulation.shape[0] == 1
-        return (
-            0 if self.bias is None else self.bias.stride(0),
-            0 if shared else self.modulation.stride(0),
-        )
+    def strides(self, *tensors: Tensor) -> list[int]:
+        """Of q, k, v, then of these, as the kernels take them."""
+        return [stride for tensor in (self.q, self.k, self.v, *tensors) for stride in tensor.stride()[:3]]
 
     def sizes(self) -> tuple:
-        B, N, heads, _ = self.shape
-        return (B, N, heads, *self.grid, self.before, self.scale)
+        _, N, heads, _ = self.q.shape
+        stride_table = self.table.stride(0) if self.table is not self.q and self.table.shape[0] > 1 else 0
+        return (stride_table, N, heads, *self.grid, self.before, self.scale)
 
     def constants(self, *tensors: Tensor) -> dict:
         """Compile-time arguments common to the kernels; `tensors` are the rows that one of them touches."""
-        D = self.shape[-1]
+        D = self.q.shape[-1]
+        tf32 = self.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         return {
             "D": D,
             "BLOCK_D": max(16, triton.next_power_of_2(D)),
-            "ALIGN": common_alignment(*tensors),
-            "HAS_BIAS": self.bias is not None,
-            "HAS_MODULATION": self.modulation is not None,
-            "PRECISION": self.precision,
+            "ALIGN": common_alignment(self.q, self.k, self.v, *tensors),
+            "HAS_BIAS": self.has_bias,
+            "HAS_MODULATION": self.has_modulation,
+            "PRECISION": "tf32" if tf32 else "ieee",  # what PyTorch's own products would be
         }
 
-    def tile_constants(self, tile: Tile) -> dict:
-        N = self.shape[1]
-        return {
-            "HAS_EXTRA": math.prod(self.grid) != N,
-            "MASKED": tile.seq_n < tile.block_n or N % tile.seq_n != 0,
-            "SEQ_M": tile.seq_m,
-            "SEQ_N": tile.seq_n,
+    def launch(
+        self, kernel, tile: Tile | TableTile, programs: int, pointers: tuple, rows: tuple, *extra: int, **constants
+    ) -> None:
+        """`pointers` are the kernel's after the table, `rows` those of them whose strides it takes, `extra` its
+        run-time arguments after the sizes."""
+        kernel[(programs,)](
+            self.q, self.k, self.v, self.table, *pointers, *self.strides(*rows), *self.sizes(), *extra,
+            **self.constants(*rows), **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+
+    def launch_tiles(self, kernel, tile: Tile, programs_per_head: int, pointers, rows, **constants) -> None:
+        """A kernel of which each program takes a tile of one head, or the whole head."""
+        (B, N, heads, _), (H, W) = self.q.shape, self.grid
+        has_extra, masked = H * W != N, N % tile.block_m != 0 or N % tile.block_n != 0
+        constants |= {
+            "HAS_EXTRA": has_extra,
+            "MASKED": masked,
+            "EVEN": not masked and not has_extra and tile.block_m % W == 0 and tile.block_n % W == 0,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
         }
+        self.launch(kernel, tile, B * heads * programs_per_head, pointers, rows, **constants)
+
+    def launch_short(self, kernel, tile: Tile, splits: int, pointers, rows, **constants) -> None:
+        """A kernel of which each program takes one of `splits` shares of the batch of one head."""
+        B, N, heads, _ = self.q.shape
+        seq = triton.next_power_of_2(N)
+        packed = tile.block_m // seq
+        constants |= {
+            "HAS_EXTRA": math.prod(self.grid) != N,
+            "MASKED": packed > 1 or seq != N,
+            "SEQ": seq,
+            "BLOCK": tile.block_m,
+        }
+        steps = triton.cdiv(triton.cdiv(B, packed), splits)
+        self.launch(kernel, tile, splits * heads, pointers, rows, B, steps, **constants)
+
+    def short_splits(self, kernel: str) -> int:
+        """Shares of the batch, none of them empty."""
+        B, N, heads, _ = self.q.shape
+        groups = triton.cdiv(B, self.tile(kernel).block_m // triton.next_power_of_2(N))
+        steps = triton.cdiv(groups * heads, _SHORT_PROGRAMS[kernel])
+        return triton.cdiv(groups, steps)
 
 
 def _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale) -> _Problem:
-    # The bias is stored (offsets, heads); a row of the grid should be one run of memory for a head.
-    bias = None if rel_pos_bias is None else rel_pos_bias.t().contiguous()
-    if modulation is not None:
-        modulation = modulation.reshape(-1, (2 * grid_h - 1) * (2 * grid_w - 1)).contiguous()
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    return _Problem(q, k, v, bias, modulation, (grid_h, grid_w), before, scale)
+    offsets, heads = (2 * grid_h - 1) * (2 * grid_w - 1), q.shape[2]
+    # The bias comes as (offsets, heads); a row of the grid should be one run of memory for a head.
+    table = q
+    if modulation is not None:
+        table = modulation = modulation.reshape(-1, offsets).contiguous()
+    if rel_pos_bias is not None:
+        table = rel_pos_bias.t().contiguous()
+    if modulation is not None and rel_pos_bias is not None:  # one 64-bit load gathers both
+        pairs = torch.stack([table.float(), modulation.float().expand(heads, -1)], dim=-1)
+        table = pairs.view(torch.int64).squeeze(-1)
+    has_bias, has_modulation = rel_pos_bias is not None, modulation is not None
+    return _Problem(q, k, v, table, has_bias, has_modulation, (grid_h, grid_w), before, scale)
 
 
 def _forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale):
     p = _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale)
-    B, N, heads, _ = q.shape
+    B, N, heads, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     logsumexp = torch.empty(B, heads, N, dtype=torch.float32, device=q.device)
     if q.numel() == 0:
         return out, logsumexp
-    tile = p.tile("forward")
+    pointers, rows = (out, logsumexp), (out,)
+    kernel = choose_forward(p.unit, N, D, B * heads, p.has_modulation)
+    tile = p.tile(kernel)
     with on_device_of(q):
-        kernels.forward[p.launch_grid(tile, tile.block_m, tile.seq_m)](
-            p.q, p.k, p.v, *p.tables(), out, logsumexp,
-            *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *out.stride()[:3], *p.table_strides(),
-            *p.sizes(), **p.constants(p.q, p.k, p.v, out), **p.tile_constants(tile),
-        )  # fmt: skip
+        if kernel == "short_forward":
+            p.launch_short(short_kernels.short_forward, tile, p.short_splits(kernel), pointers, rows)
+        elif kernel == "resident_forward":
+            tiles = triton.cdiv(N, tile.block_n)
+            p.launch_tiles(resident_kernels.resident_forward, tile, 1, pointers, rows, TILES=tiles)
+        else:
+            p.launch_tiles(kernels.forward, tile, triton.cdiv(N, tile.block_m), pointers, rows)
     return out, logsumexp
 
 
@@ -202,46 +295,72 @@ def _backward(
     grad_out, q, k, v, modulation, rel_pos_bias, out, logsumexp, grid_h, grid_w, before, scale,
     needs_modulation, needs_bias,
 ):  # fmt: skip
-    p = _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale)
-    grad_out = dense_rows(grad_out)
     grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
-    no_gradient = torch.empty(0, dtype=torch.float32, device=q.device)
+    offsets = (2 * grid_h - 1, 2 * grid_w - 1)
+    heads = q.shape[2]
+    grad_bias, grad_modulation = (  # of each head; empty where not needed
+        torch.empty((heads, *offsets) if needed else (0,), dtype=torch.float32, device=q.device)
+        for needed in (needs_bias, needs_modulation)
+    )
     if q.numel() == 0:
-        grad_modulation = torch.zeros_like(modulation) if needs_modulation else no_gradient
-        grad_bias = torch.zeros_like(rel_pos_bias) if needs_bias else no_gradient.clone()
-        return grad_q, grad_k, grad_v, grad_modulation, grad_bias
-    delta = torch.empty_like(logsumexp)
-    inputs = (p.q, p.k, p.v)
-    input_strides = [stride for tensor in inputs for stride in tensor.stride()[:3]]
-    out_strides, grad_strides = out.stride()[:3], grad_out.stride()[:3]
-    constants = p.constants(*inputs, out, grad_out)
-    with on_device_of(q):
-        tile = p.tile("backward_q")
-        kernels.backward_q[p.launch_grid(tile, tile.block_m, tile.seq_m)](
-            *inputs, *p.tables(), out, grad_out, logsumexp, delta, grad_q,
-            *input_strides, *out_strides, *grad_strides, *p.table_strides(),
-            *p.sizes(), **constants, **p.tile_constants(tile),
-        )  # fmt: skip
-        tile = p.tile("backward_kv")
-        kernels.backward_kv[p.launch_grid(tile, tile.block_n, tile.seq_n)](
-            *inputs, *p.tables(), grad_out, logsumexp, delta, grad_k, grad_v,
-            *input_strides, *grad_strides, *out_strides, *p.table_strides(),
-            *p.sizes(), **constants, **p.tile_constants(tile),
-        )  # fmt: skip
-        grad_modulation, grad_bias = no_gradient, no_gradient.clone()
-        if needs_modulation or needs_bias:
-            grad_modulation, grad_bias = _table_gradients(
-                p, grad_out, logsumexp, delta, modulation, rel_pos_bias, needs_modulation, needs_bias, constants
+        grad_bias.zero_(), grad_modulation.zero_()
+    else:
+        p = _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale)
+        with on_device_of(q):
+            _launch_backward(
+                p, dense_rows(grad_out), out, logsumexp, grad_q, grad_k, grad_v, grad_bias, grad_modulation
             )
+    if needs_bias:
+        grad_bias = grad_bias.flatten(1).t().to(rel_pos_bias.dtype).contiguous()
+    if needs_modulation:
+        if modulation.ndim == 2:  # one table for all heads
+            grad_modulation = grad_modulation.sum(0)
+        grad_modulation = grad_modulation.to(modulation.dtype)
     return grad_q, grad_k, grad_v, grad_modulation, grad_bias
 
 
-def _table_gradients(
-    p: _Problem, grad_out, logsumexp, delta, modulation, rel_pos_bias, needs_modulation, needs_bias, constants
-) -> tuple[Tensor, Tensor]:
-    B, _, heads, _ = p.shape
+def _launch_backward(p, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias, grad_modulation) -> None:
+    """Fills the gradients; of the tables only those that have elements."""
+    _, N, _, D = p.q.shape
+    if choose_backward(p.unit, N, D, grad_modulation.numel() > 0) == "short_backward":
+        _launch_short_backward(p, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias)
+        return
+    delta = torch.empty_like(logsumexp)
+    tile = p.tile("backward_q")
+    p.launch_tiles(
+        kernels.backward_q, tile, triton.cdiv(N, tile.block_m),
+        (out, grad_out, logsumexp, delta, grad_q), (out, grad_out),
+    )  # fmt: skip
+    tile = p.tile("backward_kv")
+    p.launch_tiles(
+        kernels.backward_kv, tile, triton.cdiv(N, tile.block_n),
+        (grad_out, logsumexp, delta, grad_k, grad_v), (grad_out, grad_k),
+    )  # fmt: skip
+    if grad_bias.numel() or grad_modulation.numel():
+        _launch_table_gradients(p, grad_out, logsumexp, delta, grad_bias, grad_modulation)
+
+
+def _launch_short_backward(p, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias) -> None:
+    tile, splits = p.tile("short_backward"), p.short_splits("short_backward")
+    heads, block = p.q.shape[2], tile.block_m
+    needs_bias = grad_bias.numel() > 0
+    size = splits * heads * block * block if needs_bias else 0
+    partials = torch.empty(size, dtype=torch.float32, device=out.device)
+    p.launch_short(
+        short_kernels.short_backward, tile, splits,
+        (out, grad_out, logsumexp, grad_q, grad_k, grad_v, partials), (out, grad_out), GRAD_BIAS=needs_bias,
+    )  # fmt: skip
+    if needs_bias:
+        seq = triton.next_power_of_2(p.q.shape[1])
+        short_kernels.reduce_short_partials[_reduction_programs(grad_bias)](
+            partials, grad_bias, splits, heads, *p.grid, p.before,
+            SEQ=seq, BLOCK=block, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM,
+        )  # fmt: skip
+
+
+def _launch_table_gradients(p, grad_out, logsumexp, delta, grad_bias, grad_modulation) -> None:
+    B, _, heads, _ = p.q.shape
     H, W = p.grid
-    device = grad_out.device
     tile = choose_table_tile(p.unit, p.grid)
     layout = {"ITEMS": tile.items, "ROWS": tile.rows, "COLUMNS": tile.columns}
     block = math.prod(layout.values())
@@ -249,36 +368,29 @@ def _table_gradients(
     groups = triton.cdiv(B, tile.items)
     groups_per_split = triton.cdiv(groups * heads * distances, _TABLE_PROGRAMS)
     splits = triton.cdiv(groups, groups_per_split)
-
     size = splits * heads * distances * block * block
-    bias_partials = torch.empty(size if needs_bias else 0, dtype=torch.float32, device=device)
-    modulation_partials = torch.empty(size if needs_modulation else 0, dtype=torch.float32, device=device)
-    kernels.backward_tables[(splits * heads * distances,)](
-        p.q, p.k, p.v, *p.tables(), grad_out, logsumexp, delta, bias_partials, modulation_partials,
-        *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *grad_out.stride()[:3], *p.table_strides(),
-        *p.sizes(), groups_per_split, **constants, **layout,
-        GRAD_BIAS=needs_bias, GRAD_MODULATION=needs_modulation,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    bias_partials, modulation_partials = (
+        torch.empty(size if grad.numel() else 0, dtype=torch.float32, device=grad.device)
+        for grad in (grad_bias, grad_modulation)
+    )
+    p.launch(
+        table_kernels.backward_tables, tile, splits * heads * distances,
+        (grad_out, logsumexp, delta, bias_partials, modulation_partials), (grad_out,), B, groups_per_split,
+        GRAD_BIAS=grad_bias.numel() > 0, GRAD_MODULATION=grad_modulation.numel() > 0, **layout,
     )  # fmt: skip
+    for partials, gradient in ((bias_partials, grad_bias), (modulation_partials, grad_modulation)):
+        if gradient.numel():
+            table_kernels.reduce_table_partials[_reduction_programs(gradient)](
+                partials, gradient, splits, heads, H, W, **layout, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM
+            )
 
-    def reduce(partials: Tensor) -> Tensor:
-        gradient = torch.empty(heads, 2 * H - 1, 2 * W - 1, dtype=torch.float32, device=device)
-        offsets_per_program = 16
-        programs = heads * triton.cdiv((2 * H - 1) * (2 * W - 1), offsets_per_program)
-        kernels.reduce_table_partials[(programs,)](
-            partials, gradient, splits, heads, H, W, **layout, BLOCK_OFFSETS=offsets_per_program
-        )
-        return gradient
 
-    grad_modulation, grad_bias = modulation_partials, bias_partials
-    if needs_modulation:
-        grad_modulation = reduce(modulation_partials)
-        if modulation.ndim == 2:  # one table for all heads
-            grad_modulation = grad_modulation.sum(0)
-        grad_modulation = grad_modulation.to(modulation.dtype)
-    if needs_bias:
-        grad_bias = reduce(bias_partials).flatten(1).t().to(rel_pos_bias.dtype).contiguous()
-    return grad_modulation, grad_bias
+_OFFSETS_PER_PROGRAM = 16
+
+
+def _reduction_programs(gradient: Tensor) -> tuple[int]:
+    heads, rows, columns = gradient.shape
+    return (heads * triton.cdiv(rows * columns, _OFFSETS_PER_PROGRAM),)
 
 
 _ARGUMENTS = "int grid_h, int grid_w, int before, float scale"

@@ -1,0 +1,140 @@
+"""The gradients of both tables for sequences longer than a tile: `backward_tables`, whose partial sums
+`reduce_table_partials` adds up. The formulas are in `edt_kernels.amm_attention.kernels`."""
+
+import triton
+import triton.language as tl
+
+from .kernels import exp_difference, load_rows, load_rows_transposed, look_up, masked_logits, row_offsets
+
+
+@triton.jit
+def cells_of_tile(
+    group, tile_y, tile_x, B, H, W, before,
+    ITEMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Batch item, token and validity of each of the ITEMS·ROWS·COLUMNS cells of a tile of the grid."""
+    local = tl.arange(0, ITEMS * ROWS * COLUMNS)
+    batch = group * ITEMS + local // (ROWS * COLUMNS)
+    y = tile_y * ROWS + local // COLUMNS % ROWS
+    x = tile_x * COLUMNS + local % COLUMNS
+    return batch, before + y * W + x, (batch < B) & (y < H) & (x < W)
+
+
+@triton.jit
+def backward_tables(
+    q, k, v, table, grad_out, logsumexp, delta, bias_partials, modulation_partials,
+    stride_qb, stride_qn, stride_qh,
+    stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh,
+    stride_gb, stride_gn, stride_gh,
+    stride_table, N, heads, H, W, before, scale, B, groups_per_split,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr,
+    GRAD_BIAS: tl.constexpr, GRAD_MODULATION: tl.constexpr, PRECISION: tl.constexpr,
+    ITEMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Σ dS and Σ P ⊙ G over the batch and over all pairs of grid tiles that are equally far apart.
+
+    Tiles are ROWS×COLUMNS cells of the grid (of ITEMS batch items where the grid is smaller than a tile), so the
+    offset of two cells depends only on their places in their tiles and on how far apart the tiles are. A program
+    takes one such distance, one head and one share of the batch, and its sums stay (BLOCK, BLOCK) however many
+    tokens there are. Partials: (splits, heads, distances, BLOCK, BLOCK).
+    """
+    EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
+    BLOCK: tl.constexpr = ITEMS * ROWS * COLUMNS
+    tiles_y, tiles_x = tl.cdiv(H, ROWS), tl.cdiv(W, COLUMNS)
+    distances = (2 * tiles_y - 1) * (2 * tiles_x - 1)
+    distance = tl.program_id(0) % distances
+    head = (tl.program_id(0) // distances) % heads
+    split = tl.program_id(0) // (distances * heads)
+    # Query tile minus key tile, and the first query tile that has a key tile this far away.
+    apart_y, apart_x = distance // (2 * tiles_x - 1) - tiles_y + 1, distance % (2 * tiles_x - 1) - tiles_x + 1
+    first_y, first_x = tl.maximum(apart_y, 0), tl.maximum(apart_x, 0)
+    count_y, count_x = tiles_y - tl.abs(apart_y), tiles_x - tl.abs(apart_x)
+    first_group = split * groups_per_split
+    group_count = tl.minimum(groups_per_split, tl.cdiv(B, ITEMS) - first_group)
+
+    local = tl.arange(0, BLOCK)
+    y, x = local // COLUMNS % ROWS, local % COLUMNS
+    offset_y = y[:, None] - y[None, :] + apart_y * ROWS  # (BLOCK, BLOCK), the same for every pair of tiles
+    offset_x = x[:, None] - x[None, :] + apart_x * COLUMNS
+    inside = (tl.abs(offset_y) < H) & (tl.abs(offset_x) < W)
+    index = (offset_y + H - 1) * (2 * W - 1) + offset_x + W - 1
+    bias, factor = look_up(table + head * stride_table, index, inside, HAS_BIAS, HAS_MODULATION, True)
+
+    if GRAD_BIAS:
+        bias_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
+    if GRAD_MODULATION:
+        modulation_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for step in range(0, count_y * count_x * group_count):
+        group = first_group + step % group_count
+        pair = step // group_count
+        tile_y, tile_x = first_y + pair // count_x, first_x + pair % count_x
+        batch_i, i, valid_i = cells_of_tile(group, tile_y, tile_x, B, H, W, before, ITEMS, ROWS, COLUMNS)
+        batch_j, j, valid_j = cells_of_tile(
+            group, tile_y - apart_y, tile_x - apart_x, B, H, W, before, ITEMS, ROWS, COLUMNS
+        )
+        q_offsets = row_offsets(batch_i, i, head, stride_qb, stride_qn, stride_qh, ALIGN)
+        grad_offsets = row_offsets(batch_i, i, head, stride_gb, stride_gn, stride_gh, ALIGN)
+        k_offsets = row_offsets(batch_j, j, head, stride_kb, stride_kn, stride_kh, ALIGN)
+        v_offsets = row_offsets(batch_j, j, head, stride_vb, stride_vn, stride_vh, ALIGN)
+        statistics = (batch_i.to(tl.int64) * heads + head) * N + i
+        row_logsumexp = tl.load(logsumexp + statistics, mask=valid_i, other=float("inf"))
+        q_tile = load_rows(q, q_offsets, valid_i, D, BLOCK_D, True)  # (BLOCK, BLOCK_D)
+        k_tile = load_rows_transposed(k, k_offsets, valid_j, D, BLOCK_D, True)  # (BLOCK_D, BLOCK)
+        grad_tile = load_rows(grad_out, grad_offsets, valid_i, D, BLOCK_D, True)  # (BLOCK, BLOCK_D)
+        v_tile = load_rows_transposed(v, v_offsets, valid_j, D, BLOCK_D, True)  # (BLOCK_D, BLOCK)
+
+        products = tl.dot(q_tile, k_tile, input_precision=PRECISION)
+        pair_valid = valid_j[None, :] & (batch_i[:, None] == batch_j[None, :])
+        logits = masked_logits(products, scale, bias, pair_valid, HAS_BIAS, True)
+        p = exp_difference(logits, row_logsumexp[:, None], EXACT)
+        grad_p = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
+        if GRAD_MODULATION:
+            modulation_sum += p * grad_p
+        if GRAD_BIAS:
+            row_delta = tl.load(delta + statistics, mask=valid_i, other=0.0)
+            if HAS_MODULATION:
+                grad_p *= factor
+            bias_sum += p * (grad_p - row_delta[:, None])
+
+    partials = tl.program_id(0).to(tl.int64) * BLOCK * BLOCK + local[:, None] * BLOCK + local[None, :]
+    if GRAD_BIAS:
+        tl.store(bias_partials + partials, bias_sum)
+    if GRAD_MODULATION:
+        tl.store(modulation_partials + partials, modulation_sum)
+
+
+@triton.jit
+def reduce_table_partials(
+    partials, grad_table, splits, heads, H, W,
+    ITEMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
+):  # fmt: skip
+    """dtable[head, Δ] = Σ of the partials at Δ. For a cell of the query tile, Δ leaves one distance between
+    the tiles and one cell of the key tile, so every partial is read once."""
+    BLOCK: tl.constexpr = ITEMS * ROWS * COLUMNS
+    tiles_y, tiles_x = tl.cdiv(H, ROWS), tl.cdiv(W, COLUMNS)
+    distances = (2 * tiles_y - 1) * (2 * tiles_x - 1)
+    head = tl.program_id(0) % heads
+    offset = tl.program_id(0) // heads * BLOCK_OFFSETS + tl.arange(0, BLOCK_OFFSETS)
+    offset_y, offset_x = offset // (2 * W - 1) - H + 1, offset % (2 * W - 1) - W + 1
+
+    local = tl.arange(0, BLOCK)
+    y, x = local // COLUMNS % ROWS, local % COLUMNS
+    # y_i − y_j + ROWS·apart_y = offset_y with 0 ≤ y_j < ROWS; shifted to stay positive, where // rounds down.
+    key_y = y[None, :] - offset_y[:, None] + (tiles_y - 1) * ROWS  # = y_j + ROWS·(tiles_y−1 − apart_y)
+    key_x = x[None, :] - offset_x[:, None] + (tiles_x - 1) * COLUMNS
+    distance_y, distance_x = 2 * (tiles_y - 1) - key_y // ROWS, 2 * (tiles_x - 1) - key_x // COLUMNS
+    key = (local // (ROWS * COLUMNS) * ROWS)[None, :] + key_y % ROWS
+    key = key * COLUMNS + key_x % COLUMNS
+    exists = (distance_y >= 0) & (distance_x >= 0) & (key_y >= 0) & (key_x >= 0)
+    exists &= (offset < (2 * H - 1) * (2 * W - 1))[:, None]
+    place = (distance_y * (2 * tiles_x - 1) + distance_x).to(tl.int64)
+    place = (head * distances + place) * BLOCK * BLOCK + local[None, :] * BLOCK + key
+
+    total = tl.zeros((BLOCK_OFFSETS, BLOCK), tl.float32)
+    for _ in range(0, splits):
+        total += tl.load(partials + place, mask=exists, other=0.0)
+        partials += heads * distances * BLOCK * BLOCK
+    offsets = (2 * H - 1) * (2 * W - 1)
+    tl.store(grad_table + head * offsets + offset, tl.sum(total, axis=1), mask=offset < offsets)
