@@ -4,10 +4,11 @@ BIN := $(VENV)/bin
 # Where installing finished; any change of the project's files installs again.
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -n 2
+PYTEST_MARKS := -m "not slow"
 # OpenMP's threads otherwise spin while they wait, which on a machine with other work to do costs more than it saves.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-interpreter test-rest lint clean
+.PHONY: demo test test-all test-interpreter test-rest lint clean
 
 # Trains a small EDT on real digits, samples and judges it; pictures and report in outputs/demo.
 demo: $(READY)
@@ -15,12 +16,16 @@ demo: $(READY)
 
 test: lint test-interpreter test-rest
 
+# Everything, also what is marked slow: the kernels compiled at all shapes for all targets, many random arguments.
+test-all: PYTEST_MARKS :=
+test-all: lint test-interpreter test-rest
+
 # The Triton kernels on the CPU: TRITON_INTERPRET binds at import, hence a process of its own.
 test-interpreter: $(READY)
-	TRITON_INTERPRET=1 $(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) $(PYTEST_MARKS)
 
 test-rest: $(READY)
-	$(PYTEST)
+	$(PYTEST) $(PYTEST_MARKS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import edt
-from edt.checkpoint import released_names
+from edt.checkpoint import to_released_state_dict
 from edt.diffusion import add_noise
 
 from .plain import PlainEDT
@@ -42,9 +42,7 @@ def build_pair() -> tuple[edt.EDTTransformer2DModel, PlainEDT]:
             if not parameter.any():
                 parameter.normal_(std=0.02)
     plain = PlainEDT(amm_blocks=ours.config.amm_blocks, class_dropout_prob=0.0)
-    names = released_names(ours)
-    state = {names[name]: tensor for name, tensor in ours.state_dict().items()}
-    missing, unexpected = plain.load_state_dict(state, strict=False)
+    missing, unexpected = plain.load_state_dict(to_released_state_dict(ours), strict=False)
     if unexpected or not all(name.endswith("pos_embed") for name in missing):
         raise RuntimeError(f"the two models differ in parameters: {missing}, {unexpected}")
     return ours, plain
@@ -93,10 +91,9 @@ def check_agreement(task: Task) -> dict[str, float]:
         "loss": error(task.train_step("ours"), task.train_step("plain")),
     }
     plain_gradients = dict(task.models["plain"].named_parameters())
-    names = released_names(task.models["ours"])
-    errors["gradient"] = max(
-        error(p.grad, plain_gradients[names[name]].grad) for name, p in task.models["ours"].named_parameters()
-    )
+    ours = task.models["ours"]
+    gradients = to_released_state_dict(ours, {name: p.grad for name, p in ours.named_parameters()})
+    errors["gradient"] = max(error(grad, plain_gradients[name].grad) for name, grad in gradients.items())
     if max(errors.values()) > MAX_RELATIVE_ERROR:
         raise RuntimeError(f"the two models disagree: {errors}")
     return errors

@@ -1,22 +1,29 @@
 """What the compiler makes of every kernel at the tiles that dispatch chooses, for GPUs that need not be there.
 
-    python -m benchmarks.static [--targets sm_90 gfx942] [--out table.json]
+    python -m benchmarks.static [--targets sm_90 gfx942] [--models EDT-S/2] [--out table.json]
 
-The launchers run on CPU tensors with their kernels replaced by recorders, so that what is compiled is what a call
-would launch: the same arguments, specialisations and tiles. Prints, per kernel, shape and target: registers,
-spilled bytes, shared memory, tensor-core instructions.
+The launchers run on CPU tensors with every launch recorded instead of run, so that what is compiled is what a call
+would launch: the same arguments, specialisations and tiles. Prints, for each kernel, target and set of shapes that
+share its code: registers, spilled bytes, shared memory, matrix instructions, the programs that fit on a
+multiprocessor, and the instructions of the inner loop by class. --out also stores how wide each argument is
+loaded, and a summary in Markdown beside it. The exit status is 1 if a kernel has a fault (`static_report.faults`).
 """
 
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
+import math
 import re
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -24,48 +31,100 @@ from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-# `gated_residual` has no kernels of its own.
+from edt.config import PRESETS
+
+from .assembly import MULTIPROCESSORS, global_loads, instruction_mix, resident_programs
+from .static_report import FLAGS, HEADER, NARROW_LOADS, Report, faults, line, summary
+
+# `gated_residual` is launched by `gated_residual_adaln`.
 OPS = ("amm_attention", "adaln", "gated_residual_adaln", "token_merge_adaln", "token_split_concat_adaln")
 _LAUNCHERS = {op: importlib.import_module(f"edt_kernels.{op}.autograd") for op in OPS}
-_KERNELS = {op: importlib.import_module(f"edt_kernels.{op}.kernels") for op in OPS}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MATRIX_UNITS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "wgmma", "gfx942": "mfma"}
-# Shared memory that one program may use, in bytes (CUDA programming guide, table of compute capabilities; LDS).
-SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-_TENSOR_CORE = {
+MATRIX_UNITS = {
+    "sm_80": "mma",
+    "sm_86": "mma",
+    "sm_90": "wgmma",
+    "sm_100": "wgmma",
+    "sm_120": "mma",
+    "gfx942": "mfma",
+}
+# The instructions of those units: sm_120 has the warp's mma of sm_80, not sm_100's tcgen05.
+_MATRIX_INSTRUCTION = {
     "sm_80": r"\bHMMA\b",
+    "sm_86": r"\bHMMA\b",
     "sm_90": r"\bHGMMA\b",
     "sm_100": r"\bUTCHMMA\b",
+    "sm_120": r"\bHMMA\b",
     "gfx942": r"\bv_mfma_",
 }
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
-
-# Kernels that multiply matrices; the others only move and add.
-MATRIX_KERNELS = ("forward", "backward_q", "backward_kv", "backward_tables")
-
-# (name, grid, heads): the attention of every stage of EDT-S at 256² and 512²; more heads, as in B and
-# XL, are more programs of the same code.
-EDT_ATTENTION = (
-    ("4x4", (4, 4), 10),
-    ("8x8", (8, 8), 8),
-    ("16x16", (16, 16), 6),
-    ("32x32", (32, 32), 6),
-)
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
+_BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2, "*u8": 1}
 
 
-# (name, grid, channels): every stage of EDT-S, B and XL at 256²; 512² has the same channels.
-EDT_NORMS = tuple(
-    (f"{side}x{side}", (side, side), channels)
-    for side, widths in ((16, (312, 624, 936)), (8, (416, 832, 1248)), (4, (520, 1040, 1560)))
-    for channels in widths
-)
+class AttentionShape(NamedTuple):
+    model: str
+    grid: tuple[int, int]
+    heads: int
+    head_dim: int
+    num_extra_tokens: tuple[int, int] = (0, 0)
+
+    def __str__(self) -> str:
+        before, after = self.num_extra_tokens
+        extra = f" {before}+{after} extra" if before or after else ""
+        return f"{self.model} {self.grid[0]}x{self.grid[1]} {self.heads}x{self.head_dim}{extra}"
+
+
+class NormShape(NamedTuple):
+    model: str
+    grid: tuple[int, int]
+    channels: int
+    resizes: bool = False  # the stage is merged into the next one and, later, split back to
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.grid[0]}x{self.grid[1]} C{self.channels}"
+
+
+def _edt_shapes() -> tuple[list[AttentionShape], list[NormShape]]:
+    """Every stage of EDT-S, B and XL for images of 256² and 512² pixels."""
+    attention, norms = [], []
+    for model in ("EDT-S/2", "EDT-B/2", "EDT-XL/2"):
+        preset = PRESETS[model]
+        for first in (16, 32):
+            for stage in range(3):
+                grid, channels = (first >> stage, first >> stage), preset["hidden_sizes"][stage]
+                heads = preset["num_attention_heads"][stage]
+                attention.append(AttentionShape(model, grid, heads, channels // heads))
+                norms.append(NormShape(model, grid, channels, resizes=stage < 2))
+    return attention, norms
+
+
+EDT_ATTENTION, EDT_NORMS = _edt_shapes()
+# Other transformers that the ops are meant for. SD3's joint attention has 333 text tokens beside the image's.
+OTHER_ATTENTION = [
+    AttentionShape("DiT-XL/2", (16, 16), 16, 72),
+    AttentionShape("DiT-XL/2", (32, 32), 16, 72),
+    AttentionShape("PixArt-alpha", (64, 64), 16, 72),
+    AttentionShape("SD3-medium", (64, 64), 24, 64, (0, 333)),
+    AttentionShape("SD3-medium", (64, 64), 24, 64, (333, 0)),
+]
+OTHER_NORMS = [
+    NormShape("DiT-XL/2", (16, 16), 1152),
+    NormShape("DiT-XL/2", (32, 32), 1152),
+    NormShape("PixArt-alpha", (64, 64), 1152),
+    NormShape("SD3-medium", (64, 64), 1536),
+]
+SHAPES = [*EDT_ATTENTION, *EDT_NORMS, *OTHER_ATTENTION, *OTHER_NORMS]
+MODELS = sorted({shape.model for shape in SHAPES})
 
 
 @dataclass
@@ -78,72 +137,47 @@ class Launch:
     constants: dict[str, object]
     divisible: list[int]
     options: dict[str, int]
+    module: str  # of the kernel
 
-
-@dataclass
-class Report:
-    op: str
-    shape: str
-    dtype: str
-    kernel: str
-    target: str
-    registers: int
-    spilled_bytes: int
-    shared_memory: int
-    tensor_core_instructions: int
+    @property
+    def identity(self) -> str:
+        """The same for launches that compile to the same code."""
+        return repr((self.module, self.kernel, self.signature, self.constants, self.divisible, self.options))
 
 
 @contextlib.contextmanager
-def record_launches(launches: list[Launch], target: str):
-    """Replaces the kernels by recorders of their arguments, and the device by the target."""
+def record_launches(launches: list[Launch], op: str, target: str):
+    """Records every launch of a kernel instead of running it, with the device's matrix unit that of the target."""
 
-    class Recorder:
-        def __init__(self, op):
-            self.op = op
+    def record(kernel: JITFunction, *args, grid, warmup, **kwargs):
+        launches.append(_describe(op, kernel, args, kwargs))
 
-        def __getattr__(self, kernel):
-            return Kernel(self.op, kernel)
-
-    class Kernel:
-        def __init__(self, op, kernel):
-            self.op, self.kernel = op, kernel
-
-        def __getitem__(self, grid):
-            return lambda *args, **constants: launches.append(_describe(self.op, self.kernel, args, constants))
-
-    attention = _LAUNCHERS["amm_attention"]
-    matrix_unit = attention.matrix_unit
-    attention.matrix_unit = lambda _device: MATRIX_UNITS[target]
-    for op, launcher in _LAUNCHERS.items():
-        launcher.kernels = Recorder(op)
-    try:
+    unit = mock.patch.object(_LAUNCHERS["amm_attention"], "matrix_unit", return_value=MATRIX_UNITS[target])
+    with unit, mock.patch.object(JITFunction, "run", record):
         yield
-    finally:
-        attention.matrix_unit = matrix_unit
-        for op, launcher in _LAUNCHERS.items():
-            launcher.kernels = _KERNELS[op]
 
 
-def _describe(op: str, kernel: str, args: tuple, constants: dict) -> Launch:
+def _describe(op: str, kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
     """Types and specialisations as Triton's own launcher would derive them."""
-    options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
-    parameters = [p.name for p in getattr(_KERNELS[op], kernel).params]
-    signature, values, divisible = {}, dict(constants), []
-    for place, (parameter, value) in enumerate(zip(parameters, args)):
-        if isinstance(value, Tensor):
-            signature[parameter] = _POINTERS[value.dtype]
-            aligned = value.data_ptr() % 16 == 0
+    names = [parameter.name for parameter in kernel.params]
+    values = dict(zip(names, args)) | {name: value for name, value in kwargs.items() if name in names}
+    options = {name: value for name, value in kwargs.items() if name not in names}
+    signature, constants, divisible = {}, {}, []
+    for place, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        aligned = False
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            kind, constants[parameter.name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            kind, aligned = f"*{_TYPES[value.dtype]}", value.data_ptr() % 16 == 0
         elif isinstance(value, float):
-            signature[parameter], aligned = "fp32", False
+            kind = "fp32"
         else:
-            signature[parameter], aligned = ("i32" if abs(value) < 2**31 else "i64"), value % 16 == 0
-            if value == 1:
-                values[parameter] = value
-                aligned = False
+            kind, aligned = ("i32" if abs(value) < 2**31 else "i64"), value % 16 == 0
+        signature[parameter.name] = kind
         if aligned:
             divisible.append(place)
-    signature |= dict.fromkeys(values, "constexpr")
-    return Launch(op, kernel, {p: signature[p] for p in parameters}, values, divisible, options)
+    return Launch(op, kernel.fn.__name__, signature, constants, divisible, options, kernel.fn.__module__)
 
 
 def attention_launches(
@@ -162,156 +196,218 @@ def attention_launches(
     arguments = (modulation, bias, H, W, before, head_dim**-0.5)
     attention = _LAUNCHERS["amm_attention"]
     launches: list[Launch] = []
-    with record_launches(launches, target):
+    with record_launches(launches, "amm_attention", target):
         out, logsumexp = attention._forward(q, k, v, *arguments)
         attention._backward(out, q, k, v, *arguments[:2], out, logsumexp, *arguments[2:], True, True)
         # Inference without AMM and training as EDT does it: the bias alone is learned.
         attention._forward(q, k, v, None, *arguments[1:])
         attention._backward(out, q, k, v, None, bias, out, logsumexp, *arguments[2:], False, True)
-    return _unique(launches)
+    return unique(launches)
 
 
-def norm_launches(grid: tuple[int, int], channels: int, target: str, batch_size: int = 8) -> list[Launch]:
-    """Every launch of the norm-type ops for tokens of this grid, in the dtypes of bfloat16 autocast: a float32
-    residual stream, branches and modulation in bfloat16. The merge goes from this grid, the split to it."""
+def norm_launches(
+    grid: tuple[int, int],
+    channels: int,
+    target: str,
+    batch_size: int = 8,
+    resizes: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Launch]:
+    """Every launch of the norm-type ops for tokens of this grid, in the dtypes of autocast: a float32 residual
+    stream, branches and modulation in `dtype`. With `resizes`, the merge from this grid and the split to it, too.
+    """
     B, (H, W), C = batch_size, grid, channels
-    bf16 = {"dtype": torch.bfloat16}
-    stream, branch = torch.empty(B, H * W, C), torch.empty(B, H * W, C, **bf16)
-    modulation = [torch.empty(B, 6 * C, **bf16)[:, i * C : (i + 1) * C] for i in range(3)]
+    narrow = {"dtype": dtype}
+    stream, branch = torch.empty(B, H * W, C), torch.empty(B, H * W, C, **narrow)
+    modulation = [torch.empty(B, 6 * C, **narrow)[:, i * C : (i + 1) * C] for i in range(3)]
     statistics = torch.empty(B, H * W)
     launches: list[Launch] = []
-    with record_launches(launches, target):
-        op = _LAUNCHERS["adaln"]
-        op._forward(stream, *modulation[:2], 1e-6, torch.bfloat16)
+    op = _LAUNCHERS["adaln"]
+    with record_launches(launches, "adaln", target):
+        op._forward(stream, *modulation[:2], 1e-6, dtype)
         op._backward(branch, stream, modulation[0], statistics, statistics)
-        op = _LAUNCHERS["gated_residual_adaln"]
-        op._forward(stream, branch, *modulation, 1e-6, torch.bfloat16)
+    op = _LAUNCHERS["gated_residual_adaln"]
+    with record_launches(launches, "gated_residual_adaln", target):
+        op._forward(stream, branch, *modulation, 1e-6, dtype)
         op._backward(stream, branch, stream, branch, *modulation[:2], statistics, statistics)
         op._residual_forward(stream, branch, modulation[0])
         op._residual_backward(stream, branch, modulation[0])
-        if H % 2 == 0 and W % 2 == 0 and min(H, W) > 4:  # EDT neither merges nor splits to its coarsest grid
-            op, merged = _LAUNCHERS["token_merge_adaln"], torch.empty(B, H * W // 4, 4 * C, **bf16)
-            modulation = [torch.empty(B, 8 * C, **bf16)[:, i * 4 * C : (i + 1) * 4 * C] for i in range(2)]
-            keep, statistics = torch.ones(B, H * W, dtype=torch.bool), torch.empty(B, H * W // 4)
-            for mask in (None, keep):
-                op._forward(stream, *modulation, mask, H, W, 1e-6, torch.bfloat16)
-                op._backward(merged, stream, modulation[0], mask, statistics, statistics, H, W)
-            op, joined = _LAUNCHERS["token_split_concat_adaln"], torch.empty(B, H * W, 2 * C, **bf16)
-            modulation = [torch.empty(B, 4 * C, **bf16)[:, i * 2 * C : (i + 1) * 2 * C] for i in range(2)]
-            statistics = torch.empty(B, H * W)
-            op._forward(merged, stream, *modulation, H // 2, W // 2, 1e-6, torch.bfloat16)
-            op._backward(joined, merged, stream, modulation[0], statistics, statistics, H // 2, W // 2)
-    return _unique(launches)
+    if not resizes:
+        return unique(launches)
+    op, merged = _LAUNCHERS["token_merge_adaln"], torch.empty(B, H * W // 4, 4 * C, **narrow)
+    modulation = [torch.empty(B, 8 * C, **narrow)[:, i * 4 * C : (i + 1) * 4 * C] for i in range(2)]
+    keep, statistics = torch.ones(B, H * W, dtype=torch.bool), torch.empty(B, H * W // 4)
+    with record_launches(launches, "token_merge_adaln", target):
+        for mask in (None, keep):
+            op._forward(stream, *modulation, mask, H, W, 1e-6, dtype)
+            op._backward(merged, stream, modulation[0], mask, statistics, statistics, H, W)
+    op, joined = _LAUNCHERS["token_split_concat_adaln"], torch.empty(B, H * W, 2 * C, **narrow)
+    modulation = [torch.empty(B, 4 * C, **narrow)[:, i * 2 * C : (i + 1) * 2 * C] for i in range(2)]
+    statistics = torch.empty(B, H * W)
+    with record_launches(launches, "token_split_concat_adaln", target):
+        op._forward(merged, stream, *modulation, H // 2, W // 2, 1e-6, dtype)
+        op._backward(joined, merged, stream, modulation[0], statistics, statistics, H // 2, W // 2)
+    return unique(launches)
 
 
-def _unique(launches: list[Launch]) -> list[Launch]:
-    return [launch for i, launch in enumerate(launches) if launch not in launches[:i]]
+def launches_of(
+    shape: AttentionShape | NormShape, target: str, dtype: torch.dtype = torch.bfloat16
+) -> list[Launch]:
+    """Every launch of a training step at a shape."""
+    if isinstance(shape, NormShape):
+        return norm_launches(shape.grid, shape.channels, target, resizes=shape.resizes, dtype=dtype)
+    _, grid, heads, head_dim, extra = shape
+    return attention_launches(grid, heads, head_dim, dtype, target, num_extra_tokens=extra)
 
 
-def compile_launch(launch: Launch, target: str) -> dict:
-    """Registers, spills, shared memory and the tensor-core instructions of one launch for one target."""
+def unique(launches: list[Launch]) -> list[Launch]:
+    """The first of each set of launches that compile to the same code, in order."""
+    return list({launch.identity: launch for launch in reversed(launches)}.values())[::-1]
+
+
+def possible_load_bytes(launch: Launch) -> dict[str, int]:
+    """For each argument that is read as rows: the bytes that one load may take.
+
+    A row starts at a multiple of ALIGN elements, and its channels (D or C) end at a mask; a thread loads the
+    largest power of two of elements that divides both, up to 16 bytes. Heads of 52 in bfloat16 are 104 bytes
+    apart: 8 bytes.
+    """
+    if "ALIGN" not in launch.constants:
+        return {}
+    channels = launch.constants["D" if "D" in launch.constants else "C"]
+    elements = math.gcd(launch.constants["ALIGN"], channels)
+    return {
+        argument: min(16, elements * _BYTES[kind])
+        for argument, kind in launch.signature.items()
+        if kind.startswith("*") and argument not in NARROW_LOADS
+    }
+
+
+def compile_launch(launch: Launch, target: str):
+    """Triton's compiled kernel of one launch for one target."""
     source = ASTSource(
-        fn=getattr(_KERNELS[launch.op], launch.kernel),
+        fn=getattr(importlib.import_module(launch.module), launch.kernel),
         signature=launch.signature,
         constexprs=launch.constants,
         attrs={(place,): [["tt.divisibility", 16]] for place in launch.divisible},
     )
-    compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
-    resources = _amd_resources if target.startswith("gfx") else _nvidia_resources
-    return {"shared_memory": compiled.metadata.shared, **resources(compiled, target)}
+    return triton.compile(source, target=TARGETS[target], options=launch.options)
 
 
-def _nvidia_resources(compiled, target: str) -> dict:
+def report(launch: Launch, target: str, shapes: list[str] = (), disassemble: bool = True) -> Report:
+    """Compiles a launch for a target. Without `disassemble`, which is a third of the time, the instructions of
+    kernels without a matrix product are not counted."""
+    compiled = compile_launch(launch, target)
+    pointers = {kind for kind in launch.signature.values() if kind.startswith("*")}
+    dtype = " ".join(sorted(kind[1:] for kind in pointers & {"*bf16", "*fp16"})) or "fp32"
+    exact = dtype == "fp32" and launch.constants.get("PRECISION") == "ieee"  # only FMA units multiply so
+    multiplies = "tt.dot" in compiled.asm["ttir"] and not exact
+    assembly = ""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = _run(_NVIDIA_TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name)
-        sass = _run(_NVIDIA_TOOLS / "nvdisasm", "-c", cubin.name)
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "spilled_bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
-        "tensor_core_instructions": len(re.findall(_TENSOR_CORE[target], sass)),
-        "asm": sass,
-    }
+        if target.startswith("gfx"):
+            assembly = compiled.asm["amdgcn"]
+            registers, spilled = _amd_registers(assembly)
+        else:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            registers, spilled = _nvidia_registers(cubin.name)
+            if multiplies or disassemble:
+                assembly = _run(_NVIDIA_TOOLS / "nvdisasm", "-ndf", "-c", cubin.name)
+    num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    programs, limited_by = resident_programs(target, num_warps, registers, shared, tensor_memory)
+    mix, has_loop = instruction_mix(assembly)
+    arguments = [name for name, kind in launch.signature.items() if kind != "constexpr"]
+    loads = global_loads(compiled.asm["llir"], arguments)
+    integers = {name: n for name, n in launch.constants.items() if type(n) is int and name.isupper()}
+    flags = "".join(letter for flag, letter in FLAGS.items() if launch.constants.get(flag) is True)
+    return Report(
+        target=target,
+        op=launch.op,
+        kernel=f"{launch.kernel}[{flags}]" if flags else launch.kernel,
+        dtype=dtype,
+        shapes=list(shapes),
+        tile=integers | {"num_warps": num_warps, "num_stages": compiled.metadata.num_stages},
+        registers=registers,
+        spilled_bytes=spilled,
+        shared_memory=shared,
+        multiplies=multiplies,
+        matrix_instructions=len(re.findall(_MATRIX_INSTRUCTION[target], assembly)),
+        programs_per_multiprocessor=programs,
+        occupancy=programs * num_warps / MULTIPROCESSORS[target].warps,
+        limited_by=limited_by,
+        inner_loop=has_loop,
+        instructions=mix,
+        bytes_per_load=loads,
+        possible_bytes_per_load={name: n for name, n in possible_load_bytes(launch).items() if name in loads},
+    )
 
 
-def _amd_resources(compiled, target: str) -> dict:
-    gcn = compiled.asm["amdgcn"]
+def _nvidia_registers(cubin: str) -> tuple[int, int]:
+    """Registers a thread, and bytes of its stack: Triton's kernels have nothing there but spilled registers."""
+    usage = _run(_NVIDIA_TOOLS / "cuobjdump", "--dump-resource-usage", cubin)
+    return int(re.search(r"REG:(\d+)", usage).group(1)), int(re.search(r"STACK:(\d+)", usage).group(1))
 
-    def field(name: str) -> int:
+
+def _amd_registers(gcn: str) -> tuple[int, int]:
+    """Vector registers and bytes of scratch memory of a lane. Scalar registers are spilled to lanes of vectors."""
+
+    def value(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", gcn).group(1))
 
-    return {
-        "registers": field("vgpr_count"),
-        "spilled_bytes": 4 * (field("vgpr_spill_count") + field("sgpr_spill_count")),
-        "tensor_core_instructions": len(re.findall(_TENSOR_CORE[target], gcn)),
-        "asm": gcn,
-    }
+    return value("vgpr_count"), value("private_segment_fixed_size")
 
 
 def _run(*command) -> str:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
 
 
-def report_attention(name: str, grid: tuple[int, int], heads: int, head_dim: int, dtype: torch.dtype, target: str):
-    """Compiles every launch of one attention shape for one target; a list of reports."""
-    launches = attention_launches(grid, heads, head_dim, dtype, target)
-    return _report(launches, f"{name} D{head_dim}", str(dtype).removeprefix("torch."), target)
+def store(rows: list[Report], path: Path) -> None:
+    """Writes JSON, a line for each row, and its summary. Rows that differ in their shapes only become one."""
+    merged: dict[str, Report] = {}
+    for row in rows:
+        figures = repr(replace(row, shapes=[]))
+        shapes = merged[figures].shapes if figures in merged else []
+        merged[figures] = replace(row, shapes=shapes + row.shapes)
+    lines = [json.dumps(asdict(row), separators=(",", ":")) for row in merged.values()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    path.with_suffix(".md").write_text(summary(list(merged.values())))
 
 
-def report_norms(name: str, grid: tuple[int, int], channels: int, target: str):
-    """Compiles every launch of the norm-type ops at one shape for one target; a list of reports."""
-    return _report(norm_launches(grid, channels, target), f"{name} C{channels}", "bfloat16", target)
-
-
-_FLAGS = {"HAS_BIAS": "b", "HAS_MODULATION": "m", "NORM": "n", "MASKED": "k"}
-
-
-def _report(launches: list[Launch], shape: str, dtype: str, target: str) -> list[Report]:
-    rows = []
-    for launch in launches:
-        compiled = compile_launch(launch, target)
-        compiled.pop("asm")
-        flags = "".join(letter for flag, letter in _FLAGS.items() if launch.constants.get(flag) is True)
-        name = f"{launch.kernel}[{flags}]" if flags else launch.kernel
-        rows.append(Report(launch.op, shape, dtype, name, target, **compiled))
-    return rows
-
-
-def _run_job(job: tuple) -> list[Report]:
-    function, *arguments = job
-    return function(*arguments)
+def _report(job: tuple) -> Report:
+    return report(*job)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--head-dims", nargs="+", type=int, default=[52])
-    parser.add_argument("--out", type=Path, help="write the table as JSON here")
+    parser.add_argument(
+        "--out", type=Path, help="store the table here as JSON, and a summary beside it as Markdown"
+    )
     options = parser.parse_args(arguments)
-    jobs = [
-        (report_attention, name, grid, heads, head_dim, getattr(torch, dtype), target)
-        for target in options.targets
-        for dtype in options.dtypes
-        for head_dim in options.head_dims
-        for name, grid, heads in EDT_ATTENTION
-    ]
-    jobs += [(report_norms, *shape, target) for target in options.targets for shape in EDT_NORMS]
-    print(f"{'target':7} {'op':24} {'shape':12} {'dtype':9} {'kernel':22} regs  spill  shared  tensor-core")
+    # One job for each code, whichever shapes launch it.
+    jobs: dict[str, tuple[Launch, str, list[str]]] = {}
+    shapes = [shape for shape in SHAPES if shape.model in options.models]
+    for target, dtype, shape in itertools.product(options.targets, options.dtypes, shapes):
+        for launch in launches_of(shape, target, getattr(torch, dtype)):
+            code = f"{target} {launch.op} {launch.identity}"
+            jobs.setdefault(code, (launch, target, []))[2].append(str(shape))
+    print(HEADER)
     rows: list[Report] = []
     with ProcessPoolExecutor() as pool:
-        parts = pool.map(_run_job, jobs)
-        for part in tqdm(parts, total=len(jobs), desc="compiling", disable=None):
-            for row in part:
-                tqdm.write(
-                    f"{row.target:7} {row.op:24} {row.shape:12} {row.dtype:9} {row.kernel:22} {row.registers:4} "
-                    f"{row.spilled_bytes:6} {row.shared_memory:7} {row.tensor_core_instructions:5}"
-                )
-            rows += part
+        for row in tqdm(pool.map(_report, jobs.values()), total=len(jobs), desc="compiling", disable=None):
+            tqdm.write(line(row))
+            rows.append(row)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        store(rows, options.out)
+    faulty = [
+        f"{row.target} {row.op} {row.kernel} {row.shapes[0]}: {fault}" for row in rows for fault in faults(row)
+    ]
+    print(f"{len(rows)} kernels, {len(faulty)} faults", *faulty, sep="\n")
+    sys.exit(bool(faulty))
 
 
 if __name__ == "__main__":

@@ -22,26 +22,39 @@ _RELEASED_MODULES = (
     *((f"splits.{i}.modulation.linear.", f"concat_blocks.{i}.adaLN_modulation.1.") for i in (0, 1)),
     *((f"splits.{i}.fuse.", f"concat_blocks.{i}.cat.") for i in (0, 1)),
 )
-_RELEASED_IN_BLOCK = (
-    ("modulation.linear.", "adaLN_modulation.1."),
-    ("attn.rel_pos_bias", "attn.rel_pos_bias.relative_position_bias_table"),
-)
+_RELEASED_IN_BLOCK = (("attn.attention.rel_pos_bias", "attn.rel_pos_bias.relative_position_bias_table"),)
 
 
-def released_names(model: EDTTransformer2DModel) -> dict[str, str]:
-    """Our parameter names → the released names."""
-    prefixes = list(_RELEASED_MODULES)
+def to_released_state_dict(
+    model: EDTTransformer2DModel, tensors: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Tensors under our parameters' names, such as their gradients, under the released names; by default the
+    parameters themselves. They are views: our Linear for the modulations of a stage is one of each block there."""
+    tensors = model.state_dict() if tensors is None else tensors
+    names = _released_names(model)
+    return {
+        released: part
+        for name, tensor in tensors.items()
+        for released, part in zip(names[name], tensor.chunk(len(names[name])), strict=True)
+    }
+
+
+def _released_names(model: EDTTransformer2DModel) -> dict[str, list[str]]:
+    """Our parameter names → the released names of its equal parts along dimension 0, of which most have one."""
+    prefixes = [(ours, [released]) for ours, released in _RELEASED_MODULES]
     number = 0
     for s, stage in enumerate(model.stages):
-        for b in range(len(stage.blocks)):
-            ours, released = f"stages.{s}.blocks.{b}.", f"blocks.{number}."
-            prefixes += [(ours + a, released + r) for a, r in _RELEASED_IN_BLOCK]
-            prefixes.append((ours, released))
-            number += 1
+        blocks = [f"blocks.{number + b}." for b in range(len(stage.blocks))]
+        prefixes.append((f"stages.{s}.modulation.linear.", [f"{block}adaLN_modulation.1." for block in blocks]))
+        for b, block in enumerate(blocks):
+            ours = f"stages.{s}.blocks.{b}."
+            prefixes += [(ours + a, [block + r]) for a, r in _RELEASED_IN_BLOCK]
+            prefixes.append((ours, [block]))
+        number += len(blocks)
     names = {}
     for name in model.state_dict():
         ours, released = next(pair for pair in prefixes if name.startswith(pair[0]))
-        names[name] = released + name.removeprefix(ours)
+        names[name] = [prefix + name.removeprefix(ours) for prefix in released]
     return names
 
 
@@ -61,21 +74,20 @@ def load_released_state_dict(model: EDTTransformer2DModel, state_dict: dict[str,
     Raises:
         ValueError: naming missing, unexpected or misshapen keys, or position tables that differ.
     """
-    names = released_names(model)
+    parameters = to_released_state_dict(model)
     tables = _released_position_tables(model)
-    expected = set(names.values()) | set(tables)
+    expected = {*parameters, *tables}
     missing, unexpected = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
     if missing or unexpected:
         raise ValueError(
             f"state_dict does not have the released names of this model: {_shorten('missing', missing)}; "
             f"{_shorten('unexpected', unexpected)}"
         )
-    ours = model.state_dict()
-    for name, released in names.items():
-        if state_dict[released].shape != ours[name].shape:
+    for released, parameter in parameters.items():
+        if state_dict[released].shape != parameter.shape:
             raise ValueError(
                 f"state_dict has {released} of shape {tuple(state_dict[released].shape)}; this model needs "
-                f"{tuple(ours[name].shape)}"
+                f"{tuple(parameter.shape)}"
             )
     for released, table in tables.items():
         given = state_dict[released].to(table).squeeze(0)
@@ -83,7 +95,9 @@ def load_released_state_dict(model: EDTTransformer2DModel, state_dict: dict[str,
             raise ValueError(
                 f"state_dict has a position table {released} that is not this model's; is sample_size right?"
             )
-    model.load_state_dict({name: state_dict[released] for name, released in names.items()})
+    with torch.no_grad():
+        for released, parameter in parameters.items():
+            parameter.copy_(state_dict[released])
 
 
 def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:

@@ -163,12 +163,12 @@ def run_info(options: Info) -> None:
         (f"training, {batch}", memory.training),
         (f"inference, {batch}", memory.inference),
     ]
-    print("\nmemory, float32, estimated")
+    print("\nmemory, float32, estimated for the Triton kernels")
     for name, size in rows:
         print(f"{name:28} {size / 2**30:>10.2f} GiB")
     print(
-        f"Without the fused attention, training keeps {memory.attention_matrices / 2**30:.2f} GiB of attention "
-        "matrices more."
+        "In training, attention without its kernel keeps matrices of "
+        f"{memory.attention_matrices / 2**30:.2f} GiB more."
     )
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 from .layers import TimestepEmbedding
 from .model import EDTTransformer2DModel
@@ -103,11 +102,10 @@ def cost_table(model: EDTTransformer2DModel) -> list[Part]:
 def estimate_memory(config: dict, batch_size: int) -> Memory:
     """Bytes for training and inference in float32 with a batch of `batch_size`.
 
-    Weights, gradients, optimiser and EMA are exact. Training activations are what autograd keeps for one
-    forward pass, counted while fake tensors run through the reference path; of that,
-    `attention_matrices` (of N×N per head) are reported apart and left out, because the fused attention does
-    not write them. Inference activations are the skips and the widest block: the residual stream, its norm,
-    and the two 4·C wide tensors of the MLP.
+    Weights, gradients, optimiser and EMA are exact. Training activations are what autograd keeps on the Triton
+    kernels for one forward pass without gradient checkpointing; temporary tensors are not counted. Attention
+    without the kernel keeps `attention_matrices` more: the softmax, of N×N per head. Inference activations are the
+    skips and the widest block: the residual stream, its norm, and the two 4·C wide tensors of the MLP.
 
     Raises:
         ValueError: if batch_size is below 1.
@@ -115,24 +113,27 @@ def estimate_memory(config: dict, batch_size: int) -> Memory:
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     model = meta_model(config)
+    config = model.config
     weights = sum(p.numel() for p in model.parameters()) * 4
-    kept, attention_matrices = _saved_for_backward(config, batch_size)
-    stages = [(stage, C) for stage, C in zip(model.stages, model.config.hidden_sizes)]
-    widths = [_num_tokens(stage) * C for stage, C in stages]
-    live = sum(widths[:2]) + max((2 + 2 * model.config.mlp_ratio) * width for width in widths)
+    tokens = [_num_tokens(stage) for stage in model.stages]
+    matrices = sum(
+        depth * heads * N**2 for depth, heads, N in zip(config.depths, config.num_attention_heads, tokens)
+    )
+    widths = [N * C for N, C in zip(tokens, config.hidden_sizes)]
+    live = sum(widths[:2]) + max((2 + 2 * config.mlp_ratio) * width for width in widths)
     return Memory(
         weights=weights,
         gradients=weights,
         optimizer_state=ADAN_BUFFERS * weights,
         ema=weights,
-        training_activations=kept,
-        attention_matrices=attention_matrices,
+        training_activations=4 * batch_size * _kept_for_backward(model),
+        attention_matrices=4 * batch_size * matrices,
         inference_activations=round(4 * batch_size * live),
     )
 
 
 def block_grid(stage: nn.Module) -> tuple[int, int]:
-    return stage.blocks[0].attn.grid
+    return stage.blocks[0].attn.attention.grid
 
 
 def _num_tokens(stage: nn.Module) -> int:
@@ -144,26 +145,31 @@ def _part(name, module, grid, channels, multiply_adds, blocks=0) -> Part:
     return Part(name, grid, channels, blocks, sum(p.numel() for p in module.parameters()), multiply_adds)
 
 
-def _saved_for_backward(config: dict, batch_size: int) -> tuple[int, int]:
-    """Bytes that autograd keeps: (all but N×N attention matrices, those matrices)."""
-    storages, matrices = {}, {}
-    # Fake tensors have no storage either, but a real device type, which autocast asks for. Labels have values
-    # that the model checks; without classes it keeps the same but for a vector.
-    model = meta_model({**config, "num_classes": 0}).train()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-        token_counts = {_num_tokens(stage) for stage in model.stages}
+def _kept_for_backward(model: EDTTransformer2DModel) -> int:
+    """Numbers that autograd keeps for an image on the Triton kernels, each tensor counted once.
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in parameters:
-                square = tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2] in token_counts
-                (matrices if square else storages)[storage._cdata] = storage  # held, so that no address recurs
-            return tensor
+    `Block` lists what its blocks keep. Beside those: what enters each stage; the modulations; and for each op the
+    norm that the next Linear needs and two statistics for each of its rows.
+    """
+    config = model.config
+    sizes, C0 = config.hidden_sizes, config.hidden_sizes[0]
+    tokens = [_num_tokens(stage) for stage in model.stages]
 
-        latents = torch.empty(batch_size, model.config.in_channels, *model.latent_size)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = model(latents, torch.empty(batch_size, dtype=torch.int64)).sample
-        del output
-    return tuple(sum(storage.nbytes() for storage in group.values()) for group in (storages, matrices))
+    def stage(i: int) -> int:
+        N, C, depth, heads = tokens[i], sizes[i], config.depths[i], config.num_attention_heads[i]
+        per_token = 10 * C + int(C * config.mlp_ratio) + heads + 4
+        return N * C + depth * (N * per_token + 6 * C)
+
+    def merge(i: int) -> int:
+        C, N_out = sizes[i], tokens[i + 1]
+        return N_out * (4 * C + 2) + 8 * C
+
+    def split(i: int) -> int:
+        C_out, N_out = sizes[i + 3], tokens[i + 3]
+        return N_out * (C_out + 2 * C_out + 2) + 4 * C_out  # before the shuffle, after the norm
+
+    height, width = model.latent_size
+    conditioning = TimestepEmbedding.frequencies + 4 * C0
+    final = tokens[-1] * (C0 + 2) + 2 * C0
+    ends = config.in_channels * height * width + conditioning + final
+    return ends + sum(map(stage, range(len(sizes)))) + sum(merge(i) + split(i) for i in (0, 1))

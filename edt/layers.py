@@ -1,4 +1,4 @@
-"""The layers of EDT. Each owns its parameters; each calls one op of `edt_kernels` for what is fused."""
+"""The layers of EDT. They own the projections; what is fused between them is a module of `edt_kernels.nn`."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import edt_kernels
 
@@ -32,15 +33,15 @@ class PositionEmbedding(nn.Module):
 
 
 class Modulation(nn.Module):
-    """SiLU → Linear of the conditioning vector, split into `parts` vectors of `channels`."""
+    """Linear of the conditioning: `parts` vectors of `channels` for each sample."""
 
     def __init__(self, cond_channels: int, channels: int, parts: int):
         super().__init__()
         self.parts = parts
         self.linear = nn.Linear(cond_channels, parts * channels)
 
-    def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(F.silu(cond)).chunk(self.parts, dim=-1)
+    def forward(self, cond: Tensor) -> Tensor:
+        return self.linear(cond).unflatten(-1, (self.parts, -1))  # (B, parts, channels)
 
 
 class PatchEmbedding(nn.Module):
@@ -76,27 +77,27 @@ class TimestepEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """QKV projection, `amm_attention` with a learned relative position bias, output projection."""
+    """QKV projection, attention with a learned relative position bias and AMM, output projection."""
 
-    def __init__(self, channels: int, num_heads: int, grid: tuple[int, int]):
+    def __init__(
+        self, channels: int, num_heads: int, grid: tuple[int, int], amm_form: str, amm_radius: float | None
+    ):
         super().__init__()
-        self.grid = grid
-        self.num_heads = num_heads
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.rel_pos_bias = nn.Parameter(torch.empty((2 * grid[0] - 1) * (2 * grid[1] - 1), num_heads))
+        self.attention = edt_kernels.nn.AMMAttention(
+            grid, num_heads, amm="never", form=amm_form, radius=amm_radius
+        )
         self.proj = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, modulation: Tensor | None = None) -> Tensor:
-        qkv = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.num_heads)
+    def forward(self, x: Tensor) -> Tensor:
+        num_heads = self.attention.num_heads
+        qkv = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=num_heads)
         q, k, v = qkv.unbind(2)  # (B, N, heads, D) views
-        out = edt_kernels.amm_attention(
-            q, k, v, grid=self.grid, modulation=modulation, rel_pos_bias=self.rel_pos_bias
-        )
-        return self.proj(out.flatten(2))
+        return self.proj(self.attention(q, k, v).flatten(2))
 
 
 class MLP(nn.Module):
-    """Linear, GELU (tanh), Linear."""
+    """Linear, GELU (tanh), Linear. Of the hidden layer only what goes into GELU is kept for backward."""
 
     def __init__(self, channels: int, hidden_channels: int):
         super().__init__()
@@ -104,24 +105,78 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        hidden = self.fc1(x)
+        if not hidden.requires_grad:
+            return self._activate_and_project(hidden)
+        # GELU's output is as large as its input and cheap to compute again, so backward does: a fifth less memory
+        # for activations. `checkpoint` stops before fc2's product. It calls fc2 as a module, so that what wraps or
+        # replaces a Linear (adapters, quantisation, offloading) works; a Function of fc2's weight would bypass it.
+        return checkpoint(self._activate_and_project, hidden, use_reentrant=False, preserve_rng_state=False)
+
+    def _activate_and_project(self, hidden: Tensor) -> Tensor:
+        return self.fc2(F.gelu(hidden, approximate="tanh"))
 
 
 class Block(nn.Module):
-    """adaLN-Zero transformer block: x += gate·attn(adaln(x)); x += gate·mlp(adaln(x))."""
+    """adaLN-Zero transformer block: x += gate·attn(adaln(x)); x += gate·mlp(adaln(x)).
 
-    def __init__(self, channels: int, cond_channels: int, num_heads: int, mlp_ratio: float, grid: tuple[int, int]):
+    A residual and the norm that follows are one op, also where the norm is the next block's. For backward a block
+    keeps on the Triton kernels, in bytes for a token and channel, under 16-bit autocast with x in float32:
+
+    | kept | by | bytes |
+    | --- | --- | --- |
+    | x after attention, x after the MLP | the norms | 4 + 4 |
+    | both norms | qkv, fc1 | 2 + 2 |
+    | q, k, v | attention | 6 |
+    | attention's output | attention and its projection | 2 |
+    | both branches | the gates | 2 + 2 |
+    | hidden layer before GELU | the MLP | 2·mlp_ratio |
+
+    That is 32 with an MLP of 4·C (56 in float32), and 16 + 4·heads bytes of statistics for a token. With gradient
+    checkpointing it keeps what enters it: x.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        mlp_ratio: float,
+        grid: tuple[int, int],
+        amm_form: str = "exp_cos",
+        amm_radius: float | None = None,
+    ):
         super().__init__()
-        self.modulation = Modulation(cond_channels, channels, parts=6)
-        self.attn = Attention(channels, num_heads, grid)
+        self.norm = edt_kernels.nn.AdaLN()
+        self.residual_norm = edt_kernels.nn.GatedResidualAdaLN()
+        self.attn = Attention(channels, num_heads, grid, amm_form, amm_radius)
         self.mlp = MLP(channels, int(channels * mlp_ratio))
 
-    def forward(self, x: Tensor, cond: Tensor, attention_modulation: Tensor | None = None) -> Tensor:
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(cond)
-        normed = edt_kernels.adaln(x, shift_attn, scale_attn)
-        y = self.attn(normed, attention_modulation)
-        x, normed = edt_kernels.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp)
-        return edt_kernels.gated_residual(x, self.mlp(normed), gate_mlp)
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        normed: Tensor | None = None,
+        next_modulation: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            x: the residual stream (B, N, C).
+            modulation: (B, 6, C): shift, scale and gate of the attention, then of the MLP.
+            normed: this block's first norm, where the block before has computed it.
+            next_modulation: of the next block, to compute its first norm here.
+
+        Returns:
+            The residual stream, and the next block's first norm, None without `next_modulation`.
+        """
+        shift, scale, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(1)  # (B, C) views
+        if normed is None:
+            normed = self.norm(x, shift, scale)
+        y = self.attn(normed)
+        x, normed = self.residual_norm(x, y, gate_attn, shift_mlp, scale_mlp)
+        y = self.mlp(normed)
+        if next_modulation is None:
+            return edt_kernels.gated_residual(x, y, gate_mlp), None
+        return self.residual_norm(x, y, gate_mlp, next_modulation[:, 0], next_modulation[:, 1])
 
 
 class TokenMerge(nn.Module):
@@ -131,13 +186,13 @@ class TokenMerge(nn.Module):
         super().__init__()
         self.grid = grid
         self.modulation = Modulation(cond_channels, 4 * channels, parts=2)
+        self.merge = edt_kernels.nn.TokenMerge(grid)
         self.reduction = nn.Linear(4 * channels, out_channels, bias=False)
         self.position = PositionEmbedding(out_channels, (grid[0] // 2, grid[1] // 2))
 
     def forward(self, x: Tensor, cond: Tensor, keep: Tensor | None = None) -> Tensor:
-        shift, scale = self.modulation(cond)
-        merged = edt_kernels.token_merge_adaln(x, shift, scale, grid=self.grid, keep=keep)
-        return self.position(self.reduction(merged))  # (B, N/4, C')
+        shift, scale = self.modulation(cond).unbind(1)
+        return self.position(self.reduction(self.merge(x, shift, scale, keep)))  # (B, N/4, C')
 
 
 class TokenSplitConcat(nn.Module):
@@ -148,13 +203,13 @@ class TokenSplitConcat(nn.Module):
         self.grid = grid
         self.expand = nn.Linear(channels, 4 * out_channels, bias=False)
         self.modulation = Modulation(cond_channels, 2 * out_channels, parts=2)
+        self.split = edt_kernels.nn.TokenSplitConcat(grid)
         self.fuse = nn.Linear(2 * out_channels, out_channels)
         self.position = PositionEmbedding(out_channels, (grid[0] * 2, grid[1] * 2))
 
     def forward(self, x: Tensor, skip: Tensor, cond: Tensor) -> Tensor:
-        shift, scale = self.modulation(cond)
-        joined = edt_kernels.token_split_concat_adaln(self.expand(x), skip, shift, scale, grid=self.grid)
-        return self.position(self.fuse(joined))  # (B, 4N, C')
+        shift, scale = self.modulation(cond).unbind(1)
+        return self.position(self.fuse(self.split(self.expand(x), skip, shift, scale)))  # (B, 4N, C')
 
 
 class FinalLayer(nn.Module):
@@ -167,10 +222,11 @@ class FinalLayer(nn.Module):
         self.grid = grid
         self.patch_size = patch_size
         self.modulation = Modulation(cond_channels, channels, parts=2)
+        self.norm = edt_kernels.nn.AdaLN()
         self.linear = nn.Linear(channels, patch_size * patch_size * out_channels)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        shift, scale = self.modulation(cond)
-        patches = self.linear(edt_kernels.adaln(x, shift, scale))
+        shift, scale = self.modulation(cond).unbind(1)
+        patches = self.linear(self.norm(x, shift, scale))
         H, W, p = *self.grid, self.patch_size
         return rearrange(patches, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=H, w=W, p1=p, p2=p)

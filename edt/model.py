@@ -9,13 +9,13 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-
-import edt_kernels
+from torch.nn import functional as F
 
 from .config import PRESETS
 from .layers import (
     Block,
     FinalLayer,
+    Modulation,
     PatchEmbedding,
     PositionEmbedding,
     TimestepEmbedding,
@@ -26,10 +26,14 @@ from .masking import draw_keep_mask
 
 NUM_STAGES = 5
 NUM_MERGES = 2
+BLOCK_MODULATIONS = 6  # shift, scale and gate, of attention and MLP
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution. In evaluation mode the blocks in `amm_blocks` modulate their attention."""
+    """The blocks of one resolution, with one Linear for the modulations of all of them.
+
+    `mid_block`: the block before which dropped tokens are replaced in the masked pass, None for no such block.
+    """
 
     def __init__(
         self,
@@ -39,24 +43,37 @@ class Stage(nn.Module):
         mlp_ratio: float,
         grid: tuple[int, int],
         depth: int,
-        amm_table: Tensor,
+        amm_form: str,
+        amm_radius: float | None,
+        mid_block: int | None = None,
     ):
         super().__init__()
+        self.modulation = Modulation(cond_channels, channels, parts=depth * BLOCK_MODULATIONS)
         self.blocks = nn.ModuleList(
-            Block(channels, cond_channels, num_heads, mlp_ratio, grid) for _ in range(depth)
+            Block(channels, num_heads, mlp_ratio, grid, amm_form, amm_radius) for _ in range(depth)
         )
-        self.register_buffer("amm_table", amm_table, persistent=False)  # (2H−1, 2W−1)
-        self.amm_blocks: frozenset[int] = frozenset()  # numbered within the stage
+        self.mid_block = mid_block
         self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor, cond: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Runs blocks start ≤ i < stop on x (B, N, C)."""
-        for i, block in list(enumerate(self.blocks))[start:stop]:
-            table = self.amm_table if i in self.amm_blocks and not self.training else None
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, cond, table)
+    def forward(
+        self, x: Tensor, cond: Tensor, mid_keep: Tensor | None = None, replacement: Tensor | None = None
+    ) -> Tensor:
+        """x (B, N, C), cond (B, C0) → (B, N, C).
+
+        Before `mid_block`, tokens where `mid_keep` (B, N) is False become those of `replacement` (N, C).
+        """
+        modulations = self.modulation(cond).unflatten(1, (-1, BLOCK_MODULATIONS)).unbind(1)  # (B, 6, C) a block
+        checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
+        mid_block = None if mid_keep is None else self.mid_block
+        normed = None
+        for i, block in enumerate(self.blocks):
+            if i == mid_block:
+                x = torch.where(mid_keep.unsqueeze(-1), x, replacement.to(x.dtype))
+            if checkpointing:  # each block by itself: a norm handed on would be kept beside x
+                x, _ = self._gradient_checkpointing_func(block, x, modulations[i])
             else:
-                x = block(x, cond, table)
+                last = i + 1 in (len(self.blocks), mid_block)
+                x, normed = block(x, modulations[i], normed, None if last else modulations[i + 1])
         return x
 
 
@@ -90,6 +107,8 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
+    # Their shapes and places in a stage make ten variants in EDT-S; `compile_repeated_blocks` compiles them all if
+    # torch._dynamo.config.recompile_limit is above its default of 8.
     _repeated_blocks = ("Block",)
     _skip_layerwise_casting_patterns = ("patch_embedding", "position", "final_layer")
 
@@ -132,7 +151,9 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
                 mlp_ratio,
                 grids[i],
                 depths[i],
-                edt_kernels.amm_table(grids[i], form=amm_form, radius=amm_radius),
+                amm_form,
+                amm_radius,
+                mid_block=mid_mask[0] if mid_mask is not None and i == 0 else None,
             )
             for i in range(NUM_STAGES)
         )
@@ -152,7 +173,8 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
         _check_block_numbers("blocks", blocks, sum(depths))
         first = 0
         for stage, depth in zip(self.stages, depths, strict=True):
-            stage.amm_blocks = frozenset(b - first for b in blocks if first <= b < first + depth)
+            for number, block in enumerate(stage.blocks, start=first):
+                block.attn.attention.amm = "inference" if number in blocks else "never"
             first += depth
         self.register_to_config(amm_blocks=tuple(blocks))
 
@@ -171,8 +193,8 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
         zero = [self.final_layer.modulation.linear, self.final_layer.linear]
         for stage in self.stages:
             for block in stage.blocks:
-                nn.init.trunc_normal_(block.attn.rel_pos_bias, std=0.02)
-                zero.append(block.modulation.linear)
+                block.attn.attention.reset_parameters()
+            zero.append(stage.modulation.linear)
         for linear in zero:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -224,17 +246,15 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
         keep_masks = [None] * NUM_MERGES if keep_masks is None else list(keep_masks)
         mid_keep = keep_masks.pop(0) if len(keep_masks) > NUM_MERGES else None
 
-        cond = self._embed_conditioning(timestep, class_labels, batch_size, hidden_states.device)  # (B, C0)
+        cond = self._embed_conditioning(timestep, class_labels, batch_size, hidden_states.device)
+        cond = F.silu(cond)  # (B, C0), once for all modulations
         x = self.position(self.patch_embedding(hidden_states))  # (B, N, C0)
 
         skips = []
         for stage, merge, keep in zip(self.stages[:2], self.merges, keep_masks, strict=True):
             skips.append(x)
-            if mid_keep is not None and stage is self.stages[0]:
-                before = self.config.mid_mask[0]
-                x = stage(x, cond, stop=before)
-                x = torch.where(mid_keep.unsqueeze(-1), x, self.position.table.to(x.dtype))
-                x = stage(x, cond, start=before)
+            if stage is self.stages[0]:
+                x = stage(x, cond, mid_keep, replacement=self.position.table)
             else:
                 x = stage(x, cond)
             x = merge(x, cond, keep)

@@ -1,6 +1,9 @@
-"""Fused kernels for diffusion transformers, as torch autograd ops. `edt_kernels.reference` defines them."""
+"""Fused kernels for diffusion transformers, as torch autograd ops.
 
-from . import reference
+`edt_kernels.reference` defines them in plain torch; `edt_kernels.nn` has them as modules.
+"""
+
+from . import nn, reference
 from .adaln import adaln
 from .amm_attention import amm_attention, amm_table
 from .gated_residual import gated_residual
@@ -14,6 +17,7 @@ __all__ = [
     "amm_table",
     "gated_residual",
     "gated_residual_adaln",
+    "nn",
     "reference",
     "token_merge_adaln",
     "token_split_concat_adaln",

@@ -33,6 +33,13 @@ def on_device_of(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def define_op(name: str, schema: str, launch, fake) -> None:
+    """Registers `edt_kernels::name`: `launch` runs it, `fake` makes the empty outputs of traced calls."""
+    torch.library.define(f"edt_kernels::{name}", schema)
+    torch.library.impl(f"edt_kernels::{name}", ("cuda", "cpu"))(launch)
+    torch.library.register_fake(f"edt_kernels::{name}")(fake)
+
+
 def refuse_double_backward(op: str):
     """The autograd formula of an op's backward."""
 
@@ -66,3 +73,10 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
         raise RuntimeError(
             f"{op}'s Triton kernels have no forward-mode derivative; edt_kernels.reference.{op} has one"
         )
+
+
+def define_gradient(name: str, save_for_backward, differentiate) -> None:
+    """The gradient of `edt_kernels::name`, made by `edt_kernels::name_backward`, which has none itself."""
+    torch.library.register_autograd(f"edt_kernels::{name}", differentiate, setup_context=save_for_backward)
+    torch.library.register_autograd(f"edt_kernels::{name}_backward", refuse_double_backward(name))
+    refuse_transforms(name)

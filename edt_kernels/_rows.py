@@ -1,35 +1,90 @@
-"""How the norm kernels cut (samples, rows, channels) into programs."""
+"""What the norms' launchers share; above all, how (samples, rows, channels) are cut into programs."""
 
 import math
 from dataclasses import dataclass
 
+import torch
 import triton
+from torch import Tensor
+
+from ._launch import common_alignment, on_device_of
 
 # Enough loads in flight to cover latency.
 _TILE_ELEMENTS = 4096
-# Programs of a backward pass, whatever the device, so that gradients are the same everywhere: about two for each
-# multiprocessor of an H200.
+# Programs of a backward pass, whatever the device, so that gradients are the same everywhere: two for each
+# multiprocessor of an H100 or H200. A kernel of more than 128 registers a thread runs them as two full waves.
 _BACKWARD_PROGRAMS = 264
 
 
 @dataclass(frozen=True)
 class RowTile:
-    """rows × slices × block_c elements; a backward program takes rows_per_program rows of one sample."""
+    """rows × slices × block_c elements at a time. A backward program takes rows_per_program rows of one sample."""
 
     rows: int
+    channels: int
     block_c: int
     num_warps: int
     rows_per_program: int
+    forward_programs: tuple[int, int]  # samples, programs of each
+    backward_programs: tuple[int, int]
 
 
 def choose_row_tile(samples: int, rows: int, slices: int, channels: int) -> RowTile:
     """For `samples` of `rows` rows, each of slices·channels channels."""
     block_c = triton.next_power_of_2(channels)
     row_elements = slices * block_c
-    tile_rows = min(max(_TILE_ELEMENTS // row_elements, 1), triton.next_power_of_2(rows))
+    tile_rows = max(min(_TILE_ELEMENTS // row_elements, triton.next_power_of_2(rows)), 1)
     # 16 or 32 elements a thread: what compiles without spills for EDT's backward passes on every target. With 32,
-    # adaln's spilled at 1248 channels on sm_100; with 16, the merge's and the split's spilled on sm_90.
+    # adaln's spilled at 1248 channels on sm_100; with 16, the merge's and the split's spilled on sm_90. Backward
+    # holds a row and all sums over rows in registers, so wider rows spill: on sm_90 adaln's beyond 8192 channels,
+    # gated_residual_adaln's beyond 4096, the merge's beyond 4·2048 and the split's beyond 2·4096.
     num_warps = min(max(tile_rows * row_elements // (512 if slices == 1 else 1024), 1), 16)
-    programs_per_sample = math.ceil(_BACKWARD_PROGRAMS / samples)
-    tiles_per_program = math.ceil(math.ceil(rows / tile_rows) / programs_per_sample)
-    return RowTile(tile_rows, block_c, num_warps, tiles_per_program * tile_rows)
+    # The nearest number of programs, not the next larger: batches of 32 to 256 then make 256 of them, not 288 to
+    # 512 with a last wave nearly empty, and a large batch of few rows writes fewer partial sums.
+    programs = max(round(_BACKWARD_PROGRAMS / max(samples, 1)), 1)
+    tiles = triton.cdiv(rows, tile_rows)
+    rows_per_program = max(triton.cdiv(tiles, programs), 1) * tile_rows
+    return RowTile(
+        rows=tile_rows,
+        channels=channels,
+        block_c=block_c,
+        num_warps=num_warps,
+        rows_per_program=rows_per_program,
+        forward_programs=(samples, tiles),
+        backward_programs=(samples, triton.cdiv(rows, rows_per_program)),
+    )
+
+
+def launch_rows(
+    kernel, programs: tuple[int, int], tile: RowTile, by_row: tuple[Tensor, ...], *arguments, **constants
+):
+    """Launches a norm's kernel, if there are rows; `by_row` are the tensors that it reads or writes row by row."""
+    if math.prod(programs) == 0:
+        return
+    with on_device_of(by_row[0]):
+        kernel[(math.prod(programs),)](
+            *arguments, **constants, C=tile.channels, ALIGN=math.gcd(tile.channels, common_alignment(*by_row)),
+            ROWS=tile.rows, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+        )  # fmt: skip
+
+
+def empty_normed(x: Tensor, rows: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What a forward kernel fills: the result, so many rows for each sample of x, and the rows' mean and rstd."""
+    mean, rstd = (x.new_empty(x.shape[0], rows, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape[0], rows, channels, dtype=dtype), mean, rstd
+
+
+def total(partials: Tensor) -> Tensor:
+    """(quantities, samples, programs of each, channels) → (quantities, samples, channels)."""
+    return partials.squeeze(2) if partials.shape[2] == 1 else partials.sum(2)
+
+
+def save_for_backward(ctx, tensors: tuple[Tensor | None, ...], modulation: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # no zeros for the statistics, which nobody differentiates
+    ctx.save_for_backward(*tensors)
+    ctx.modulation_dtypes = [tensor.dtype for tensor in modulation]
+
+
+def modulation_gradients(ctx, sums: Tensor) -> list[Tensor]:
+    """The sums over each sample's rows, in the dtypes of the modulation."""
+    return [gradient.to(dtype) for gradient, dtype in zip(sums.unbind(0), ctx.modulation_dtypes)]

@@ -1,6 +1,7 @@
 """Cases of the norm-type ops: inputs, outputs and gradients, and the check of them against float64."""
 
 import dataclasses
+import math
 
 import torch
 from layouts import lay_out
@@ -40,30 +41,36 @@ class Case:
         return "-".join([self.op, grid, f"C{self.channels}", f"B{self.batch_size}", *dtypes, *flags])
 
 
-def make_inputs(case: Case, device: str) -> dict[str, torch.Tensor]:
-    """Floating tensors by argument name, and the upstream gradients "grad 0", "grad 1" by output."""
-    generator = torch.Generator().manual_seed(0)
+def input_shapes(case: Case) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Of the floating inputs by argument name, and of the upstream gradients "grad 0", "grad 1" by output."""
     H, W = case.grid
     B, N, C = case.batch_size, H * W, case.channels
-
-    def randn(*shape, dtype=F32):
-        return torch.randn(*shape, generator=generator).to(dtype)
-
     if case.op == "token_merge_adaln":
-        inputs, width, rows = {"x": randn(B, N, C, dtype=case.stream)}, 4 * C, N // 4
+        shapes, rows, width = {"x": ((B, N, C), case.stream)}, N // 4, 4 * C
     elif case.op == "token_split_concat_adaln":
-        inputs = {"x": randn(B, N, 4 * C, dtype=case.branch), "skip": randn(B, 4 * N, C, dtype=case.stream)}
-        width, rows = 2 * C, 4 * N
+        shapes = {"x": ((B, N, 4 * C), case.branch), "skip": ((B, 4 * N, C), case.stream)}
+        rows, width = 4 * N, 2 * C
     else:
-        inputs, width, rows = {"x": randn(B, N, C, dtype=case.stream)}, C, N
+        shapes, rows, width = {"x": ((B, N, C), case.stream)}, N, C
         if case.op != "adaln":
-            inputs["y"] = randn(B, N, C, dtype=case.branch)
-    # One projection makes them all; the ops get views of it, as in a model.
-    inputs["modulation"] = randn(B, 3 * width, dtype=case.modulation) / 2
+            shapes["y"] = ((B, N, C), case.branch)
+    shapes["modulation"] = ((B, 3 * width), case.modulation)
     for i in range(2 if case.op == "gated_residual_adaln" else 1):
-        inputs[f"grad {i}"] = randn(B, rows, width)
+        shapes[f"grad {i}"] = ((B, rows, width), F32)
+    return shapes
+
+
+def make_inputs(case: Case, device: str) -> dict[str, torch.Tensor]:
+    """Tensors by the names of `input_shapes`, and the mask."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        name: torch.randn(*shape, generator=generator).to(dtype)
+        for name, (shape, dtype) in input_shapes(case).items()
+    }
+    # One projection makes them all; the ops get views of it, as in a model.
+    inputs["modulation"] /= 2
     if case.keep:
-        inputs["keep"] = torch.rand(B, N, generator=generator) < 0.6
+        inputs["keep"] = torch.rand(case.batch_size, math.prod(case.grid), generator=generator) < 0.6
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 

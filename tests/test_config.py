@@ -32,7 +32,9 @@ def test_sizes(name, channels, depths):
     model = on_meta(name)
     assert tuple(len(stage.blocks) for stage in model.stages) == depths
     assert tuple(stage.blocks[0].attn.proj.out_features for stage in model.stages) == channels
-    assert {C // stage.blocks[0].attn.num_heads for C, stage in zip(channels, model.stages, strict=True)} == {52}
+    assert {
+        C // stage.blocks[0].attn.attention.num_heads for C, stage in zip(channels, model.stages, strict=True)
+    } == {52}
 
 
 def test_only_xl_masks_inside_a_stage():
@@ -64,7 +66,7 @@ def test_published_placements(name, guidance_scale, blocks):
 def test_512_has_its_form_and_grid():
     model = on_meta("EDT-S/2-512")
     assert model.config.amm_form == "cos"
-    assert model.stages[0].blocks[0].attn.grid == (32, 32)
+    assert model.stages[0].blocks[0].attn.attention.grid == (32, 32)
 
 
 def test_overrides_replace_a_presets_arguments():

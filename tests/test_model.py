@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -15,9 +16,13 @@ from released import (
     tiny_model,
     under,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 import edt
+import edt_kernels
+from edt.checkpoint import to_released_state_dict
 from edt.diffusion import guide
+from edt.layers import MLP
 
 PARITY = 1e-5
 
@@ -82,12 +87,17 @@ def released_module(model, name):
     return {"down_blocks": model.merges, "concat_blocks": model.splits}[kind][number]
 
 
+def stream(output):
+    """The residual stream: a block returns the next block's first norm beside it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def test_activations(released, inputs):
     expected = under("act.amm", released)
     assert len(expected) == 9
     model, actual = released_model().eval(), {}
     for name in expected:
-        hook = lambda module, args, output, name=name: actual.__setitem__(name, output)  # noqa: E731
+        hook = lambda module, args, output, name=name: actual.__setitem__(name, stream(output))  # noqa: E731
         released_module(model, name).register_forward_hook(hook)
     with torch.no_grad():
         model(*inputs)
@@ -107,10 +117,9 @@ def test_masked_training_forward_and_gradients(released, inputs):
 
     expected = under("grad", released)
     (output * expected.pop("weight")).sum().backward()
-    our_names = {theirs: ours for ours, theirs in edt.checkpoint.released_names(model).items()}
-    parameters = dict(model.named_parameters())
+    gradients = to_released_state_dict(model, {name: p.grad for name, p in model.named_parameters()})
     assert len(expected) == 14
-    errors = {name: relative_error(parameters[our_names[name]].grad, grad) for name, grad in expected.items()}
+    errors = {name: relative_error(gradients[name], grad) for name, grad in expected.items()}
     assert max(errors.values()) <= PARITY, errors
 
 
@@ -125,8 +134,7 @@ def test_agrees_with_the_plain_transcription_at_full_size(training):
             if not parameter.any():
                 parameter.normal_(std=0.02)
     plain = PlainEDT(amm_blocks=(7, 10), class_dropout_prob=0.0).train(training)
-    names = edt.checkpoint.released_names(ours)
-    loaded = plain.load_state_dict({names[k]: v for k, v in ours.state_dict().items()}, strict=False)
+    loaded = plain.load_state_dict(to_released_state_dict(ours), strict=False)
     assert not loaded.unexpected_keys
     assert all(name.endswith("pos_embed") for name in loaded.missing_keys)
     latents, timestep, labels = torch.randn(1, 4, 32, 32), torch.tensor([321]), torch.tensor([7])
@@ -163,8 +171,7 @@ def test_parameter_shapes_are_the_released_ones(preset):
     config = edt.PRESETS[preset]
     expected = released_shapes(config["hidden_sizes"], config["depths"], config["num_attention_heads"])
     model = on_meta(preset)
-    names = edt.checkpoint.released_names(model)
-    actual = {names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    actual = {name: tuple(tensor.shape) for name, tensor in to_released_state_dict(model).items()}
     assert actual == {name: shape for name, shape in expected.items() if not name.endswith("pos_embed")}
 
 
@@ -192,7 +199,7 @@ def test_initial_values():
         model.label_embedding.weight,
         model.timestep_embedding.fc1.weight,
         model.timestep_embedding.fc2.weight,
-        block.attn.rel_pos_bias,
+        block.attn.attention.rel_pos_bias,
     ):
         assert std(normal) == pytest.approx(0.02, rel=0.15)
     zero = [
@@ -219,21 +226,31 @@ def test_amm_acts_in_evaluation_mode_only(inputs):
 def test_amm_acts_in_its_blocks_only(inputs, blocks):
     model = tiny_model(amm_blocks=()).eval()
     model.set_amm_blocks(blocks)
-    modulated = []
+    modulated, changed = [], []
     for number, (stage, block) in enumerate(BLOCK_STAGE_AND_INDEX):
-        attention = model.stages[stage].blocks[block].attn
-        attention.register_forward_pre_hook(
-            lambda module, args, number=number: modulated.append(number) if args[1] is not None else None
+        attention = model.stages[stage].blocks[block].attn.attention
+        if attention.amm != "never":
+            assert attention.amm == "inference"
+            modulated.append(number)
+        attention.register_forward_hook(
+            lambda module, args, output, number=number: (
+                changed.append(number)
+                if not torch.equal(
+                    output, edt_kernels.amm_attention(*args, grid=module.grid, rel_pos_bias=module.rel_pos_bias)
+                )
+                else None
+            )
         )
     with torch.no_grad():
         model(*inputs)
-    assert tuple(modulated) == blocks
+    assert tuple(modulated) == tuple(changed) == blocks
     assert model.config.amm_blocks == blocks
 
 
 def test_amm_form_and_radius_change_the_table():
     tables = [
-        tiny_model(**overrides).stages[4].amm_table for overrides in ({}, {"amm_form": "cos"}, {"amm_radius": 2.0})
+        tiny_model(**overrides).stages[4].blocks[2].attn.attention.modulation
+        for overrides in ({}, {"amm_form": "cos"}, {"amm_radius": 2.0})
     ]
     assert tables[0].shape == (15, 15)
     assert tables[0][7, 7] == pytest.approx(0.5 * math.e)
@@ -262,7 +279,7 @@ def test_rows_and_columns_are_not_confused():
             if isinstance(module, edt.layers.PositionEmbedding):
                 module.table.zero_()
     state = wide.state_dict()
-    grids = [stage.blocks[0].attn.grid for stage in wide.stages]
+    grids = [stage.blocks[0].attn.attention.grid for stage in wide.stages]
     for name, tensor in state.items():
         if name.endswith("rel_pos_bias"):
             H, W = grids[int(name.split(".")[1])]
@@ -336,7 +353,13 @@ def test_mid_mask_replaces_dropped_tokens_by_their_position(inputs):
     mid_keep, *keep_masks = model.draw_keep_masks(3, generator=torch.Generator().manual_seed(1))
     assert (~mid_keep).any(dim=1).all()
     into_block = []
-    model.stages[0].blocks[1].register_forward_pre_hook(lambda module, args: into_block.append(args[0]))
+
+    def note(module, args):
+        x, _, normed, _ = args
+        assert normed is None  # the norm of the tokens as they were
+        into_block.append(x)
+
+    model.stages[0].blocks[1].register_forward_pre_hook(note)
     with torch.no_grad():
         model(*inputs, keep_masks=[torch.ones_like(mid_keep), *keep_masks])
         model(*inputs, keep_masks=[mid_keep, *keep_masks])
@@ -463,6 +486,63 @@ def test_gradient_checkpointing(inputs):
         assert len(calls) == 1 + checkpointing  # forward again in the backward pass
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_residuals_and_norms_are_fused_across_blocks(inputs, monkeypatch, masked):
+    calls = Counter()
+
+    def counted(function):
+        def count(*args, **kwargs):
+            calls[function.__name__] += 1
+            return function(*args, **kwargs)
+
+        return count
+
+    for module, op in (
+        (edt_kernels.nn, edt_kernels.adaln),
+        (edt_kernels.nn, edt_kernels.gated_residual_adaln),
+        (edt_kernels, edt_kernels.gated_residual),
+    ):
+        monkeypatch.setattr(module, op.__name__, counted(op))
+    model = tiny_model(mid_mask=(1, (0.1, 0.2))).train()
+    model(*inputs, keep_masks=model.draw_keep_masks(3) if masked else None)
+    stages, blocks, replacements = 5, 12, int(masked)
+    assert calls == {
+        "adaln": stages + replacements + 1,  # the final layer
+        "gated_residual": stages + replacements,
+        "gated_residual_adaln": 2 * blocks - stages - replacements,
+    }
+
+
+def test_mlp_recomputes_gelu_but_no_product():
+    torch.manual_seed(0)
+    mlp, x = MLP(24, 40), torch.randn(2, 5, 24, requires_grad=True)
+    mlp.fc2.register_forward_hook(lambda module, args, output: 3 * output)  # as an adapter might
+
+    def gradients(function):
+        with FlopCounterMode(display=False) as counter:
+            output = function(x)
+            output.square().sum().backward()
+        leaves = (x, *mlp.parameters())
+        found = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return [output.detach(), *found], counter.get_total_flops()
+
+    expected, flops = gradients(lambda x: mlp.fc2(torch.nn.functional.gelu(mlp.fc1(x), approximate="tanh")))
+    actual, actual_flops = gradients(mlp)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    assert actual_flops == flops == 3 * 2 * 2 * 10 * 24 * 40
+
+
+@torch._dynamo.config.patch(recompile_limit=16)
+def test_repeated_blocks_compile(inputs):
+    model = tiny_model(depths=(3, 1, 1, 1, 1), amm_blocks=(1,)).eval()
+    with torch.no_grad():
+        expected = model(*inputs).sample
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        assert relative_error(model(*inputs).sample, expected) <= PARITY
 
 
 def test_compiles_without_graph_breaks():

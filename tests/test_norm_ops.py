@@ -1,10 +1,15 @@
 """The Triton kernels of the norm-type ops: interpreted on the CPU at small shapes, on a GPU at real ones."""
 
+import dataclasses
+import itertools
+import math
+
 import pytest
 import torch
-from norm_cases import BF16, F16, F32, OPS, Case, check, make_inputs, run
+from norm_cases import BF16, F16, F32, OPS, Case, check, input_shapes, make_inputs, run
 
 import edt_kernels
+from edt_kernels._rows import choose_row_tile
 
 SMALL_CASES = [
     *(Case(op, (2, 4), 52, batch_size=3) for op in OPS),
@@ -171,10 +176,47 @@ def test_gpu_gradients_are_bitwise_deterministic(op):
 
 
 @pytest.mark.gpu
-def test_gpu_offsets_beyond_32_bits():
-    """More than 2³¹ elements: the last rows equal those of the same rows alone."""
-    x = torch.empty(2, 2**19 + 1, 2048, dtype=BF16, device="cuda")
-    x.normal_()
-    shift, scale = torch.randn(2, 2, 2048, device="cuda").unbind(0)
-    out = edt_kernels.adaln(x, shift, scale)
-    assert torch.equal(out[1:, -5:], edt_kernels.adaln(x[1:, -5:].clone(), shift[1:], scale[1:]))
+@pytest.mark.parametrize("op", OPS)
+def test_gpu_offsets_beyond_32_bits(op):
+    """More than 2³¹ elements in each tensor of rows: in the second of two samples, the results of the grid's last
+    two rows are those of these rows alone. Only the last row of the output has an upstream gradient, so that the
+    sums over a sample's rows are its alone too."""
+    if torch.cuda.mem_get_info()[1] < 64 * 2**30:
+        pytest.skip("needs a device with 64 GiB")
+    grid = (258, 512) if op == "token_split_concat_adaln" else (1026, 512)
+    case = Case(op, grid, 2048, stream=BF16, branch=BF16)
+    inputs = {}
+    for name, (shape, dtype) in input_shapes(case).items():
+        if name.startswith("grad"):
+            inputs[name] = torch.zeros(shape, dtype=BF16, device="cuda")
+            inputs[name][-1, -1].normal_()
+        else:
+            inputs[name] = torch.randn(shape, dtype=dtype, device="cuda")
+        assert name == "modulation" or math.prod(shape) > 2**31
+
+    def last_rows(tensor):
+        return tensor[1:, -(2 * tensor.shape[1] // grid[0]) :] if tensor.ndim == 3 else tensor[1:]
+
+    alone = run(
+        edt_kernels,
+        dataclasses.replace(case, grid=(2, grid[1]), batch_size=1),
+        {name: last_rows(tensor).clone() for name, tensor in inputs.items()},
+    )
+    for name, result in run(edt_kernels, case, inputs).items():
+        torch.testing.assert_close(last_rows(result), alone[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("slices", "channels"), [(1, 32), (1, 1152), (1, 1536), (1, 8192), (4, 312), (2, 936)])
+def test_tiles_fit_the_shapes_of_any_model(slices, channels):
+    for samples, rows in itertools.product(
+        (1, 2, 8, 24, 32, 64, 96, 200, 256, 1000), (1, 16, 77, 256, 4096 + 333)
+    ):
+        tile = choose_row_tile(samples, rows, slices, channels)
+        _, programs = tile.backward_programs
+        assert tile.forward_programs == (samples, math.ceil(rows / tile.rows))
+        assert (programs - 1) * tile.rows_per_program < rows <= programs * tile.rows_per_program
+        assert tile.rows * slices * tile.block_c <= 8192
+        # At least one program for each multiprocessor, unless there are too few tiles.
+        assert samples * programs >= min(samples * math.ceil(rows / tile.rows), 132)
+        # About two, unless there are more samples: each sample takes a program.
+        assert samples * programs <= max(samples, 352)

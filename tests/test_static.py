@@ -1,81 +1,167 @@
-"""Every kernel, at the tiles that dispatch chooses for EDT, compiled for GPUs that need not be there."""
+"""Every kernel, at the tiles that dispatch chooses, compiled for GPUs that need not be there.
+
+The unmarked tests compile EDT at 256² for sm_90 and a cover of it for other targets; those marked slow compile
+whatever `python -m benchmarks.static` does.
+"""
+
+import dataclasses
+import itertools
+import re
 
 import pytest
 import torch
 
-from benchmarks import static
+from benchmarks import assembly, static
+from benchmarks.static_report import NARROW_LOADS, faults, summary
 
-KERNELS = {"forward", "backward_q", "backward_kv", "backward_tables", "reduce_table_partials"}
 
-
-@pytest.mark.parametrize("shape", static.EDT_ATTENTION, ids=lambda shape: shape[0])
-@pytest.mark.parametrize("target", static.TARGETS)
-def test_attention_compiles_without_spills_on_tensor_cores(target, shape):
-    rows = static.report_attention(*shape, 52, torch.bfloat16, target)
-    assert {row.kernel.partition("[")[0] for row in rows} == KERNELS
-    names = {row.kernel.replace("k]", "]") for row in rows}  # k: some pairs of a packed tile are masked
-    assert names >= {"forward[b]", "forward[bm]", "backward_tables[b]", "backward_tables[bm]"}
+def check(launches: list[static.Launch], target: str) -> list[static.Report]:
+    """Compiles what differs among the launches and asserts that nothing is wrong with it."""
+    rows = [static.report(launch, target, disassemble=False) for launch in static.unique(launches)]
     for row in rows:
-        assert row.spilled_bytes == 0, row
-        assert row.shared_memory <= static.SHARED_MEMORY[target], row
-        if row.kernel.partition("[")[0] in static.MATRIX_KERNELS:  # on sm_90 these are WGMMA instructions
-            assert row.tensor_core_instructions > 0, row
+        assert not faults(row), row
+    return rows
 
 
-# All sizes for the GPU that the tiles are made for, the widest for the others.
-NORM_SHAPES = [
-    (target, shape)
-    for target in static.TARGETS
-    for shape in (static.EDT_NORMS if target == "sm_90" else static.EDT_NORMS[2::3])
+def check_attention(launches: list[static.Launch], target: str) -> None:
+    rows = check(launches, target)
+    switches = {row.kernel.partition("[")[2].rstrip("kx]") for row in rows if row.multiplies}
+    assert switches == {"b", "bm"}  # the bias alone, and the bias and AMM
+
+
+# Three stages a model for 256² pixels, and three for 512².
+ATTENTION_256 = [shape for i, shape in enumerate(static.EDT_ATTENTION) if i % 6 < 3]
+NORMS_256 = [shape for i, shape in enumerate(static.EDT_NORMS) if i % 6 < 3]
+
+
+@pytest.mark.parametrize("side", [16, 8, 4])
+def test_attention_of_edt_on_sm_90(side):
+    """One stage of all sizes together: their head counts mostly compile to the same code."""
+    shapes = [shape for shape in ATTENTION_256 if shape.grid == (side, side)]
+    check_attention([launch for shape in shapes for launch in static.launches_of(shape, "sm_90")], "sm_90")
+
+
+@pytest.mark.parametrize("shape", NORMS_256, ids=str)
+def test_norms_of_edt_on_sm_90(shape):
+    check(static.launches_of(shape, "sm_90"), "sm_90")
+
+
+# sm_80 and sm_86 run the same code and share the cover; sm_86 has less shared memory.
+FIRST_STAGE, _, LAST_STAGE = ATTENTION_256[:3]
+NARROWEST, WIDEST = NORMS_256[0], max(NORMS_256, key=lambda shape: (shape.resizes, shape.channels))
+LARGEST = static.EDT_ATTENTION[3]  # 512²'s first stage; the other grids of 512² are 256²'s too
+COVER = [
+    ("sm_90", LARGEST),
+    ("sm_80", LAST_STAGE),
+    ("sm_80", NARROWEST),
+    ("sm_86", FIRST_STAGE),
+    ("sm_86", WIDEST),
+    *itertools.product(("sm_100", "sm_120", "gfx942"), (FIRST_STAGE, LAST_STAGE, NARROWEST, WIDEST)),
 ]
 
 
-@pytest.mark.parametrize(
-    ("target", "shape"),
-    NORM_SHAPES,
-    ids=lambda value: value if isinstance(value, str) else f"{value[0]}-C{value[2]}",
-)
-def test_norms_compile_without_spills(target, shape):
-    rows = static.report_norms(*shape, target)
-    assert {row.op for row in rows} >= {"adaln", "gated_residual_adaln"}
-    for row in rows:
-        assert row.spilled_bytes == 0, row
-        assert row.shared_memory <= static.SHARED_MEMORY[target], row
+@pytest.mark.parametrize(("target", "shape"), COVER, ids=str)
+def test_cover_of_edt(target, shape):
+    (check if isinstance(shape, static.NormShape) else check_attention)(static.launches_of(shape, target), target)
 
 
-@pytest.mark.parametrize(
-    ("grid", "heads", "head_dim", "batch_size", "extra"),
-    [
-        ((1, 1), 1, 16, 1, (0, 0)),  # every size 1, which Triton makes a compile-time constant
-        ((1, 5), 1, 52, 1, (0, 0)),
-        ((9, 1), 3, 8, 2, (0, 0)),
-        ((16, 16), 1, 72, 1, (0, 0)),
-        ((24, 16), 4, 128, 2, (77, 3)),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", static.SHAPES, ids=str)
+@pytest.mark.parametrize("target", static.TARGETS)
+def test_all_shapes_on_all_targets(target, shape):
+    (check if isinstance(shape, static.NormShape) else check_attention)(static.launches_of(shape, target), target)
+
+
+EDGES = [
+    ((1, 1), 1, 16, 1, (0, 0)),  # every size 1, which Triton makes a compile-time constant
+    ((1, 5), 1, 52, 1, (0, 0)),
+    ((9, 1), 3, 8, 2, (0, 0)),
+    ((16, 16), 1, 72, 1, (0, 0)),
+    ((24, 16), 4, 128, 2, (77, 3)),
+]
+
+
+@pytest.mark.parametrize(("grid", "heads", "head_dim", "batch_size", "extra"), EDGES)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_attention_compiles_at_other_shapes(grid, heads, head_dim, batch_size, extra, dtype):
     """What the interpreter does not see: the types of compile-time constants and of loops."""
-    launches = static.attention_launches(grid, heads, head_dim, dtype, "sm_90", batch_size, extra)
-    assert {launch.kernel for launch in launches} == KERNELS
+    for launch in static.attention_launches(grid, heads, head_dim, dtype, "sm_90", batch_size, extra):
+        shared_memory = static.compile_launch(launch, "sm_90").metadata.shared
+        assert shared_memory <= assembly.MULTIPROCESSORS["sm_90"].shared_memory_of_program, launch
+
+
+@pytest.mark.parametrize(
+    ("channels", "wider"),
+    [
+        (1152, ()),  # DiT-XL's
+        (2048, ()),
+        (4096, ("token_merge_adaln",)),
+        (8192, ("token_merge_adaln", "token_split_concat_adaln", "gated_residual_adaln")),
+    ],
+)
+def test_wide_norms_compile_without_spills(channels, wider):
+    """As wide as `choose_row_tile` says; ops named `wider` hold more than that in registers."""
+    launches = [launch for launch in static.norm_launches((8, 8), channels, "sm_90") if launch.op not in wider]
+    assert launches
     for launch in launches:
-        usage = static.compile_launch(launch, "sm_90")
-        assert usage["shared_memory"] <= static.SHARED_MEMORY["sm_90"], launch
+        assert static.compile_launch(launch, "sm_90")["spilled_bytes"] == 0, launch
 
 
 @pytest.mark.parametrize(("grid", "channels", "batch_size"), [((2, 2), 33, 1), ((6, 10), 1, 2), ((6, 6), 8192, 1)])
 def test_norms_compile_at_other_shapes(grid, channels, batch_size):
     for launch in static.norm_launches(grid, channels, "sm_90", batch_size):
-        usage = static.compile_launch(launch, "sm_90")
-        assert usage["shared_memory"] <= static.SHARED_MEMORY["sm_90"], launch
+        shared_memory = static.compile_launch(launch, "sm_90").metadata.shared
+        assert shared_memory <= assembly.MULTIPROCESSORS["sm_90"].shared_memory_of_program, launch
 
 
-def test_a_spill_is_reported():
-    """The check above can fail: the same kernel at a tile far too large for its warps."""
-    launch = static.attention_launches((16, 16), 6, 52, torch.bfloat16, "sm_90")[0]
+# The checks above can fail: each of these launches has one fault.
+
+
+def forward_launch(target: str = "sm_90") -> static.Launch:
+    return static.launches_of(FIRST_STAGE, target)[0]
+
+
+def test_a_spill_is_a_fault():
+    launch = forward_launch()
     launch.constants |= {"BLOCK_M": 128, "SEQ_M": 128, "BLOCK_N": 128, "SEQ_N": 128}
     launch.options |= {"num_warps": 4}
-    assert static.compile_launch(launch, "sm_90")["spilled_bytes"] > 0
+    assert any(re.fullmatch(r"spills \d+ bytes", fault) for fault in faults(static.report(launch, "sm_90")))
+
+
+def test_a_product_off_the_matrix_unit_is_a_fault():
+    launch = forward_launch()
+    launch.options |= {"num_warps": 2}  # fewer than a warpgroup, so the products fall back to the warps' mma
+    launch.constants |= {"BLOCK_M": 32, "SEQ_M": 32}
+    assert faults(static.report(launch, "sm_90")) == ["multiplies matrices without the matrix unit"]
+
+
+def test_exact_products_of_float32_need_no_matrix_unit():
+    launch = static.launches_of(LAST_STAGE, "sm_90", torch.float32)[0]
+    row = static.report(launch, "sm_90")
+    assert row.matrix_instructions == 0
+    assert not faults(row)
+
+
+def test_a_narrow_load_is_a_fault():
+    launch = forward_launch()
+    launch.divisible.remove(list(launch.signature).index("k"))  # a pointer of which nothing is known
+    assert faults(static.report(launch, "sm_90")) == ["loads k by 2 bytes where 8 are possible"]
+
+
+def test_too_much_shared_memory_is_a_fault():
+    launch = forward_launch("sm_86")
+    launch.options |= {"num_stages": 5}
+    (fault,) = faults(static.report(launch, "sm_86"))
+    assert re.fullmatch(r"needs \d+ bytes of shared memory of 101376", fault)
+
+
+def test_a_load_that_cannot_be_traced_is_a_fault():
+    row = static.report(static.launches_of(NARROWEST, "sm_90")[0], "sm_90", disassemble=False)
+    assert not faults(row)
+    assert faults(dataclasses.replace(row, bytes_per_load={**row.bytes_per_load, "unknown": {4: 1}}))
+
+
+# What the report is made of.
 
 
 def test_launches_are_recorded_with_their_specialisations():
@@ -86,3 +172,66 @@ def test_launches_are_recorded_with_their_specialisations():
     assert forward.constants["B"] == 1  # integer arguments of 1 are compile-time constants
     assert forward.constants["ALIGN"] == 4  # heads of 52 are 104 bytes apart, so loads are 8 bytes wide
     assert (forward.constants["BLOCK_M"], forward.constants["SEQ_M"]) == (64, 16)
+
+
+def test_rows_may_be_loaded_by_16_bytes_except_heads_of_52():
+    """Of all shapes, without compiling: what `faults` holds the loads of 16-bit rows against."""
+    for shape in static.SHAPES:
+        widths = {
+            width
+            for launch in static.launches_of(shape, "sm_90")
+            for argument, width in static.possible_load_bytes(launch).items()
+            if launch.signature[argument] == "*bf16"
+        }
+        assert widths == {8 if getattr(shape, "head_dim", None) == 52 else 16}, shape
+
+
+def test_loads_are_traced_to_their_arguments():
+    for target in ("sm_90", "gfx942"):
+        row = static.report(forward_launch(target), target)
+        rows = {argument for argument in row.bytes_per_load if argument not in NARROW_LOADS}
+        assert rows == set(row.possible_bytes_per_load) == {"q", "k", "v"}
+        assert {name: set(row.bytes_per_load[name]) for name in ("q", "bias")} == {"q": {8}, "bias": {4}}
+        assert row.inner_loop
+        assert row.instructions["matrix"] > 0
+        assert row.instructions["special"] > 0  # exp2
+
+
+def test_instruction_mix_of_the_inner_loop():
+    sass = """
+.L_x_0:
+        /*0000*/                   MUFU.EX2 R1, R2 ;
+.L_x_1:
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR12], R24, gsb0 ;
+        /*0020*/              @!P0 LDGSTS.E.64 [R1], desc[UR4][R2.64] ;
+        /*0030*/                   UIADD3 UR4, UR4, 0x1, URZ ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/                   FADD R1, R2, R3 ;
+        /*0060*/              @!P2 BRA `(.L_x_0) ;
+        /*0070*/                   EXIT ;
+"""
+    mix, has_loop = assembly.instruction_mix(sass)
+    assert has_loop
+    assert mix == {"matrix": 1, "global": 1, "integer": 1, "control": 1}
+
+
+def test_resident_programs():
+    # 224 registers: two warps in each quarter of a multiprocessor, one program of eight.
+    assert assembly.resident_programs("sm_90", 8, 224, 114688) == (1, "registers")
+    assert assembly.resident_programs("sm_86", 4, 64, 40960) == (2, "shared memory")  # 41 KB each of 100 KB
+    assert assembly.resident_programs("sm_120", 4, 32, 0) == (12, "warps")
+    assert assembly.resident_programs("sm_100", 4, 64, 1024, tensor_memory=256) == (2, "tensor memory")
+
+
+def test_resident_waves_are_those_that_llvm_states():
+    for launch in static.launches_of(FIRST_STAGE, "gfx942"):
+        gcn = static.compile_launch(launch, "gfx942").asm["amdgcn"]
+        registers, _ = static._amd_registers(gcn)
+        by_registers, _ = assembly.resident_programs("gfx942", 4, registers, 0)
+        assert by_registers == int(re.search(r"; Occupancy: (\d+)", gcn).group(1)), launch
+
+
+def test_summary_names_what_is_wrong():
+    row = static.report(static.launches_of(NARROWEST, "sm_90")[0], "sm_90", ["a shape"])
+    assert "1 kernels, 0 faults" in summary([row])
+    assert "- sm_90 adaln forward, a shape: spills 8 bytes" in summary([dataclasses.replace(row, spilled_bytes=8)])

@@ -7,14 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._launch import (
-    common_alignment,
-    dense_rows,
-    on_device_of,
-    refuse_double_backward,
-    refuse_forward_mode,
-    refuse_transforms,
-)
+from .._launch import common_alignment, define_gradient, define_op, dense_rows, on_device_of, refuse_forward_mode
 from . import kernels, resident_kernels, short_kernels, table_kernels
 
 
@@ -100,17 +93,18 @@ _TILES = {
         "backward_kv": Tile(16, 16, 4, 1),
     },
 }
-# Datacenter Blackwell takes Hopper's tiles, but for the one whose accumulators exceed its tensor memory (Triton
-# compiles that to an empty kernel).
+# Datacenter Blackwell takes Hopper's tiles but for two: the accumulators of one exceed its tensor memory (Triton
+# compiles that to an empty kernel), the other spills.
 for _dim in (64, 128):
     _TILES["tcgen05", _dim] = {k: tile for k, tile in _TILES["wgmma", _dim].items() if k != "resident_forward"}
-_TABLE_TILES = {
-    "wgmma": (64, 8),
-    "tcgen05": (64, 8),
-    "mma": (32, 4),
-    "mfma": (64, 4),
-    "fma": (32, 4),
-}  # (cells, num_warps)
+_TILES["tcgen05", 64]["backward_q"] = Tile(128, 64, 8, 2)
+_TABLE_TILES = {  # (cells, num_warps, num_stages)
+    "wgmma": (64, 8, 2),
+    "tcgen05": (64, 8, 1),
+    "mma": (32, 4, 1),
+    "mfma": (64, 4, 1),
+    "fma": (32, 4, 1),
+}
 
 # What fits on the chip: 256 rows of 64 channels, twice, are 64 KB of shared memory.
 _RESIDENT_TOKENS = 256
@@ -159,11 +153,11 @@ def choose_backward(unit: str, num_tokens: int, head_dim: int, needs_modulation:
 
 def choose_table_tile(unit: str, grid: tuple[int, int]) -> TableTile:
     """Whole rows of the grid as far as they fit, then more batch items where the grid is smaller."""
-    cells, num_warps = _TABLE_TILES[unit]
+    cells, num_warps, num_stages = _TABLE_TILES[unit]
     H, W = grid
     columns = min(triton.next_power_of_2(W), cells)
     rows = min(triton.next_power_of_2(H), cells // columns)
-    return TableTile(cells // (rows * columns), rows, columns, num_warps, num_stages=1)
+    return TableTile(cells // (rows * columns), rows, columns, num_warps, num_stages)
 
 
 @dataclass(frozen=True)
@@ -376,7 +370,8 @@ def _launch_table_gradients(p, grad_out, logsumexp, delta, grad_bias, grad_modul
     p.launch(
         table_kernels.backward_tables, tile, splits * heads * distances,
         (grad_out, logsumexp, delta, bias_partials, modulation_partials), (grad_out,), B, groups_per_split,
-        GRAD_BIAS=grad_bias.numel() > 0, GRAD_MODULATION=grad_modulation.numel() > 0, **layout,
+        GRAD_BIAS=grad_bias.numel() > 0, GRAD_MODULATION=grad_modulation.numel() > 0,
+        MASKED=tile.items > 1 or H % tile.rows != 0 or W % tile.columns != 0, **layout,
     )  # fmt: skip
     for partials, gradient in ((bias_partials, grad_bias), (modulation_partials, grad_modulation)):
         if gradient.numel():
@@ -393,29 +388,12 @@ def _reduction_programs(gradient: Tensor) -> tuple[int]:
     return (heads * triton.cdiv(rows * columns, _OFFSETS_PER_PROGRAM),)
 
 
-_ARGUMENTS = "int grid_h, int grid_w, int before, float scale"
-torch.library.define(
-    "edt_kernels::amm_attention",
-    f"(Tensor q, Tensor k, Tensor v, Tensor? modulation, Tensor? rel_pos_bias, {_ARGUMENTS}) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "edt_kernels::amm_attention_backward",
-    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? modulation, Tensor? rel_pos_bias, Tensor out, "
-    f"Tensor logsumexp, {_ARGUMENTS}, bool needs_modulation, bool needs_bias) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.impl("edt_kernels::amm_attention", ("cuda", "cpu"))(_forward)
-torch.library.impl("edt_kernels::amm_attention_backward", ("cuda", "cpu"))(_backward)
-
-
-@torch.library.register_fake("edt_kernels::amm_attention")
-def _(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale):
+def _fake_forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale):
     B, N, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(B, heads, N, dtype=torch.float32)
 
 
-@torch.library.register_fake("edt_kernels::amm_attention_backward")
-def _(
+def _fake_backward(
     grad_out, q, k, v, modulation, rel_pos_bias, out, logsumexp, grid_h, grid_w, before, scale,
     needs_modulation, needs_bias,
 ):  # fmt: skip
@@ -441,9 +419,22 @@ def _differentiate(ctx, grad_out, _grad_logsumexp):
     return (*grads, *tables, *[None] * len(ctx.arguments))
 
 
-torch.library.register_autograd("edt_kernels::amm_attention", _differentiate, setup_context=_save_for_backward)
-torch.library.register_autograd("edt_kernels::amm_attention_backward", refuse_double_backward("amm_attention"))
-refuse_transforms("amm_attention")
+_ARGUMENTS = "int grid_h, int grid_w, int before, float scale"
+define_op(
+    "amm_attention",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? modulation, Tensor? rel_pos_bias, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+define_op(
+    "amm_attention_backward",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? modulation, Tensor? rel_pos_bias, Tensor out, "
+    f"Tensor logsumexp, {_ARGUMENTS}, bool needs_modulation, bool needs_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+define_gradient("amm_attention", _save_for_backward, _differentiate)
 
 
 def amm_attention(q, k, v, grid, modulation, rel_pos_bias, scale, num_extra_tokens) -> Tensor:

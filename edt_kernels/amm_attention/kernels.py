@@ -11,14 +11,19 @@ Backward, with P the softmax recomputed from the saved logsumexp and G = dO·v�
     dq = scale·dS·k    dk = scale·dSᵀ·q    dv = (P ⊙ m)ᵀ·dO    dbias[Δ] = Σ dS    dm[Δ] = Σ P ⊙ G
 
 Each kernel owns what it writes, so that no sum depends on the order of programs: here `backward_q` (also writes
-delta) and `backward_kv`, in `table_kernels` the gradients of the tables. `short_kernels` and `resident_kernels` do
-the same in fewer passes for sequences that fit into one tile, or on the chip.
+delta) and `backward_kv`, in `table_kernels` the gradients of the tables. `short_kernels` do all in one pass for
+sequences that fit into one tile, `resident_kernels` the forward pass with a whole head on the chip.
 
 Both tables are indexed by the offset Δ of two tokens of an H×W grid, and the index separates into a share of the
 query and a share of the key, position(i) − position(j). Tokens before or after the grid have no offset.
 
-The tables are gathered, element by element, not expanded to (heads, N, N) matrices first. Compiled for sm_90, at
-EDT's 16×16 tokens of 52 channels, a loop over 128×64 scores takes GATHER_FIGURES
+The tables are gathered, element by element, rather than expanded to (heads, N, N) matrices first and streamed.
+Compiled for sm_90 at 16×16 tokens of 52 channels with a bias, bfloat16 matrices take 14.2 instructions a score and
+121 registers, gathers 16.4 and 209 (with both tables 17.0 and 17.1); but matrices bring 2 bytes a score and table
+through the L2 cache: 131 kB for a head of 256 tokens whose q, k, v and output are 106 kB. No GPU has decided yet.
+
+Where no token is off the grid and tiles are whole rows of it (EVEN), the next tile's indices differ by a constant,
+which is added to the table's address, and the indices are computed once.
 """
 
 import triton
@@ -71,14 +76,6 @@ def store_rows(pointer, offsets, valid, values, D: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def store_rows_transposed(pointer, offsets, valid, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """values (BLOCK_D, rows)."""
-    d = tl.arange(0, BLOCK_D)[:, None]
-    mask = valid[None, :] & (d < D)
-    tl.store(pointer + offsets[None, :] + d, values.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def grid_positions(token, before, H, W):
     """Each token's share of the table index, and which tokens are on the grid.
 
@@ -105,22 +102,15 @@ def look_up(
     """bias[Δ] and m[Δ] in float32; 0 and 1 for pairs with a token outside the grid. With both, the table holds
     pairs of float32 as 64-bit words: one load instead of two."""
     bias, factor = 0.0, 1.0
+    mask = both_on_grid if HAS_EXTRA else None
     if HAS_BIAS and HAS_MODULATION:
-        if HAS_EXTRA:
-            pair = tl.load(table + index, mask=both_on_grid, other=NO_BIAS_FACTOR_ONE)
-        else:
-            pair = tl.load(table + index)
+        pair = tl.load(table + index, mask=mask, other=NO_BIAS_FACTOR_ONE if HAS_EXTRA else None)
         bias = pair.to(tl.int32).to(tl.float32, bitcast=True)
         factor = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    elif HAS_BIAS or HAS_MODULATION:
-        if HAS_EXTRA:
-            value = tl.load(table + index, mask=both_on_grid, other=(0.0 if HAS_BIAS else 1.0))
-        else:
-            value = tl.load(table + index)
-        if HAS_BIAS:
-            bias = value.to(tl.float32)
-        else:
-            factor = value.to(tl.float32)
+    elif HAS_BIAS:
+        bias = tl.load(table + index, mask=mask, other=0.0 if HAS_EXTRA else None).to(tl.float32)
+    elif HAS_MODULATION:
+        factor = tl.load(table + index, mask=mask, other=1.0 if HAS_EXTRA else None).to(tl.float32)
     return bias, factor
 
 
@@ -154,16 +144,22 @@ def add_product(accumulator, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr)
 
 
 @triton.jit
-def transposed_scores(
-    k_tile, v_tile, q_tile, grad_tile, row_logsumexp, scale, bias, pair_valid,
-    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+def transposed_gradients(
+    k_tile, v_tile, q_tile, grad_tile, row_logsumexp, row_delta, scale, bias, factor, pair_valid,
+    HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, MASKED: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Pᵀ and Gᵀ, (keys, queries). What needs dSᵀ is computed from transposed scores: multiplying by the transpose
-    of a product gave wrong gradients on Hopper with Triton 3.4 to 3.7.0."""
+    """(P ⊙ m)ᵀ and dSᵀ, (keys, queries), from transposed scores: multiplying by the transpose of a product gave
+    wrong gradients on Hopper with Triton 3.4 to 3.7.0."""
     products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
     logits = masked_logits(products, scale, bias, pair_valid, HAS_BIAS, MASKED)
     p = exp_difference(logits, row_logsumexp[None, :], EXACT)
-    return p, tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
+    grad_p = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
+    weights = p
+    if HAS_MODULATION:
+        grad_p *= factor
+        weights = p * factor
+    return weights, p * (grad_p - row_delta[None, :])
 
 
 @triton.jit
@@ -198,9 +194,7 @@ def store_output(
 @triton.jit
 def forward(
     q, k, v, table, out, logsumexp,
-    stride_qb, stride_qn, stride_qh,
-    stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_on, stride_oh,
     stride_table, N, heads, H, W, before, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
@@ -248,11 +242,8 @@ def forward(
 @triton.jit
 def backward_q(
     q, k, v, table, out, grad_out, logsumexp, delta, grad_q,
-    stride_qb, stride_qn, stride_qh,
-    stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh,
-    stride_ob, stride_on, stride_oh,
-    stride_gb, stride_gn, stride_gh,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    stride_ob, stride_on, stride_oh, stride_gb, stride_gn, stride_gh,
     stride_table, N, heads, H, W, before, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, HAS_EXTRA: tl.constexpr, MASKED: tl.constexpr,
@@ -307,11 +298,8 @@ def backward_q(
 @triton.jit
 def backward_kv(
     q, k, v, table, grad_out, logsumexp, delta, grad_k, grad_v,
-    stride_qb, stride_qn, stride_qh,
-    stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh,
-    stride_gb, stride_gn, stride_gh,
-    stride_ob, stride_on, stride_oh,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    stride_gb, stride_gn, stride_gh, stride_ob, stride_on, stride_oh,
     stride_table, N, heads, H, W, before, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, HAS_EXTRA: tl.constexpr, MASKED: tl.constexpr,
@@ -346,15 +334,10 @@ def backward_kv(
             table, position_i[None, :] - position_j[:, None], on_grid_i[None, :] & on_grid_j[:, None],
             HAS_BIAS, HAS_MODULATION, HAS_EXTRA,
         )  # fmt: skip
-        p, grad_p = transposed_scores(
-            k_tile, v_tile, q_tile, grad_tile, row_logsumexp, scale, bias, (j < N)[:, None],
-            HAS_BIAS, MASKED, EXACT, PRECISION,
+        weights, grad_logits = transposed_gradients(
+            k_tile, v_tile, q_tile, grad_tile, row_logsumexp, row_delta, scale, bias, factor, (j < N)[:, None],
+            HAS_BIAS, HAS_MODULATION, MASKED, EXACT, PRECISION,
         )  # fmt: skip
-        weights = p
-        if HAS_MODULATION:
-            grad_p *= factor
-            weights = p * factor
-        grad_logits = p * (grad_p - row_delta[None, :])
         v_accumulator = add_product(v_accumulator, weights.to(grad_tile.dtype), grad_tile, EXACT, PRECISION)
         k_accumulator = add_product(k_accumulator, grad_logits.to(q_tile.dtype), q_tile, EXACT, PRECISION)
         if EVEN:

@@ -24,9 +24,7 @@ from .kernels import (
 @triton.jit
 def resident_forward(
     q, k, v, table, out, logsumexp,
-    stride_qb, stride_qn, stride_qh,
-    stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_on, stride_oh,
     stride_table, N, heads, H, W, before, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,

@@ -20,8 +20,7 @@ from .kernels import (
     row_offsets,
     store_output,
     store_rows,
-    store_rows_transposed,
-    transposed_scores,
+    transposed_gradients,
 )
 
 
@@ -33,11 +32,17 @@ def packed_rows(SEQ: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def store_rows_transposed(pointer, offsets, valid, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """values (BLOCK_D, rows)."""
+    d = tl.arange(0, BLOCK_D)[:, None]
+    mask = valid[None, :] & (d < D)
+    tl.store(pointer + offsets[None, :] + d, values.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def short_forward(
     q, k, v, table, out, logsumexp,
-    stride_qb, stride_qn, stride_qh,
-    stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_on, stride_oh,
     stride_table, N, heads, H, W, before, scale, B, steps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
@@ -84,11 +89,8 @@ def short_forward(
 @triton.jit
 def short_backward(
     q, k, v, table, out, grad_out, logsumexp, grad_q, grad_k, grad_v, partials,
-    stride_qb, stride_qn, stride_qh,
-    stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh,
-    stride_ob, stride_on, stride_oh,
-    stride_gb, stride_gn, stride_gh,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    stride_ob, stride_on, stride_oh, stride_gb, stride_gn, stride_gh,
     stride_table, N, heads, H, W, before, scale, B, steps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, HAS_EXTRA: tl.constexpr, MASKED: tl.constexpr,
@@ -127,15 +129,10 @@ def short_backward(
         statistics = (batch.to(tl.int64) * heads + head) * N + token
         # +∞ makes the probabilities of rows that do not exist zero.
         row_logsumexp = tl.load(logsumexp + statistics, mask=valid, other=float("inf"))
-        p, grad_p = transposed_scores(
-            k_tile, v_tile, q_tile, grad_tile, row_logsumexp, scale, bias, pair_valid,
-            HAS_BIAS, MASKED, EXACT, PRECISION,
+        weights, grad_logits = transposed_gradients(
+            k_tile, v_tile, q_tile, grad_tile, row_logsumexp, row_delta, scale, bias, factor, pair_valid,
+            HAS_BIAS, HAS_MODULATION, MASKED, EXACT, PRECISION,
         )  # fmt: skip
-        weights = p
-        if HAS_MODULATION:
-            grad_p *= factor
-            weights = p * factor
-        grad_logits = p * (grad_p - row_delta[None, :])
         if GRAD_BIAS:
             bias_sum += grad_logits
         grad_logits = grad_logits.to(q_tile.dtype)

@@ -8,29 +8,23 @@ from .kernels import exp_difference, load_rows, load_rows_transposed, look_up, m
 
 
 @triton.jit
-def cells_of_tile(
-    group, tile_y, tile_x, B, H, W, before,
-    ITEMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Batch item, token and validity of each of the ITEMS·ROWS·COLUMNS cells of a tile of the grid."""
-    local = tl.arange(0, ITEMS * ROWS * COLUMNS)
-    batch = group * ITEMS + local // (ROWS * COLUMNS)
-    y = tile_y * ROWS + local // COLUMNS % ROWS
-    x = tile_x * COLUMNS + local % COLUMNS
-    return batch, before + y * W + x, (batch < B) & (y < H) & (x < W)
+def rows_of_cells(item, cell, head, stride_b, stride_n, stride_h, group, first, ALIGN: tl.constexpr):
+    """Element offsets of the rows of a tile's cells. Apart from the sum they do not change from tile to tile."""
+    rows = row_offsets(item, cell, head, stride_b, stride_n, stride_h, ALIGN)
+    return tl.multiple_of(
+        rows + (tl.cast(group, tl.int64) * stride_b + tl.cast(first, tl.int64) * stride_n), ALIGN
+    )
 
 
 @triton.jit
 def backward_tables(
     q, k, v, table, grad_out, logsumexp, delta, bias_partials, modulation_partials,
-    stride_qb, stride_qn, stride_qh,
-    stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_gb, stride_gn, stride_gh,
     stride_table, N, heads, H, W, before, scale, B, groups_per_split,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr,
-    GRAD_BIAS: tl.constexpr, GRAD_MODULATION: tl.constexpr, PRECISION: tl.constexpr,
+    GRAD_BIAS: tl.constexpr, GRAD_MODULATION: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     ITEMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Σ dS and Σ P ⊙ G over the batch and over all pairs of grid tiles that are equally far apart.
@@ -52,10 +46,11 @@ def backward_tables(
     first_y, first_x = tl.maximum(apart_y, 0), tl.maximum(apart_x, 0)
     count_y, count_x = tiles_y - tl.abs(apart_y), tiles_x - tl.abs(apart_x)
     first_group = split * groups_per_split
-    group_count = tl.minimum(groups_per_split, tl.cdiv(B, ITEMS) - first_group)
+    last_group = tl.minimum(first_group + groups_per_split, tl.cdiv(B, ITEMS))
 
     local = tl.arange(0, BLOCK)
-    y, x = local // COLUMNS % ROWS, local % COLUMNS
+    item, y, x = local // (ROWS * COLUMNS), local // COLUMNS % ROWS, local % COLUMNS
+    cell = before + y * W + x
     offset_y = y[:, None] - y[None, :] + apart_y * ROWS  # (BLOCK, BLOCK), the same for every pair of tiles
     offset_x = x[:, None] - x[None, :] + apart_x * COLUMNS
     inside = (tl.abs(offset_y) < H) & (tl.abs(offset_x) < W)
@@ -66,37 +61,37 @@ def backward_tables(
         bias_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
     if GRAD_MODULATION:
         modulation_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for step in range(0, count_y * count_x * group_count):
-        group = first_group + step % group_count
-        pair = step // group_count
-        tile_y, tile_x = first_y + pair // count_x, first_x + pair % count_x
-        batch_i, i, valid_i = cells_of_tile(group, tile_y, tile_x, B, H, W, before, ITEMS, ROWS, COLUMNS)
-        batch_j, j, valid_j = cells_of_tile(
-            group, tile_y - apart_y, tile_x - apart_x, B, H, W, before, ITEMS, ROWS, COLUMNS
-        )
-        q_offsets = row_offsets(batch_i, i, head, stride_qb, stride_qn, stride_qh, ALIGN)
-        grad_offsets = row_offsets(batch_i, i, head, stride_gb, stride_gn, stride_gh, ALIGN)
-        k_offsets = row_offsets(batch_j, j, head, stride_kb, stride_kn, stride_kh, ALIGN)
-        v_offsets = row_offsets(batch_j, j, head, stride_vb, stride_vn, stride_vh, ALIGN)
-        statistics = (batch_i.to(tl.int64) * heads + head) * N + i
-        row_logsumexp = tl.load(logsumexp + statistics, mask=valid_i, other=float("inf"))
-        q_tile = load_rows(q, q_offsets, valid_i, D, BLOCK_D, True)  # (BLOCK, BLOCK_D)
-        k_tile = load_rows_transposed(k, k_offsets, valid_j, D, BLOCK_D, True)  # (BLOCK_D, BLOCK)
-        grad_tile = load_rows(grad_out, grad_offsets, valid_i, D, BLOCK_D, True)  # (BLOCK, BLOCK_D)
-        v_tile = load_rows_transposed(v, v_offsets, valid_j, D, BLOCK_D, True)  # (BLOCK_D, BLOCK)
+    for pair in range(0, count_y * count_x):
+        y_i, x_i = (first_y + pair // count_x) * ROWS, (first_x + pair % count_x) * COLUMNS
+        y_j, x_j = y_i - apart_y * ROWS, x_i - apart_x * COLUMNS
+        first_i, first_j = y_i * W + x_i, y_j * W + x_j
+        for step in range(first_group, last_group):
+            group = step * ITEMS
+            valid_i = (group + item < B) & (y_i + y < H) & (x_i + x < W)
+            valid_j = (group + item < B) & (y_j + y < H) & (x_j + x < W)
+            q_offsets = rows_of_cells(item, cell, head, stride_qb, stride_qn, stride_qh, group, first_i, ALIGN)
+            grad_offsets = rows_of_cells(item, cell, head, stride_gb, stride_gn, stride_gh, group, first_i, ALIGN)
+            k_offsets = rows_of_cells(item, cell, head, stride_kb, stride_kn, stride_kh, group, first_j, ALIGN)
+            v_offsets = rows_of_cells(item, cell, head, stride_vb, stride_vn, stride_vh, group, first_j, ALIGN)
+            statistics = ((group + item).to(tl.int64) * heads + head) * N + cell + first_i
+            row_logsumexp = tl.load(logsumexp + statistics, mask=valid_i, other=float("inf"))
+            q_tile = load_rows(q, q_offsets, valid_i, D, BLOCK_D, MASKED)  # (BLOCK, BLOCK_D)
+            k_tile = load_rows_transposed(k, k_offsets, valid_j, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
+            grad_tile = load_rows(grad_out, grad_offsets, valid_i, D, BLOCK_D, MASKED)  # (BLOCK, BLOCK_D)
+            v_tile = load_rows_transposed(v, v_offsets, valid_j, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
 
-        products = tl.dot(q_tile, k_tile, input_precision=PRECISION)
-        pair_valid = valid_j[None, :] & (batch_i[:, None] == batch_j[None, :])
-        logits = masked_logits(products, scale, bias, pair_valid, HAS_BIAS, True)
-        p = exp_difference(logits, row_logsumexp[:, None], EXACT)
-        grad_p = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
-        if GRAD_MODULATION:
-            modulation_sum += p * grad_p
-        if GRAD_BIAS:
-            row_delta = tl.load(delta + statistics, mask=valid_i, other=0.0)
-            if HAS_MODULATION:
-                grad_p *= factor
-            bias_sum += p * (grad_p - row_delta[:, None])
+            products = tl.dot(q_tile, k_tile, input_precision=PRECISION)
+            pair_valid = valid_j[None, :] & (item[:, None] == item[None, :])
+            logits = masked_logits(products, scale, bias, pair_valid, HAS_BIAS, MASKED)
+            p = exp_difference(logits, row_logsumexp[:, None], EXACT)
+            grad_p = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
+            if GRAD_MODULATION:
+                modulation_sum += p * grad_p
+            if GRAD_BIAS:
+                row_delta = tl.load(delta + statistics, mask=valid_i, other=0.0)
+                if HAS_MODULATION:
+                    grad_p *= factor
+                bias_sum += p * (grad_p - row_delta[:, None])
 
     partials = tl.program_id(0).to(tl.int64) * BLOCK * BLOCK + local[:, None] * BLOCK + local[None, :]
     if GRAD_BIAS:
