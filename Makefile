@@ -16,7 +16,7 @@ demo: $(READY)
 
 test: lint test-interpreter test-rest
 
-# Everything, also what is marked slow: the kernels compiled at all shapes for all targets.
+# Everything, also what is marked slow: the kernels compiled at all shapes for all targets, many random arguments.
 test-all: PYTEST_MARKS :=
 test-all: lint test-interpreter test-rest
 

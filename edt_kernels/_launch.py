@@ -5,6 +5,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+# Kept, because what it registered goes with it.
+_library = torch.library.Library("edt_kernels", "FRAGMENT")
 
 
 def common_alignment(*tensors: Tensor) -> int:
@@ -45,7 +49,34 @@ def refuse_double_backward(op: str):
     return refuse
 
 
+def refuse_transforms(op: str) -> None:
+    """Registers a clear error for an op under torch.func's transforms (vmap, grad, jvp and what is made of them).
+
+    Left alone, vmap would call the kernels in a loop, jvp would return a tangent of zero, and grad would ask for a
+    `setup_context` that no formula of `torch.library.register_autograd` can have.
+    """
+
+    def refuse(*_args, **_kwargs):
+        raise RuntimeError(
+            f"{op}'s Triton kernels take no torch.func transforms: fold a mapped dimension into the batch instead "
+            f"of vmap, call torch.autograd.grad instead of grad, or use edt_kernels.reference.{op}"
+        )
+
+    _library.impl(op, refuse, "FuncTorchDynamicLayerFrontMode")  # in the way only while a transform is active
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Without this the tangents of dual tensors would be lost without a word."""
+    if forward_ad._current_level < 0:  # outside of every dual_level
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            f"{op}'s Triton kernels have no forward-mode derivative; edt_kernels.reference.{op} has one"
+        )
+
+
 def define_gradient(name: str, save_for_backward, differentiate) -> None:
     """The gradient of `edt_kernels::name`, made by `edt_kernels::name_backward`, which has none itself."""
     torch.library.register_autograd(f"edt_kernels::{name}", differentiate, setup_context=save_for_backward)
     torch.library.register_autograd(f"edt_kernels::{name}_backward", refuse_double_backward(name))
+    refuse_transforms(name)

@@ -23,3 +23,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def _triton(monkeypatch):
+    """The Triton backend, whose uninitialised memory is NaN: an element that no program writes shows."""
+    monkeypatch.setenv("EDT_KERNELS_BACKEND", "triton")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # of the reference, some are not
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,114 +1,16 @@
 """The Triton kernels of `amm_attention`: interpreted on the CPU at small shapes, on a GPU at real ones."""
 
-import dataclasses
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from attention_cases import Case, check, make_inputs, run
 from numerics import assert_within_budget
 
 import edt_kernels
 from edt_kernels.amm_attention import autograd
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    grid: tuple[int, int]
-    head_dim: int = 52
-    batch_size: int = 2
-    heads: int = 2
-    extra: tuple[int, int] = (0, 0)
-    bias: bool = True
-    modulation: str | None = "shared"  # or "per head"; or "fixed": shared, without gradient
-    layout: str = "packed"  # (B, N, 3, heads, D); or "heads first": (B, heads, N, D); or "strided": D not dense
-
-    @property
-    def num_tokens(self) -> int:
-        return self.extra[0] + self.grid[0] * self.grid[1] + self.extra[1]
-
-    def __str__(self):
-        parts = [f"{self.grid[0]}x{self.grid[1]}", f"D{self.head_dim}", f"B{self.batch_size}", f"h{self.heads}"]
-        parts += [f"extra{self.extra[0]}+{self.extra[1]}"] if any(self.extra) else []
-        parts += [] if self.bias else ["no-bias"]
-        parts += [] if self.modulation == "shared" else [f"{self.modulation or 'no'} modulation"]
-        parts += [] if self.layout == "packed" else [self.layout]
-        return "-".join(parts).replace(" ", "-")
-
-
-def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    B, N, h, D = case.batch_size, case.num_tokens, case.heads, case.head_dim
-    offsets = (2 * case.grid[0] - 1, 2 * case.grid[1] - 1)
-    inputs = {"qkv": randn(B, N, 3, h, D).to(dtype), "grad": randn(B, N, h, D).to(dtype)}
-    if case.bias:
-        inputs["rel_pos_bias"] = randn(offsets[0] * offsets[1], h)
-    if case.modulation is not None:
-        shape = (h, *offsets) if case.modulation == "per head" else offsets
-        inputs["modulation"] = 0.3 + randn(*shape).abs()
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-def views(qkv: torch.Tensor, layout: str) -> tuple[torch.Tensor, ...]:
-    """q, k and v as differently strided views of (B, N, 3, heads, D)."""
-    if layout == "heads first":
-        return tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv.unbind(2))
-    if layout == "strided":
-        return tuple(t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in qkv.unbind(2))
-    return qkv.unbind(2)
-
-
-def run(attention, case: Case, inputs: dict, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """The output and the gradient of every input; with `dtype`, everything converted to it first."""
-    inputs = {name: (t if dtype is None else t.to(dtype)) for name, t in inputs.items()}
-    grad_out = inputs.pop("grad")
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
-    tables = {name: t for name, t in leaves.items() if name != "qkv"}
-    if case.modulation == "fixed":
-        tables["modulation"] = leaves.pop("modulation").detach()
-    out = attention(*views(leaves["qkv"], case.layout), grid=case.grid, num_extra_tokens=case.extra, **tables)
-    grads = torch.autograd.grad(out, list(leaves.values()), grad_out)
-    results = {f"grad of {name}": grad for name, grad in zip(leaves, grads)}
-    # Judged apart: each has its own scale.
-    packed = results.pop("grad of qkv")
-    results |= {f"grad of {name}": t for name, t in zip("qkv", packed.unbind(2))}
-    return {"out": out.detach(), **results}
-
-
-def check(case: Case, dtype: torch.dtype, device: str) -> None:
-    inputs = make_inputs(case, dtype, device)
-    result = run(edt_kernels.amm_attention, case, inputs)
-    exact = run(edt_kernels.reference.amm_attention, case, inputs, torch.float64)
-    eager = run(edt_kernels.reference.amm_attention, case, inputs)
-    for name in exact:
-        slack = 0.0
-        if case.num_tokens == 1 and name in ("grad of v", "grad of modulation"):
-            # The probability is 1; eager has it exactly, the kernel as exp of two logits of up to 4 or so. The
-            # table's gradient is a sum of dO·v, which cancel.
-            terms = exact[name]
-            if name == "grad of modulation":
-                terms = (inputs["grad"].double() * inputs["qkv"][:, :, 2].double()).sum(-1)
-            slack = 4 * torch.finfo(torch.float32).eps * terms.norm().item()
-        elif case.num_tokens == 1 and name != "out":
-            # The exact gradient of a constant softmax is 0, the kernel's dO·v − dO·O, with O rounded.
-            terms = (inputs["grad"].double() * exact["out"]).sum(-1).norm().item()
-            slack = torch.finfo(dtype).eps * terms * inputs["qkv"].abs().max().item()
-        assert_within_budget(name, result[name], exact[name], eager[name], slack)
-
-
-@pytest.fixture
-def _triton(monkeypatch):
-    """The Triton backend, whose uninitialised memory is NaN: an element that no program writes shows."""
-    monkeypatch.setenv("EDT_KERNELS_BACKEND", "triton")
-    torch.use_deterministic_algorithms(True, warn_only=True)  # of the reference, some are not
-    yield
-    torch.use_deterministic_algorithms(False)
-
 
 SMALL_CASES = [
     Case((1, 1), head_dim=16),
@@ -143,19 +45,6 @@ SMALL_CASES = [
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 def test_interpreted_kernels_stay_within_the_error_budget(case, dtype):
     check(case, dtype, "cpu")
-
-
-@pytest.mark.interpreter
-@pytest.mark.usefixtures("_triton")
-@pytest.mark.parametrize("unit", ["mma", "mfma", "wgmma", "tcgen05"])
-@pytest.mark.parametrize(
-    "case",
-    [Case((4, 4), batch_size=3), Case((8, 8), heads=1, modulation=None), Case((9, 9), batch_size=1, heads=1)],
-    ids=str,
-)
-def test_tiles_of_every_matrix_unit(case, unit, monkeypatch):
-    monkeypatch.setattr(autograd, "matrix_unit", lambda _device: unit)
-    check(case, torch.float16, "cpu")
 
 
 RESIDENT_CASES = [

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._launch import define_gradient, define_op, dense_rows
+from .._launch import define_gradient, define_op, dense_rows, refuse_forward_mode
 from .._rows import choose_row_tile, empty_normed, launch_rows, modulation_gradients, save_for_backward, total
 from . import kernels
 
@@ -69,4 +69,5 @@ define_gradient("adaln", _save_for_backward, _differentiate)
 
 def adaln(x, shift, scale, eps, out_dtype) -> Tensor:
     """`edt_kernels.adaln` by the kernels; the arguments are checked."""
+    refuse_forward_mode("adaln", x, shift, scale)
     return torch.ops.edt_kernels.adaln(x, shift, scale, eps, out_dtype)[0]

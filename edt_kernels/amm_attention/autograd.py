@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._launch import common_alignment, define_gradient, define_op, dense_rows, on_device_of
+from .._launch import common_alignment, define_gradient, define_op, dense_rows, on_device_of, refuse_forward_mode
 from . import kernels, resident_kernels, short_kernels, table_kernels
 
 
@@ -439,6 +439,7 @@ define_gradient("amm_attention", _save_for_backward, _differentiate)
 
 def amm_attention(q, k, v, grid, modulation, rel_pos_bias, scale, num_extra_tokens) -> Tensor:
     """`edt_kernels.amm_attention` by the kernels; the arguments are checked."""
+    refuse_forward_mode("amm_attention", q, k, v, modulation, rel_pos_bias)
     out, _ = torch.ops.edt_kernels.amm_attention(
         q, k, v, modulation, rel_pos_bias, *grid, num_extra_tokens[0], scale
     )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._launch import define_gradient, define_op, dense_rows
+from .._launch import define_gradient, define_op, dense_rows, refuse_forward_mode
 from .._rows import choose_row_tile, empty_normed, launch_rows, modulation_gradients, save_for_backward, total
 from . import kernels
 
@@ -89,12 +89,10 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_x_out, grad_out, _grad_mean, _grad_rstd):
-    x_out = ctx.saved_tensors[0]
+    saved = x_out, *_ = ctx.saved_tensors  # once: a checkpoint recomputes for one reading
     grad_x_out = torch.zeros_like(x_out) if grad_x_out is None else grad_x_out
     grad_out = torch.zeros_like(x_out) if grad_out is None else grad_out
-    grad_x, grad_y, sums = torch.ops.edt_kernels.gated_residual_adaln_backward(
-        grad_x_out, grad_out, *ctx.saved_tensors
-    )
+    grad_x, grad_y, sums = torch.ops.edt_kernels.gated_residual_adaln_backward(grad_x_out, grad_out, *saved)
     return grad_x, grad_y, *modulation_gradients(ctx, sums), None, None
 
 
@@ -140,9 +138,11 @@ define_gradient("gated_residual", _save_residual_for_backward, _differentiate_re
 
 def gated_residual_adaln(x, y, gate, shift, scale, eps, out_dtype) -> tuple[Tensor, Tensor]:
     """`edt_kernels.gated_residual_adaln` by the kernels; the arguments are checked."""
+    refuse_forward_mode("gated_residual_adaln", x, y, gate, shift, scale)
     return torch.ops.edt_kernels.gated_residual_adaln(x, y, gate, shift, scale, eps, out_dtype)[:2]
 
 
 def gated_residual(x, y, gate) -> Tensor:
     """`edt_kernels.gated_residual` by the kernels; the arguments are checked."""
+    refuse_forward_mode("gated_residual", x, y, gate)
     return torch.ops.edt_kernels.gated_residual(x, y, gate)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._launch import define_gradient, define_op, dense_rows
+from .._launch import define_gradient, define_op, dense_rows, refuse_forward_mode
 from .._rows import choose_row_tile, empty_normed, launch_rows, modulation_gradients, save_for_backward, total
 from . import kernels
 
@@ -78,4 +78,5 @@ define_gradient("token_split_concat_adaln", _save_for_backward, _differentiate)
 
 def token_split_concat_adaln(x, skip, shift, scale, grid, eps, out_dtype) -> Tensor:
     """`edt_kernels.token_split_concat_adaln` by the kernels; the arguments are checked."""
+    refuse_forward_mode("token_split_concat_adaln", x, skip, shift, scale)
     return torch.ops.edt_kernels.token_split_concat_adaln(x, skip, shift, scale, *grid, eps, out_dtype)[0]
