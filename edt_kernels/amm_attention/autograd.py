@@ -101,7 +101,7 @@ _TILES["tcgen05", 64]["backward_q"] = Tile(128, 64, 8, 2)
 _TABLE_TILES = {  # (cells, num_warps, num_stages)
     "wgmma": (64, 8, 2),
     "tcgen05": (64, 8, 1),
-    "mma": (32, 4, 1),
+    "mma": (32, 8, 1),
     "mfma": (64, 4, 1),
     "fma": (32, 4, 1),
 }
