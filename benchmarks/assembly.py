@@ -16,7 +16,7 @@ _CLASSES = {
     r"|UTCATOMSWS|ELECT|NANOSLEEP|BPT|KILL|YIELD|ERRBAR|CCTL|VIRTCOUNT|PLOP3|P2R|R2P"
     r"|s_(branch|cbranch|waitcnt|barrier|nop|setprio|endpgm|and_saveexec|andn2_saveexec|sleep|sched)",
     "global": r"LDG|STG|LD$|ST$|UBLK|UTMA|RED$|ATOM$|ATOMG|global_|buffer_|flat_",
-    "shuffle": r"SHFL|VOTE|REDUX|MATCH|ds_bpermute|ds_permute|ds_swizzle|v_readlane|v_readfirstlane|v_permlane",
+    "shuffle": r"SHFL|VOTE|C?REDUX|MATCH|ds_bpermute|ds_permute|ds_swizzle|v_readlane|v_readfirstlane|v_permlane",
     # Tensor memory (sm_100) counts as shared: both hold operands of the matrix unit.
     "shared": r"LDS|STS|ATOMS|LDTM|STTM|UTCCP|ds_",
     "special": r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_",
