@@ -49,20 +49,20 @@ _TILES = {
     },
     ("wgmma", 128): {
         "short_forward": Tile(64, 64, 8, 1),
-        "forward": Tile(64, 32, 8, 1),
-        "backward_q": Tile(64, 32, 8, 1),
-        "backward_kv": Tile(32, 64, 8, 1),
+        "forward": Tile(128, 32, 8, 2),
+        "backward_q": Tile(128, 32, 8, 1),
+        "backward_kv": Tile(16, 128, 8, 2),
     },
     ("mma", 64): {
         "short_forward": Tile(64, 64, 8, 2),
         "short_backward": Tile(32, 32, 4, 2),
-        "forward": Tile(64, 64, 4, 2),
+        "forward": Tile(64, 32, 4, 2),
         "backward_q": Tile(64, 32, 4, 2),
-        "backward_kv": Tile(32, 64, 4, 2),
+        "backward_kv": Tile(32, 64, 4, 1),
     },
     ("mma", 128): {
         "short_forward": Tile(64, 64, 8, 1),
-        "forward": Tile(64, 32, 8, 1),
+        "forward": Tile(128, 32, 8, 1),
         "backward_q": Tile(64, 32, 8, 1),
         "backward_kv": Tile(32, 64, 8, 1),
     },
@@ -93,11 +93,11 @@ _TILES = {
         "backward_kv": Tile(16, 16, 4, 1),
     },
 }
-# Datacenter Blackwell takes Hopper's tiles but for two: the accumulators of one exceed its tensor memory (Triton
-# compiles that to an empty kernel), the other spills.
-for _dim in (64, 128):
-    _TILES["tcgen05", _dim] = {k: tile for k, tile in _TILES["wgmma", _dim].items() if k != "resident_forward"}
-_TILES["tcgen05", 64]["backward_q"] = Tile(128, 64, 8, 2)
+# Datacenter Blackwell takes Hopper's tiles but for these: the accumulators of resident_forward exceed its tensor
+# memory (Triton compiles that to an empty kernel), the others spill.
+_TILES["tcgen05", 64] = _TILES["wgmma", 64] | {"backward_q": Tile(128, 64, 8, 2)}
+_TILES["tcgen05", 128] = _TILES["wgmma", 128] | {"backward_q": Tile(128, 64, 8, 1)}
+del _TILES["tcgen05", 64]["resident_forward"]
 _TABLE_TILES = {  # (cells, num_warps, num_stages)
     "wgmma": (64, 8, 2),
     "tcgen05": (64, 8, 1),
