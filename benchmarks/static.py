@@ -195,8 +195,8 @@ def attention_launches(
     batch_sizes: tuple[int, ...] = (16, 64),  # of which dispatch takes other kernels
     num_extra_tokens: tuple[int, int] = (0, 0),
 ) -> list[Launch]:
-    """Every launch of training steps of `amm_attention` on a packed projection: with both tables learned, with a
-    fixed modulation, and without, as EDT trains and as it samples outside its AMM blocks."""
+    """Every launch of training steps of `amm_attention` on a packed projection: with a bias and a learned, a fixed
+    and no modulation, the last as EDT trains; and without a bias, as AMM is added to other models."""
     (H, W), (before, after) = grid, num_extra_tokens
     table, bias = torch.empty(2 * H - 1, 2 * W - 1), torch.empty((2 * H - 1) * (2 * W - 1), heads)
     arguments = (H, W, before, head_dim**-0.5)
@@ -205,9 +205,18 @@ def attention_launches(
     with record_launches(launches, "amm_attention", target):
         for batch_size in batch_sizes:
             qkv = torch.empty(batch_size, before + H * W + after, 3, heads, head_dim, dtype=dtype).unbind(2)
-            for modulation, learned in ((table, True), (table, False), (None, False)):
-                out, logsumexp = attention._forward(*qkv, modulation, bias, *arguments)
-                attention._backward(out, *qkv, modulation, bias, out, logsumexp, *arguments, learned, True)
+            for modulation, learned, rel_pos_bias in (
+                (table, True, bias),
+                (table, False, bias),
+                (None, False, bias),
+                (table, True, None),
+                (table, False, None),
+                (None, False, None),
+            ):
+                tables = modulation, rel_pos_bias
+                out, logsumexp = attention._forward(*qkv, *tables, *arguments)
+                needed = learned, rel_pos_bias is not None
+                attention._backward(out, *qkv, *tables, out, logsumexp, *arguments, *needed)
     return unique(launches)
 
 

@@ -11,6 +11,8 @@ OPS = (
     "token_merge_adaln",
     "token_split_concat_adaln",
 )
+# The ops, and the attention as EDT trains it, which takes other kernels.
+CALLS = (*OPS, "amm_attention, bias alone")
 GRID = (4, 2)
 
 
@@ -25,6 +27,10 @@ def arguments(
         "amm_attention": {
             **dict.fromkeys("qkv", (B, H * W, heads, C // heads)),
             "modulation": (2 * H - 1, 2 * W - 1),
+            "rel_pos_bias": ((2 * H - 1) * (2 * W - 1), heads),
+        },
+        "amm_attention, bias alone": {
+            **dict.fromkeys("qkv", (B, H * W, heads, C // heads)),
             "rel_pos_bias": ((2 * H - 1) * (2 * W - 1), heads),
         },
         "gated_residual": {"x": x, "y": x, "gate": vector},
@@ -45,6 +51,7 @@ def arguments(
 
 
 def call(namespace, op: str, tensors: dict[str, Tensor], grid=GRID) -> tuple[Tensor, ...]:
+    op = op.partition(",")[0]
     takes_grid = op in ("amm_attention", "token_merge_adaln", "token_split_concat_adaln")
     outputs = getattr(namespace, op)(**tensors, **({"grid": grid} if takes_grid else {}))
     return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -1,5 +1,6 @@
 """The Triton kernels of `amm_attention`: interpreted on the CPU at small shapes, on a GPU at real ones."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -303,6 +304,11 @@ EDT_CASES = [
     ]
     for heads in all_heads
 ]
+# As EDT trains, and samples outside its AMM blocks; enough heads for the kernels that keep them on the chip.
+EDT_CASES += [
+    dataclasses.replace(case, modulation=None, batch_size=48 if case.grid == (16, 16) else case.batch_size)
+    for case in EDT_CASES
+]
 OTHER_GPU_CASES = [
     Case((16, 16), head_dim=64, heads=4, batch_size=4),
     Case((16, 16), head_dim=72, heads=16, batch_size=4),
@@ -328,7 +334,7 @@ def test_gpu_kernels_stay_within_the_error_budget(case, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", EDT_CASES[:9:4], ids=str)
+@pytest.mark.parametrize("case", EDT_CASES[::3], ids=str)
 def test_gpu_gradients_are_bitwise_deterministic(case):
     inputs = make_inputs(case, torch.bfloat16, "cuda")
     first = run(edt_kernels.amm_attention, case, inputs)
@@ -358,20 +364,32 @@ def test_gpu_memory_has_no_score_matrix():
 
 
 @pytest.mark.gpu
-def test_gpu_offsets_beyond_32_bits():
-    """The last batch item lies more than 2³¹ elements after the first."""
-    base = torch.empty(2**31 + 2 * 64 * 52, dtype=torch.bfloat16, device="cuda")
-    shape, strides = (2, 64, 1, 52), (2**31, 52, 52, 1)
-    base.as_strided(shape, strides).copy_(torch.randn(shape, device="cuda"))
-    grad, bias = torch.randn(shape, device="cuda", dtype=torch.bfloat16), torch.zeros(225, 1, device="cuda")
+@pytest.mark.parametrize(
+    ("side", "modulated", "resident"),
+    [(8, False, False), (16, False, True), (16, False, False), (16, True, False)],
+)
+def test_gpu_offsets_beyond_32_bits(side, modulated, resident, monkeypatch):
+    """The last batch item lies more than 2³¹ elements after the first, in the inputs and the upstream gradient."""
+    monkeypatch.setattr(autograd, "_RESIDENT_HEADS", 1 if resident else 1 << 30)
+    N, offsets = side * side, 2 * side - 1
+    shape, strides = (2, N, 1, 52), (2**31, 52, 52, 1)
 
-    def results(q):
-        leaves = q.detach().requires_grad_(), bias.detach().requires_grad_()
-        out = edt_kernels.amm_attention(*[leaves[0]] * 3, grid=(8, 8), rel_pos_bias=leaves[1])
-        return out, *torch.autograd.grad(out, leaves, grad)
+    def far(values):
+        base = torch.empty(2**31 + N * 52, dtype=torch.bfloat16, device="cuda")
+        return base.as_strided(shape, strides).copy_(values)
 
-    far = base.as_strided(shape, strides)
-    for result, expected in zip(results(far), results(far.contiguous())):
+    qkv, grad = torch.randn(shape, device="cuda"), torch.randn(shape, device="cuda")
+    tables = {"rel_pos_bias": torch.randn(offsets**2, 1, device="cuda", requires_grad=True)}
+    if modulated:
+        tables["modulation"] = torch.rand(offsets, offsets, device="cuda", requires_grad=True)
+
+    def results(qkv, grad):
+        leaf = qkv.detach().requires_grad_()
+        out = edt_kernels.amm_attention(leaf, leaf, leaf, grid=(side, side), **tables)
+        return out, *torch.autograd.grad(out, [leaf, *tables.values()], grad)
+
+    near = results(qkv.bfloat16(), grad.bfloat16())
+    for result, expected in zip(results(far(qkv), far(grad)), near):
         assert torch.equal(result, expected)
 
 

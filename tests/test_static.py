@@ -26,7 +26,7 @@ def check(launches: list[static.Launch], target: str) -> list[static.Report]:
 def check_attention(launches: list[static.Launch], target: str) -> None:
     rows = check(launches, target)
     switches = {row.kernel.partition("[")[2].rstrip("kx]") for row in rows if row.multiplies}
-    assert switches == {"b", "bm"}  # the bias alone, and the bias and AMM
+    assert switches == {"", "b", "m", "bm"}  # the bias and AMM, each or none or both
 
 
 # Three stages a model for 256² pixels, and three for 512².

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from calls import OPS, arguments, call, gradients, random_like
+from calls import CALLS, OPS, arguments, call, gradients, random_like
 from released import relative_error, tiny_model
 from torch import multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -72,7 +72,7 @@ def compiles(backend: str, device: str, modes=("train", "sample")) -> None:
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler on the CPU")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[slow, needs_compiler])])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 def test_the_model_compiles_once_whatever_the_batch_holds(backend):
     compiles(backend, "cpu", ["train"] if backend == "aot_eager" else ["train", "sample"])
 
@@ -168,7 +168,7 @@ def test_checkpointing_changes_no_gradient(use_reentrant):
 @interpreter
 @pytest.mark.usefixtures("_kernels")
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_checkpointing_of_kernels_changes_no_gradient(op, use_reentrant):
     checkpoints_an_op(op, use_reentrant, "cpu")
 
@@ -184,11 +184,26 @@ def test_checkpointing_of_the_model_on_kernels_changes_no_gradient():
 def test_gpu_checkpointing_changes_no_gradient(use_reentrant):
     torch.use_deterministic_algorithms(True, warn_only=True)  # of torch's own ops around ours
     try:
-        for op in OPS:
+        for op in CALLS:
             checkpoints_an_op(op, use_reentrant, "cuda")
         checkpoints_the_model(use_reentrant, "cuda")
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_the_model_takes_func_transforms():
+    model = small_model().eval()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    latents, timestep, labels, _ = model_inputs(model, 0)
+
+    def loss(parameters):
+        arguments = (latents, timestep, labels)
+        return torch.func.functional_call(model, parameters, arguments).sample.square().mean()
+
+    grads = torch.func.grad(loss)(parameters)
+    expected = torch.autograd.grad(loss(dict(model.named_parameters())), list(model.parameters()))
+    for (name, grad), other in zip(grads.items(), expected, strict=True):
+        torch.testing.assert_close(grad, other, msg=name)
 
 
 def first_output(op: str, tensors: dict):
@@ -291,7 +306,7 @@ def test_the_reference_maps_over_all_arguments(op):
 def runs_in_deterministic_mode(device: str) -> None:
     torch.use_deterministic_algorithms(True)
     try:
-        for op in OPS:
+        for op in CALLS:
             tensors = arguments(op, device=device)
             gradients(call(edt_kernels, op, tensors), tensors)
     finally:
@@ -310,7 +325,7 @@ def test_gpu_kernels_run_in_strict_deterministic_mode():
 
 
 @gpu
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_gpu_graph_capture_of_forward_and_backward(op):
     """What a replay computes from other contents is what a plain call computes from them."""
     tensors = arguments(op, dtype=torch.bfloat16, device="cuda")

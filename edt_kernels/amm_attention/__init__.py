@@ -82,7 +82,9 @@ def amm_attention(
         (B, N, heads, D) in q's dtype. Softmax and modulation are in float32, on the Triton path logits and
         accumulation too (the reference leaves them to `torch.matmul` in q's dtype). For backward the Triton path
         keeps q, k, v, the tables, the output and one float32 per query row and head; nothing
-        of size N×N is written to device memory.
+        of size N×N is written to device memory. There, sequences of up to 32 tokens share tiles with their
+        neighbours in the batch: a value that is not finite may spread to those. A row whose bias is −∞ everywhere
+        is 0 (NaN in the reference), its gradients are NaN.
 
     Raises:
         TypeError: for a tensor argument that is no floating-point tensor, or dtypes that differ.
@@ -128,7 +130,7 @@ def _is_autocast(tensor) -> bool:
 
 
 def _check_extra_tokens(extra) -> tuple[int, int]:
-    if not (isinstance(extra, (tuple, list)) and len(extra) == 2 and all(isinstance(n, int) for n in extra)):
+    if not (isinstance(extra, (tuple, list)) and len(extra) == 2 and all(type(n) is int for n in extra)):
         raise TypeError(f"num_extra_tokens is {extra!r}; it must be a pair of integers (before, after)")
     if min(extra) < 0:
         raise ValueError(f"num_extra_tokens is {tuple(extra)}; neither may be negative")

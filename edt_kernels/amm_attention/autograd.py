@@ -95,7 +95,10 @@ _TILES = {
 }
 # Datacenter Blackwell takes Hopper's tiles but for these: the accumulators of resident_forward exceed its tensor
 # memory (Triton compiles that to an empty kernel), the others spill.
-_TILES["tcgen05", 64] = _TILES["wgmma", 64] | {"backward_q": Tile(128, 64, 8, 2)}
+_TILES["tcgen05", 64] = _TILES["wgmma", 64] | {
+    "short_forward": Tile(64, 64, 8, 1),
+    "backward_q": Tile(128, 64, 8, 2),
+}
 _TILES["tcgen05", 128] = _TILES["wgmma", 128] | {"backward_q": Tile(128, 64, 8, 1)}
 del _TILES["tcgen05", 64]["resident_forward"]
 _TABLE_TILES = {  # (cells, num_warps, num_stages)
@@ -111,10 +114,10 @@ _RESIDENT_TOKENS = 256
 # Where fewer heads than this are to be computed (two for each multiprocessor of an H200), several programs a head
 # fill the device better.
 _RESIDENT_HEADS = 264
-# Programs of the short kernels and of `backward_tables`, whatever the device, so that gradients
-# are the same everywhere. Each of the short backward pass writes one (64, 64) partial, 4 MB in all; each of the
-# tables' own pass one a table, 8 MB, or more where heads times distances between tiles exceeds this number (24
-# heads of 64×64 tokens: 50 MB).
+# Programs of the short kernels and of `backward_tables`, whatever the device, so that gradients are the same
+# everywhere; up to twice as many, where heads or distances between tiles do not divide them. Each of the short
+# backward pass writes one (64, 64) partial, 4 to 8 MB in all; each of the tables' own pass one a table, 8 to 16
+# MB, or more where heads times distances exceed this number (24 heads of 64×64 tokens: 50 MB).
 _SHORT_PROGRAMS = {"short_forward": 528, "short_backward": 264}
 _TABLE_PROGRAMS = 512
 
@@ -289,6 +292,7 @@ def _backward(
     grad_out, q, k, v, modulation, rel_pos_bias, out, logsumexp, grid_h, grid_w, before, scale,
     needs_modulation, needs_bias,
 ):  # fmt: skip
+    out, logsumexp = out.contiguous(), logsumexp.contiguous()
     grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
     offsets = (2 * grid_h - 1, 2 * grid_w - 1)
     heads = q.shape[2]

@@ -65,7 +65,7 @@ def backward_tables(
         y_i, x_i = (first_y + pair // count_x) * ROWS, (first_x + pair % count_x) * COLUMNS
         y_j, x_j = y_i - apart_y * ROWS, x_i - apart_x * COLUMNS
         first_i, first_j = y_i * W + x_i, y_j * W + x_j
-        for step in range(first_group, last_group):
+        for step in tl.range(first_group, last_group, disable_licm=MASKED):  # hoisted, masks spill on sm_100
             group = step * ITEMS
             valid_i = (group + item < B) & (y_i + y < H) & (x_i + x < W)
             valid_j = (group + item < B) & (y_j + y < H) & (x_j + x < W)
