@@ -36,6 +36,7 @@ def backward_tables(
     """
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     BLOCK: tl.constexpr = ITEMS * ROWS * COLUMNS
+    RECOMPUTE: tl.constexpr = MASKED and BLOCK == 64  # hoisted out of the loop, the masks spill on sm_100
     tiles_y, tiles_x = tl.cdiv(H, ROWS), tl.cdiv(W, COLUMNS)
     distances = (2 * tiles_y - 1) * (2 * tiles_x - 1)
     distance = tl.program_id(0) % distances
@@ -65,7 +66,7 @@ def backward_tables(
         y_i, x_i = (first_y + pair // count_x) * ROWS, (first_x + pair % count_x) * COLUMNS
         y_j, x_j = y_i - apart_y * ROWS, x_i - apart_x * COLUMNS
         first_i, first_j = y_i * W + x_i, y_j * W + x_j
-        for step in tl.range(first_group, last_group, disable_licm=MASKED):  # hoisted, masks spill on sm_100
+        for step in tl.range(first_group, last_group, disable_licm=RECOMPUTE):
             group = step * ITEMS
             valid_i = (group + item < B) & (y_i + y < H) & (x_i + x < W)
             valid_j = (group + item < B) & (y_j + y < H) & (x_j + x < W)
