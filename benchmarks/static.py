@@ -276,8 +276,8 @@ def launches_of(
 
 
 def unique(launches: list[Launch]) -> list[Launch]:
-    """The first of each set of launches that compile to the same code, in order."""
-    return list({launch.identity: launch for launch in reversed(launches)}.values())[::-1]
+    """One of each set of launches that compile to the same code, in the order of the sets' first."""
+    return list({launch.identity: launch for launch in launches}.values())
 
 
 def possible_load_bytes(launch: Launch) -> dict[str, int]:
