@@ -8,7 +8,7 @@ PYTEST_MARKS := -m "not slow"
 # OpenMP's threads otherwise spin while they wait, which on a machine with other work to do costs more than it saves.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-all test-interpreter test-rest lint clean
+.PHONY: demo test test-all test-interpreter test-rest static lint clean
 
 # Trains a small EDT on real digits, samples and judges it; pictures and report in outputs/demo.
 demo: $(READY)
@@ -26,6 +26,10 @@ test-interpreter: $(READY)
 
 test-rest: $(READY)
 	$(PYTEST) $(PYTEST_MARKS)
+
+# Every kernel, compiled at all shapes for all targets; fails on a spill, a narrow load and the like.
+static: $(READY)
+	$(BIN)/python -m benchmarks.static
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
