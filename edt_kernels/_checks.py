@@ -1,5 +1,8 @@
 """Argument checks that the ops share. Each error names the argument, what came and what is needed."""
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -42,6 +45,29 @@ def check_grid(grid) -> tuple[int, int]:
     if min(grid) < 1:
         raise ValueError(f"grid is {tuple(grid)}; both sides must be at least 1")
     return tuple(grid)
+
+
+def check_even_grid(grid) -> tuple[int, int]:
+    grid = check_grid(grid)
+    if grid[0] % 2 or grid[1] % 2:
+        raise ValueError(f"grid is {grid}; both sides must be even to merge 2×2 tokens")
+    return grid
+
+
+def check_extra_tokens(extra) -> tuple[int, int]:
+    if not (isinstance(extra, (tuple, list)) and len(extra) == 2 and all(type(n) is int for n in extra)):
+        raise TypeError(f"num_extra_tokens is {extra!r}; it must be a pair of integers (before, after)")
+    if min(extra) < 0:
+        raise ValueError(f"num_extra_tokens is {tuple(extra)}; neither may be negative")
+    return tuple(extra)
+
+
+def check_scale(scale) -> float | None:
+    if scale is not None and not isinstance(scale, Real):
+        raise TypeError(f"scale is a {type(scale).__name__}; it must be a number or None")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite")
+    return scale
 
 
 def check_eps(eps) -> float:

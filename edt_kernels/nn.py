@@ -5,14 +5,13 @@ for attention, the tables. No module owns a projection.
 """
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_eps, check_grid, check_out_dtype
+from ._checks import check_eps, check_even_grid, check_extra_tokens, check_grid, check_out_dtype, check_scale
 from .adaln import adaln
-from .amm_attention import _check_extra_tokens, amm_attention, amm_table
+from .amm_attention import amm_attention, amm_table
 from .gated_residual_adaln import gated_residual_adaln
 from .token_merge_adaln import token_merge_adaln
 from .token_split_concat_adaln import token_split_concat_adaln
@@ -78,8 +77,8 @@ class AMMAttention(nn.Module):
         self.table = _check_choice("table", table, _TABLES)
         self.amm = amm
         self.form, self.radius = form, radius
-        self.scale = _check_scale(scale)
-        self.num_extra_tokens = _check_extra_tokens(num_extra_tokens)
+        self.scale = check_scale(scale)
+        self.num_extra_tokens = check_extra_tokens(num_extra_tokens)
 
         if not isinstance(rel_pos_bias, bool):
             raise TypeError(f"rel_pos_bias is a {type(rel_pos_bias).__name__}; it must be True or False")
@@ -231,9 +230,7 @@ class TokenMerge(_Norm):
     """
 
     def __init__(self, grid: tuple[int, int], *, eps: float = 1e-6, out_dtype: torch.dtype | None = None):
-        super().__init__(check_grid(grid), eps, out_dtype)
-        if self.grid[0] % 2 or self.grid[1] % 2:
-            raise ValueError(f"grid is {self.grid}; both sides must be even to merge 2×2 tokens")
+        super().__init__(check_even_grid(grid), eps, out_dtype)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, keep: Tensor | None = None) -> Tensor:
         return token_merge_adaln(
@@ -280,11 +277,3 @@ def _check_num_heads(num_heads) -> int:
     if num_heads < 1:
         raise ValueError(f"num_heads is {num_heads}; it must be at least 1")
     return num_heads
-
-
-def _check_scale(scale) -> float | None:
-    if scale is not None and not isinstance(scale, Real):
-        raise TypeError(f"scale is a {type(scale).__name__}; it must be a number or None")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
-    return scale

@@ -47,6 +47,7 @@ BAD_ATTENTION = [
     ({"scale": "1"}, TypeError, "scale is a str"),
     ({"scale": torch.ones(1)}, TypeError, "scale is a Tensor"),
     ({"num_extra_tokens": (1, 0)}, ValueError, r"num_extra_tokens \(1, 0\) means 7 tokens"),
+    ({"num_extra_tokens": (True, 0)}, TypeError, r"num_extra_tokens is \(True, 0\)"),
     ({"num_extra_tokens": (-1, 1)}, ValueError, r"num_extra_tokens is \(-1, 1\)"),
     ({"num_extra_tokens": 1}, TypeError, "num_extra_tokens is 1"),
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._backend import select_backend, triton
-from .._checks import check_floating, check_grid, enabled_autocast_dtype
+from .._checks import check_extra_tokens, check_floating, check_grid, check_scale, enabled_autocast_dtype
 from . import reference
 
 if triton is not None:
@@ -98,7 +98,7 @@ def amm_attention(
     autocast_dtype = enabled_autocast_dtype(q)
     if autocast_dtype is not None:
         q, k, v = (t.to(autocast_dtype) if _is_autocast(t) else t for t in (q, k, v))
-    num_extra_tokens = _check_extra_tokens(num_extra_tokens)
+    num_extra_tokens = check_extra_tokens(num_extra_tokens)
     _check_qkv(q, k, v, grid, num_extra_tokens)
     heads, head_dim = q.shape[2:]
     offsets = (2 * grid[0] - 1, 2 * grid[1] - 1)
@@ -106,12 +106,9 @@ def amm_attention(
         _check_table("modulation", modulation, [offsets, (heads, *offsets)], q)
     if rel_pos_bias is not None:
         _check_table("rel_pos_bias", rel_pos_bias, [(offsets[0] * offsets[1], heads)], q)
+    scale = check_scale(scale)
     if scale is None:
         scale = head_dim**-0.5
-    elif not isinstance(scale, Real):
-        raise TypeError(f"scale is a {type(scale).__name__}; it must be a number")
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
 
     if select_backend(q=q) == "reference":
         return reference.amm_attention(
@@ -127,14 +124,6 @@ def amm_attention(
 def _is_autocast(tensor) -> bool:
     """float64 stays what it is, as in PyTorch's own ops."""
     return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-
-
-def _check_extra_tokens(extra) -> tuple[int, int]:
-    if not (isinstance(extra, (tuple, list)) and len(extra) == 2 and all(type(n) is int for n in extra)):
-        raise TypeError(f"num_extra_tokens is {extra!r}; it must be a pair of integers (before, after)")
-    if min(extra) < 0:
-        raise ValueError(f"num_extra_tokens is {tuple(extra)}; neither may be negative")
-    return tuple(extra)
 
 
 def _check_qkv(q, k, v, grid, extra) -> None:

@@ -147,8 +147,8 @@ def choose_forward(unit: str, num_tokens: int, head_dim: int, num_heads: int, ha
 
 
 def choose_backward(unit: str, num_tokens: int, head_dim: int, has_modulation: bool) -> str:
-    """ "short_backward", or "backward" for the three passes. Registers do not hold a second table: with AMM, which
-    trained models of EDT have for inference alone, the short kernel spills."""
+    """The kernel of the backward pass, or "backward" for the three passes. Registers do not hold a second table:
+    with AMM, which trained models of EDT have for inference alone, the short kernel spills."""
     tiles = tiles_of(unit, head_dim)
     fits = "short_backward" in tiles and num_tokens <= tiles["short_backward"].block_m
     return "short_backward" if fits and not has_modulation else "backward"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._backend import select_backend, triton
-from .._checks import check_eps, check_grid, check_like, check_out_dtype, check_rows
+from .._checks import check_eps, check_even_grid, check_like, check_out_dtype, check_rows
 from ..adaln.reference import default_out_dtype
 from . import reference
 
@@ -48,9 +48,7 @@ def token_merge_adaln(
     Source: EDT (arXiv 2410.23788), down-sampling and masking training.
     """
     check_rows("x", x)
-    grid = check_grid(grid)
-    if grid[0] % 2 or grid[1] % 2:
-        raise ValueError(f"grid is {grid}; both sides must be even to merge 2×2 tokens")
+    grid = check_even_grid(grid)
     B, N, C = x.shape
     if grid[0] * grid[1] != N:
         raise ValueError(f"grid {grid} means {grid[0] * grid[1]} tokens, but x has {N} (shape {tuple(x.shape)})")
