@@ -1,11 +1,31 @@
-"""EDT, the Efficient Diffusion Transformer, on the kernels of `edt_kernels`."""
+"""EDT, the Efficient Diffusion Transformer, on the kernels of `edt_kernels`.
 
-from .checkpoint import load_checkpoint, load_released_state_dict
-from .config import AMM_PLACEMENTS, PRESETS, published_amm_blocks
-from .diffusion import LossSecondMomentSampler, make_scheduler, training_losses
-from .model import EDTTransformer2DModel, load_preset
-from .sample import sample
+Names are imported when they are first used: `edt.config`, which is plain data, needs no diffusers.
+"""
 
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .checkpoint import load_checkpoint, load_released_state_dict
+    from .config import AMM_PLACEMENTS, PRESETS, published_amm_blocks
+    from .diffusion import LossSecondMomentSampler, make_scheduler, training_losses
+    from .model import EDTTransformer2DModel, load_preset
+    from .sampling import sample
+
+_MODULES = {
+    "AMM_PLACEMENTS": "config",
+    "PRESETS": "config",
+    "EDTTransformer2DModel": "model",
+    "LossSecondMomentSampler": "diffusion",
+    "load_checkpoint": "checkpoint",
+    "load_preset": "model",
+    "load_released_state_dict": "checkpoint",
+    "make_scheduler": "diffusion",
+    "published_amm_blocks": "config",
+    "sample": "sampling",
+    "training_losses": "diffusion",
+}
 __all__ = [
     "AMM_PLACEMENTS",
     "PRESETS",
@@ -19,3 +39,14 @@ __all__ = [
     "sample",
     "training_losses",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

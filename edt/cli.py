@@ -23,7 +23,7 @@ from .demo import DemoOptions, check_guidance_scale, torch_device
 from .diffusion import NUM_TRAIN_TIMESTEPS
 from .digits import to_uint8
 from .model import EDTTransformer2DModel
-from .sample import sample
+from .sampling import sample
 
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 

@@ -27,7 +27,7 @@ from .config import PRESETS
 from .diffusion import NUM_TRAIN_TIMESTEPS, LossSecondMomentSampler, add_noise, make_scheduler, training_losses
 from .digits import NUM_CLASSES, Digits, Judge, from_uint8, load_split_digits, to_uint8
 from .model import EDTTransformer2DModel, load_preset
-from .sample import sample
+from .sampling import sample
 
 PRESET = "EDT-digits"
 _WARMUP_STEPS = 50

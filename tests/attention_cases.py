@@ -4,9 +4,9 @@ import dataclasses
 
 import torch
 from layouts import lay_out
-from numerics import assert_within_budget
 
 import edt_kernels
+from edt_kernels.testing import assert_within_budget
 
 
 @dataclasses.dataclass(frozen=True)

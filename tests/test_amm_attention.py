@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 from attention_cases import Case, check, make_inputs, run
-from numerics import assert_within_budget
 
 import edt_kernels
 from edt_kernels.amm_attention import autograd
+from edt_kernels.testing import assert_within_budget
 
 SMALL_CASES = [
     Case((1, 1), head_dim=16),

@@ -1,5 +1,8 @@
 """Presets, placements, and configurations that do not fit."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -123,3 +126,10 @@ def test_bad_configurations(overrides, message):
 def test_unknown_preset(call):
     with pytest.raises(ValueError, match="is 'EDT-L/2'; it must be one of EDT-S/2, EDT-B/2"):
         call("EDT-L/2")
+
+
+def test_presets_need_no_diffusers():
+    """The benchmarks of the ops take their shapes from them, also where only torch and Triton are installed."""
+    code = "import sys, edt; edt.PRESETS; assert 'diffusers' not in sys.modules and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert set(edt.__all__) <= set(dir(edt))

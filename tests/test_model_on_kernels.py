@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from numerics import assert_within_budget
 from released import fixture, relative_error, released_model, tiny_model, under
 
 import edt
 from edt.checkpoint import to_released_state_dict
+from edt_kernels.testing import assert_within_budget
 
 PARITY = 1e-5
 
