@@ -22,7 +22,6 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -33,9 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from edt.config import PRESETS
-
 from .assembly import MULTIPROCESSORS, global_loads, instruction_mix, resident_programs
+from .shapes import EDT_ATTENTION, EDT_NORMS, OTHER_ATTENTION, OTHER_NORMS, AttentionShape, NormShape
 from .static_report import FLAGS, HEADER, NARROW_LOADS, Report, faults, line, summary
 
 # `gated_residual` is launched by `gated_residual_adaln`.
@@ -77,58 +75,6 @@ _TYPES = {
 _BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2, "*u8": 1, "*i64": 8}
 
 
-class AttentionShape(NamedTuple):
-    model: str
-    grid: tuple[int, int]
-    heads: int
-    head_dim: int
-    num_extra_tokens: tuple[int, int] = (0, 0)
-
-    def __str__(self) -> str:
-        before, after = self.num_extra_tokens
-        extra = f" {before}+{after} extra" if before or after else ""
-        return f"{self.model} {self.grid[0]}x{self.grid[1]} {self.heads}x{self.head_dim}{extra}"
-
-
-class NormShape(NamedTuple):
-    model: str
-    grid: tuple[int, int]
-    channels: int
-    resizes: bool = False  # the stage is merged into the next one and, later, split back to
-
-    def __str__(self) -> str:
-        return f"{self.model} {self.grid[0]}x{self.grid[1]} C{self.channels}"
-
-
-def _edt_shapes() -> tuple[list[AttentionShape], list[NormShape]]:
-    """Every stage of EDT-S, B and XL for images of 256² and 512² pixels."""
-    attention, norms = [], []
-    for model in ("EDT-S/2", "EDT-B/2", "EDT-XL/2"):
-        preset = PRESETS[model]
-        for first in (16, 32):
-            for stage in range(3):
-                grid, channels = (first >> stage, first >> stage), preset["hidden_sizes"][stage]
-                heads = preset["num_attention_heads"][stage]
-                attention.append(AttentionShape(model, grid, heads, channels // heads))
-                norms.append(NormShape(model, grid, channels, resizes=stage < 2))
-    return attention, norms
-
-
-EDT_ATTENTION, EDT_NORMS = _edt_shapes()
-# Other transformers that the ops are meant for. SD3's joint attention has 333 text tokens beside the image's.
-OTHER_ATTENTION = [
-    AttentionShape("DiT-XL/2", (16, 16), 16, 72),
-    AttentionShape("DiT-XL/2", (32, 32), 16, 72),
-    AttentionShape("PixArt-alpha", (64, 64), 16, 72),
-    AttentionShape("SD3-medium", (64, 64), 24, 64, (0, 333)),
-    AttentionShape("SD3-medium", (64, 64), 24, 64, (333, 0)),
-]
-OTHER_NORMS = [
-    NormShape("DiT-XL/2", (16, 16), 1152),
-    NormShape("DiT-XL/2", (32, 32), 1152),
-    NormShape("PixArt-alpha", (64, 64), 1152),
-    NormShape("SD3-medium", (64, 64), 1536),
-]
 SHAPES = [*EDT_ATTENTION, *EDT_NORMS, *OTHER_ATTENTION, *OTHER_NORMS]
 MODELS = sorted({shape.model for shape in SHAPES})
 

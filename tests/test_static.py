@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import assembly, static
+from benchmarks.shapes import ATTENTION_256, ATTENTION_512, EDT_ATTENTION, NORMS_256, NormShape
 from benchmarks.static_report import NARROW_LOADS, faults, summary
 
 
@@ -30,8 +31,6 @@ def check_attention(launches: list[static.Launch], target: str) -> None:
 
 
 # Three stages a model for 256² pixels, and three for 512².
-ATTENTION_256 = [shape for i, shape in enumerate(static.EDT_ATTENTION) if i % 6 < 3]
-NORMS_256 = [shape for i, shape in enumerate(static.EDT_NORMS) if i % 6 < 3]
 
 
 @pytest.mark.parametrize("side", [16, 8, 4])
@@ -49,7 +48,7 @@ def test_norms_of_edt_on_sm_90(shape):
 # sm_80 and sm_86 run the same code and share the cover; sm_86 has less shared memory.
 FIRST_STAGE, _, LAST_STAGE = ATTENTION_256[:3]
 NARROWEST, WIDEST = NORMS_256[0], max(NORMS_256, key=lambda shape: (shape.resizes, shape.channels))
-LARGEST = static.EDT_ATTENTION[3]  # 512²'s first stage; the other grids of 512² are 256²'s too
+LARGEST = ATTENTION_512[0]  # 512²'s first stage; the other grids of 512² are 256²'s too
 COVER = [
     ("sm_90", LARGEST),
     ("sm_80", LAST_STAGE),
@@ -62,14 +61,14 @@ COVER = [
 
 @pytest.mark.parametrize(("target", "shape"), COVER, ids=str)
 def test_cover_of_edt(target, shape):
-    (check if isinstance(shape, static.NormShape) else check_attention)(static.launches_of(shape, target), target)
+    (check if isinstance(shape, NormShape) else check_attention)(static.launches_of(shape, target), target)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", static.SHAPES, ids=str)
 @pytest.mark.parametrize("target", static.TARGETS)
 def test_all_shapes_on_all_targets(target, shape):
-    (check if isinstance(shape, static.NormShape) else check_attention)(static.launches_of(shape, target), target)
+    (check if isinstance(shape, NormShape) else check_attention)(static.launches_of(shape, target), target)
 
 
 EDGES = [
@@ -176,7 +175,7 @@ def test_launches_are_recorded_with_their_specialisations():
 
 
 def test_every_attention_kernel_is_among_the_launches():
-    kernels = {launch.kernel for shape in static.EDT_ATTENTION for launch in static.launches_of(shape, "sm_90")}
+    kernels = {launch.kernel for shape in EDT_ATTENTION for launch in static.launches_of(shape, "sm_90")}
     assert kernels == {
         "short_forward", "short_backward", "reduce_short_partials", "resident_forward", "forward", "backward_q",
         "backward_kv", "backward_tables", "reduce_table_partials",

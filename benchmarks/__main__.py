@@ -1,0 +1,133 @@
+"""How fast is this on my machine, against what I would use instead: `python -m benchmarks`.
+
+    python -m benchmarks attention | adaln | merge | split    an op, forward and backward
+    python -m benchmarks model | train | sample               EDT
+    python -m benchmarks static                               what the compiler makes of the kernels; needs no GPU
+    python -m benchmarks all [--quick]                        all of these, and the report of them
+    python -m benchmarks report                               pages and plots of committed results, README's tables
+
+Every implementation is first checked against float64; one that is wrong is reported as wrong and not timed. Without
+a GPU, `edt_kernels` takes its reference path, and what is timed is that, on the CPU.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import attention, measure, models, norms, report, results, static
+from .harness import selected, table
+from .results import OURS, RESULTS, SUITES
+
+_DTYPES = ("float32", "float16", "bfloat16", "mixed")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in (*SUITES, "all"):
+        command = commands.add_parser(name, help=f"measure {name}")
+        command.add_argument("--quick", action="store_true", help="few shapes, the most telling, in minutes")
+        command.add_argument("--shapes", nargs="+", metavar="TEXT", help="cases whose name contains it")
+        command.add_argument("--dtype", nargs="+", default=[], choices=_DTYPES, help="instead of the usual ones")
+        command.add_argument("--peers", nargs="*", default=None, metavar="TEXT",
+                             help="ours, and peers whose name contains it; none: ours alone")  # fmt: skip
+        command.add_argument("--out", type=Path, help="folder for the results; default: results/<device>")
+        command.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
+    static = commands.add_parser("static", help="compile every kernel; see python -m benchmarks.static --help")
+    static.add_argument("arguments", nargs=argparse.REMAINDER)
+    page = commands.add_parser("report", help="pages and plots of committed results, and README's tables")
+    page.add_argument("--results", type=Path, default=RESULTS, help="folder of folders of results")
+    page.add_argument("--readme", type=Path, default=RESULTS.parents[1] / "README.md")
+    return parser
+
+
+def run_suite(
+    suite: str,
+    device: torch.device,
+    ceilings: measure.Ceilings,
+    environment: dict,
+    folder: Path,
+    *,
+    quick: bool,
+    dtypes: list[str],
+    shapes: list[str] | None,
+    peers: list[str] | None,
+) -> None:
+    """Measures case by case; each is stored before the next begins."""
+    module = _MODULES[suite]
+    cases = selected(module.cases(suite, device, dtypes, quick), shapes, lambda case: case.name, "shapes")
+    implementations = module.implementations(suite)
+    others = [implementation for implementation in implementations if implementation.name != OURS]
+    chosen = selected(others, peers, lambda implementation: implementation.name, "peers")
+    stored = results.open_results(folder, suite, environment, ceilings)
+    budget = measure.QUICK if quick else measure.Budget()
+    ours = [implementation for implementation in implementations if implementation.name == OURS]
+    for case in tqdm(cases, desc=suite, unit="case", disable=None):
+        rows = module.measure_case(suite, case, [*ours, *chosen], device, ceilings, budget)
+        stored.add(rows)
+        stored.save(folder, suite)
+        tqdm.write(table(rows))
+
+
+_MODULES = {
+    "attention": attention,
+    **dict.fromkeys(norms.SUITE_OPS, norms),
+    **dict.fromkeys(("model", "train", "sample"), models),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 1 if an implementation of ours is wrong or fails, 2 for wrong arguments."""
+    options = build_parser().parse_args(arguments)
+    try:
+        if options.command == "static":
+            return static.main(options.arguments)
+        if options.command == "report":
+            return report.write_committed(options.results, options.readme)
+        return measure_suites(options)
+    except ValueError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nbenchmarks: interrupted; the cases that were finished are stored", file=sys.stderr)
+        return 130
+
+
+def measure_suites(options: argparse.Namespace) -> int:
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda'; torch sees no GPU here, use cpu")
+    environment = results.environment(device)
+    folder = options.out or RESULTS / results.slug(environment["device"])
+    print(f"{environment['device']}, torch {environment['versions']['torch']}, commit {environment['commit']}")
+    if device.type == "cpu":
+        print("No GPU: edt_kernels takes its reference path, and these are times of this CPU.")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    ceilings = measure.measure_ceilings(device, dtype, measure.QUICK)
+    print(
+        f"ceilings: copy {ceilings.copy_bytes_per_second / 1e9:.0f} GB/s read and written, {ceilings.matrix_dtype} "
+        f"products {ceilings.operations_per_second / 1e12:.2f} TFLOP/s; results in {folder}"
+    )
+    suites = SUITES if options.command == "all" else (options.command,)
+    for suite in suites:
+        run_suite(
+            suite, device, ceilings, environment, folder, quick=options.quick, dtypes=options.dtype,
+            shapes=options.shapes, peers=options.peers,
+        )  # fmt: skip
+    if options.command == "all":
+        _write_static(folder, device, options.quick)
+        report.write_folder(folder)
+    loaded = (results.load(folder / f"{suite}.json") for suite in suites)
+    bad = [row for found in loaded for row in found.rows if row.role == "ours" and row.status != "ok"]
+    for row in bad:
+        print(f"ours {row.status}: {row.suite} {row.case}, {row.work}, {row.dtype}: {row.reason}", file=sys.stderr)
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
