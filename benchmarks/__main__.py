@@ -6,8 +6,8 @@
     python -m benchmarks all [--quick]                        all of these, and the report of them
     python -m benchmarks report                               pages and plots of committed results, README's tables
 
-Every implementation is first checked against float64; one that is wrong is reported as wrong and not timed. Without
-a GPU, `edt_kernels` takes its reference path, and what is timed is that, on the CPU.
+Every implementation is first checked against float64; one that is wrong is reported as wrong and not timed.
+Without a GPU, `edt_kernels` takes its reference path, and what is timed is that, on the CPU.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from . import attention, measure, models, norms, report, results, static
-from .harness import selected, table
+from .harness import measure_case, selected, table
 from .results import OURS, RESULTS, SUITES
 
 _DTYPES = ("float32", "float16", "bfloat16", "mixed")
@@ -59,7 +59,7 @@ def run_suite(
     peers: list[str] | None,
 ) -> None:
     """Measures case by case; each is stored before the next begins."""
-    module = _MODULES[suite]
+    module, measure_one = _MODULES[suite]
     cases = selected(module.cases(suite, device, dtypes, quick), shapes, lambda case: case.name, "shapes")
     implementations = module.implementations(suite)
     others = [implementation for implementation in implementations if implementation.name != OURS]
@@ -68,16 +68,18 @@ def run_suite(
     budget = measure.QUICK if quick else measure.Budget()
     ours = [implementation for implementation in implementations if implementation.name == OURS]
     for case in tqdm(cases, desc=suite, unit="case", disable=None):
-        rows = module.measure_case(suite, case, [*ours, *chosen], device, ceilings, budget)
+        rows = measure_one(suite, case, [*ours, *chosen], device, ceilings, budget)
         stored.add(rows)
         stored.save(folder, suite)
         tqdm.write(table(rows))
 
 
+# What the static report takes a minute for: EDT-S on Hopper.
+_QUICK_STATIC = ("--targets", "sm_90", "--models", "EDT-S/2")
 _MODULES = {
-    "attention": attention,
-    **dict.fromkeys(norms.SUITE_OPS, norms),
-    **dict.fromkeys(("model", "train", "sample"), models),
+    "attention": (attention, measure_case),
+    **dict.fromkeys(norms.SUITE_OPS, (norms, measure_case)),
+    **dict.fromkeys(("model", "train", "sample"), (models, models.measure_case)),
 }
 
 
@@ -110,8 +112,8 @@ def measure_suites(options: argparse.Namespace) -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ceilings = measure.measure_ceilings(device, dtype, measure.QUICK)
     print(
-        f"ceilings: copy {ceilings.copy_bytes_per_second / 1e9:.0f} GB/s read and written, {ceilings.matrix_dtype} "
-        f"products {ceilings.operations_per_second / 1e12:.2f} TFLOP/s; results in {folder}"
+        f"ceilings: copy {ceilings.copy_bytes_per_second / 1e9:.0f} GB/s read and written, "
+        f"{ceilings.matrix_dtype} products {ceilings.operations_per_second / 1e12:.2f} TFLOP/s\nresults: {folder}"
     )
     suites = SUITES if options.command == "all" else (options.command,)
     for suite in suites:
@@ -120,7 +122,7 @@ def measure_suites(options: argparse.Namespace) -> int:
             shapes=options.shapes, peers=options.peers,
         )  # fmt: skip
     if options.command == "all":
-        _write_static(folder, device, options.quick)
+        static.main(["--out", str(folder / "static.json"), *(_QUICK_STATIC if options.quick else ())])
         report.write_folder(folder)
     loaded = (results.load(folder / f"{suite}.json") for suite in suites)
     bad = [row for found in loaded for row in found.rows if row.role == "ours" and row.status != "ok"]

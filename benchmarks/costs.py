@@ -52,8 +52,8 @@ def norm_cost(
     op: str, batch_size: int, rows: int, channels: int, stream: int, branch: int, modulation: int, *,
     backward: bool = False, has_keep: bool = False,
 ) -> Cost:  # fmt: skip
-    """Of `rows` output rows a sample, `channels` wide; element sizes in bytes: s of the stream (x), b of the branch
-    (y, the normed output), m of the modulation. With E = B·rows·channels and V = B·channels:
+    """Of `rows` output rows a sample, `channels` wide; element sizes in bytes: s of the stream (x), b of the
+    branch (y, the normed output), m of the modulation. With E = B·rows·channels and V = B·channels:
 
     adaln                     forward  E·(s + b) + 2·V·m            backward  E·(b + 2s) + 3·V·m
     token_merge_adaln         the same, + B·4·rows for `keep` in each pass

@@ -48,7 +48,7 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, budget: Budget) -> Ceilings:
-    """A copy of 1 GiB and a product of 8192³ on a GPU, of 128 MiB and 1024³ on a CPU; the best quantile of each."""
+    """A copy of 1 GiB and a product of 8192³ on a GPU, of 128 MiB and 1024³ on a CPU; the faster quantile."""
     on_gpu = device.type == "cuda"
     source = torch.ones((2**30 if on_gpu else 2**27) // 4, device=device)
     target = torch.empty_like(source)
@@ -81,8 +81,8 @@ def time_events(calls: list[Call], budget: Budget) -> Timing:
 
 
 def time_graph(calls: list[Call], budget: Budget) -> Timing:
-    """Of one call, in replays of a CUDA graph of all of them: the device's time alone. `calls` are the same call on
-    different inputs, together larger than the L2 cache, so that none finds its own there.
+    """Of one call, in replays of a CUDA graph of all of them: the device's time alone. `calls` are the same call
+    on different inputs, together larger than the L2 cache, so that none finds its own there.
 
     Raises:
         RuntimeError: for what cannot be captured.
@@ -105,7 +105,7 @@ def time_graph(calls: list[Call], budget: Budget) -> Timing:
 
 def time_in_turn(calls: dict[str, Call], budget: Budget) -> dict[str, Timing]:
     """On a CPU: rounds of one call of each, the order reversed each round, so that a busy machine slows all alike;
-    two rounds are not counted. Ratios of these are good, the times themselves only as good as the machine is quiet.
+    two rounds are not counted. Ratios hold, the times themselves are only as good as the machine is quiet.
     """
     seconds = {name: [] for name in calls}
     start = time.perf_counter()

@@ -340,7 +340,8 @@ def _report(job: tuple) -> Report:
     return report(*job)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
@@ -368,8 +369,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"{row.target} {row.op} {row.kernel} {row.shapes[0]}: {fault}" for row in rows for fault in faults(row)
     ]
     print(f"{len(rows)} kernels, {len(faulty)} faults", *faulty, sep="\n")
-    sys.exit(bool(faulty))
+    return bool(faulty)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
