@@ -1,0 +1,13 @@
+"""To come."""
+
+
+def cases(suite, device, dtypes, quick):
+    return []
+
+
+def implementations(suite):
+    return []
+
+
+def measure_case(*arguments):
+    return []
