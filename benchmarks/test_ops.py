@@ -10,9 +10,9 @@ On a busy machine compare ratios of a group, ours against eager, instead.
 
 import pytest
 import torch
-from conftest import DEVICE
 
 from benchmarks import attention, norms
+from benchmarks.conftest import DEVICE
 from benchmarks.harness import UnavailableError, build_call, coarsest_dtype, expected, role_of, worst_error
 
 

@@ -144,22 +144,26 @@ def add_product(accumulator, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr)
 
 
 @triton.jit
-def transposed_gradients(
-    k_tile, v_tile, q_tile, grad_tile, row_logsumexp, row_delta, scale, bias, factor, pair_valid,
+def gradients_of_scores(
+    left, right, grad_left, grad_right, row_logsumexp, row_delta, scale, bias, factor, pair_valid,
     HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, MASKED: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(P ⊙ m)ᵀ and dSᵀ, (keys, queries), from transposed scores: multiplying by the transpose of a product gave
-    wrong gradients on Hopper with Triton 3.4 to 3.7.0."""
-    products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+    """P, G and dS of a tile. Either as (queries, keys), from left = q, right = kᵀ, grad_left = dO and grad_right =
+    vᵀ; or transposed, from k, qᵀ, v and dOᵀ, because multiplying by the transpose of a product gave wrong gradients
+    on Hopper with Triton 3.4 to 3.7.0. The rows' statistics and the tables come in the same orientation."""
+    products = tl.dot(left, right, input_precision=PRECISION)
     logits = masked_logits(products, scale, bias, pair_valid, HAS_BIAS, MASKED)
-    p = exp_difference(logits, row_logsumexp[None, :], EXACT)
-    grad_p = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
-    weights = p
-    if HAS_MODULATION:
-        grad_p *= factor
-        weights = p * factor
-    return weights, p * (grad_p - row_delta[None, :])
+    p = exp_difference(logits, row_logsumexp, EXACT)
+    grad_weights = tl.dot(grad_left, grad_right, input_precision=PRECISION)
+    grad_p = grad_weights * factor if HAS_MODULATION else grad_weights
+    return p, grad_weights, p * (grad_p - row_delta)
+
+
+@triton.jit
+def finite_maximum(row_max):
+    """A row may have no finite logit (yet), as a table may hold −∞. Any finite maximum keeps its arithmetic finite."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
 
 
 @triton.jit
@@ -169,8 +173,7 @@ def attend(
 ):  # fmt: skip
     """One step of the online softmax: (BLOCK_M, BLOCK_N) logits join the running maximum, sum and accumulator."""
     new_max = tl.maximum(running_max, tl.max(logits, axis=1))
-    # A row may have no finite logit yet, as a table may hold −∞. Any finite maximum keeps its arithmetic finite.
-    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    safe_max = finite_maximum(new_max)
     p = exp_difference(logits, safe_max[:, None], EXACT)
     rescale = exp_difference(running_max, safe_max, EXACT)
     running_sum = running_sum * rescale + tl.sum(p, axis=1)
@@ -282,13 +285,10 @@ def backward_q(
             table, position_i[:, None] - position_j[None, :], on_grid_i[:, None] & on_grid_j[None, :],
             HAS_BIAS, HAS_MODULATION, HAS_EXTRA,
         )  # fmt: skip
-        products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        logits = masked_logits(products, scale, bias, (j < N)[None, :], HAS_BIAS, MASKED)
-        p = exp_difference(logits, row_logsumexp[:, None], EXACT)
-        grad_p = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
-        if HAS_MODULATION:
-            grad_p *= factor
-        grad_logits = p * (grad_p - row_delta[:, None])
+        _, _, grad_logits = gradients_of_scores(
+            q_tile, tl.trans(k_tile), grad_tile, v_tile, row_logsumexp[:, None], row_delta[:, None], scale, bias,
+            factor, (j < N)[None, :], HAS_BIAS, HAS_MODULATION, MASKED, EXACT, PRECISION,
+        )  # fmt: skip
         accumulator = add_product(accumulator, grad_logits.to(k_tile.dtype), k_tile, EXACT, PRECISION)
         if EVEN:
             table -= BLOCK_N // W * (2 * W - 1)
@@ -334,10 +334,11 @@ def backward_kv(
             table, position_i[None, :] - position_j[:, None], on_grid_i[None, :] & on_grid_j[:, None],
             HAS_BIAS, HAS_MODULATION, HAS_EXTRA,
         )  # fmt: skip
-        weights, grad_logits = transposed_gradients(
-            k_tile, v_tile, q_tile, grad_tile, row_logsumexp, row_delta, scale, bias, factor, (j < N)[:, None],
-            HAS_BIAS, HAS_MODULATION, MASKED, EXACT, PRECISION,
+        p, _, grad_logits = gradients_of_scores(
+            k_tile, tl.trans(q_tile), v_tile, tl.trans(grad_tile), row_logsumexp[None, :], row_delta[None, :],
+            scale, bias, factor, (j < N)[:, None], HAS_BIAS, HAS_MODULATION, MASKED, EXACT, PRECISION,
         )  # fmt: skip
+        weights = p * factor if HAS_MODULATION else p
         v_accumulator = add_product(v_accumulator, weights.to(grad_tile.dtype), grad_tile, EXACT, PRECISION)
         k_accumulator = add_product(k_accumulator, grad_logits.to(q_tile.dtype), q_tile, EXACT, PRECISION)
         if EVEN:

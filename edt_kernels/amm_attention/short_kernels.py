@@ -11,6 +11,8 @@ import triton.language as tl
 
 from .kernels import (
     exp_difference,
+    finite_maximum,
+    gradients_of_scores,
     grid_positions,
     load_rows,
     load_rows_transposed,
@@ -20,7 +22,6 @@ from .kernels import (
     row_offsets,
     store_output,
     store_rows,
-    transposed_gradients,
 )
 
 
@@ -76,9 +77,7 @@ def short_forward(
         products = tl.dot(q_tile, k_tile, input_precision=PRECISION)
         logits = masked_logits(products, scale, bias, None, HAS_BIAS or MASKED, False)
         row_max = tl.max(logits, axis=1)
-        # A row of a table of −∞ alone has no finite logit: any finite maximum keeps its arithmetic finite.
-        safe_max = tl.where(row_max == float("-inf"), 0.0, row_max)
-        p = exp_difference(logits, safe_max[:, None], EXACT)
+        p = exp_difference(logits, finite_maximum(row_max)[:, None], EXACT)
         row_sum = tl.sum(p, axis=1)
         if HAS_MODULATION:
             p *= factor
@@ -133,14 +132,14 @@ def short_backward(
         statistics = (batch.to(tl.int64) * heads + head) * N + token
         # +∞ makes the probabilities of rows that do not exist zero.
         row_logsumexp = tl.load(logsumexp + statistics, mask=valid, other=float("inf"))
-        weights, grad_logits = transposed_gradients(
-            k_tile, v_tile, q_tile, grad_tile, row_logsumexp, row_delta, scale, bias, factor, None,
-            HAS_BIAS or MASKED, False, False, EXACT, PRECISION,
+        p, _, grad_logits = gradients_of_scores(
+            k_tile, tl.trans(q_tile), v_tile, tl.trans(grad_tile), row_logsumexp[None, :], row_delta[None, :],
+            scale, bias, factor, None, HAS_BIAS or MASKED, False, False, EXACT, PRECISION,
         )  # fmt: skip
         if GRAD_BIAS:
             bias_sum += grad_logits
         grad_logits = grad_logits.to(q_tile.dtype)
-        v_product = tl.dot(weights.to(grad_tile.dtype), grad_tile, input_precision=PRECISION)
+        v_product = tl.dot(p.to(grad_tile.dtype), grad_tile, input_precision=PRECISION)
         k_product = tl.dot(grad_logits, q_tile, input_precision=PRECISION)
         q_product = tl.dot(tl.trans(k_tile), grad_logits, input_precision=PRECISION)  # (BLOCK_D, BLOCK)
         store_rows(grad_v, out_offsets, valid, v_product, D, BLOCK_D)

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .kernels import exp_difference, load_rows, load_rows_transposed, look_up, masked_logits, row_offsets
+from .kernels import gradients_of_scores, load_rows, load_rows_transposed, look_up, row_offsets
 
 
 @triton.jit
@@ -81,18 +81,16 @@ def backward_tables(
             grad_tile = load_rows(grad_out, grad_offsets, valid_i, D, BLOCK_D, MASKED)  # (BLOCK, BLOCK_D)
             v_tile = load_rows_transposed(v, v_offsets, valid_j, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
 
-            products = tl.dot(q_tile, k_tile, input_precision=PRECISION)
+            row_delta = tl.load(delta + statistics, mask=valid_i, other=0.0)
             pair_valid = valid_j[None, :] & (item[:, None] == item[None, :])
-            logits = masked_logits(products, scale, bias, pair_valid, HAS_BIAS, MASKED)
-            p = exp_difference(logits, row_logsumexp[:, None], EXACT)
-            grad_p = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
-            if GRAD_MODULATION:
-                modulation_sum += p * grad_p
+            p, grad_weights, grad_logits = gradients_of_scores(
+                q_tile, k_tile, grad_tile, v_tile, row_logsumexp[:, None], row_delta[:, None], scale, bias, factor,
+                pair_valid, HAS_BIAS, HAS_MODULATION, MASKED, EXACT, PRECISION,
+            )  # fmt: skip
             if GRAD_BIAS:
-                row_delta = tl.load(delta + statistics, mask=valid_i, other=0.0)
-                if HAS_MODULATION:
-                    grad_p *= factor
-                bias_sum += p * (grad_p - row_delta[:, None])
+                bias_sum += grad_logits
+            if GRAD_MODULATION:
+                modulation_sum += p * grad_weights
 
     partials = tl.program_id(0).to(tl.int64) * BLOCK * BLOCK + local[:, None] * BLOCK + local[None, :]
     if GRAD_BIAS:
