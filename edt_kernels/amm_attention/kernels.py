@@ -149,9 +149,9 @@ def gradients_of_scores(
     HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, MASKED: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P, G and dS of a tile. Either as (queries, keys), from left = q, right = kᵀ, grad_left = dO and grad_right =
-    vᵀ; or transposed, from k, qᵀ, v and dOᵀ, because multiplying by the transpose of a product gave wrong gradients
-    on Hopper with Triton 3.4 to 3.7.0. The rows' statistics and the tables come in the same orientation."""
+    """P, G and dS of a tile. Either as (queries, keys), from left = q, right = kᵀ, grad_left = dO, grad_right =
+    vᵀ; or transposed, from k, qᵀ, v and dOᵀ: multiplying by the transpose of a product gave wrong gradients on
+    Hopper with Triton 3.4 to 3.7.0. The rows' statistics and the tables come in the same orientation."""
     products = tl.dot(left, right, input_precision=PRECISION)
     logits = masked_logits(products, scale, bias, pair_valid, HAS_BIAS, MASKED)
     p = exp_difference(logits, row_logsumexp, EXACT)
@@ -162,7 +162,7 @@ def gradients_of_scores(
 
 @triton.jit
 def finite_maximum(row_max):
-    """A row may have no finite logit (yet), as a table may hold −∞. Any finite maximum keeps its arithmetic finite."""
+    """A row may have no finite logit, as a table may hold −∞. Any finite maximum keeps its arithmetic finite."""
     return tl.where(row_max == float("-inf"), 0.0, row_max)
 
 
