@@ -22,7 +22,7 @@ def saved_tensors(
 
         def keep(tensor: Tensor) -> Tensor:
             address = tensor.untyped_storage()._cdata
-            if address not in own:
+            if address not in own and tensor.numel():  # torch 2.11's checkpoint keeps an empty one
                 kept.setdefault(address, tensor)  # held, so that no address recurs
             return tensor
 
