@@ -102,7 +102,7 @@ class AttentionCase:
 
 
 def _call(ops, case: AttentionCase, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """The op of `edt_kernels`, or of its reference, with what the case has: a lower bound's has less than inputs."""
+    """The op of `edt_kernels`, or of its reference. Inputs may have more than a lower bound's case."""
     out = ops.amm_attention(
         inputs["q"], inputs["k"], inputs["v"],
         grid=case.layer.grid, num_extra_tokens=case.layer.num_extra_tokens,
@@ -131,9 +131,7 @@ _SWEEP_GRIDS = [(4, 4), (8, 4), (8, 8), (16, 8), (16, 16), (32, 16), (32, 32), (
 
 
 def _token_sweep(grids: list[tuple[int, int]]) -> list[tuple[AttentionShape, int, str]]:
-    return [
-        (AttentionShape("tokens", grid, 16, 64), _SWEEP_TOKENS // math.prod(grid), "tokens") for grid in grids
-    ]
+    return [(AttentionShape("tokens", grid, 16, 64), _SWEEP_TOKENS // math.prod(grid), "tokens") for grid in grids]
 
 
 def cases(suite: str, device: torch.device, dtypes: list[str], quick: bool) -> list[AttentionCase]:

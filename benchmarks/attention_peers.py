@@ -6,12 +6,13 @@ No mainstream attention multiplies after softmax; with m the modulation and b th
                    [b + log m', b + log(1 − m')], times max m
     two passes     Attn(s + b + log m) · exp(LSE(s + b + log m) − LSE(s + b))
 
-Where the bias has no gradient, all that does not depend on q, k and v is made in `prepare`, which is not timed: the
-matrices of bias and modulation, and their logarithms. Where it has one, the matrix is gathered from the table inside
-the call, so that the gradient reaches the table. Both are in the peer's favour: the model that was released gathers
-the bias in every call. So are the padded inputs, see `_SDPA`.
+Where the bias has no gradient, all that does not depend on q, k and v is made in `prepare`, which is not timed:
+the matrices of bias and modulation, and their logarithms. That is in the peer's favour, for the released model
+gathers its bias in every call; so are the padded inputs, see `_SDPA`. Where the bias has a gradient, its matrix is
+gathered from the table inside the call, so that the gradient reaches the table.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,45 +25,64 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from .harness import Implementation, UnavailableError
 
 
-def offset_index(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """(H·W, H·W), for each pair of query and key its row in a table of offsets."""
+def offset_index(grid: tuple[int, int], num_extra_tokens: tuple[int, int], device: torch.device) -> Tensor:
+    """(N·N,), for each pair of query and key its row in a table of offsets, one past the last for pairs with a
+    token outside the grid."""
     H, W = grid
     rows, columns = torch.arange(H, device=device), torch.arange(W, device=device)
     row_offsets = rows[:, None] - rows + H - 1
     column_offsets = columns[:, None] - columns + W - 1
     index = row_offsets[:, None, :, None] * (2 * W - 1) + column_offsets[None, :, None, :]
-    return index.reshape(H * W, H * W)
+    index = index.reshape(H * W, H * W)
+    return F.pad(index, 2 * num_extra_tokens, value=(2 * H - 1) * (2 * W - 1)).flatten()
 
 
-def matrix_of(table: Tensor, index: Tensor, num_extra_tokens: tuple[int, int], fill: float) -> Tensor:
-    """(…, offsets) → (…, N, N); `fill` for pairs with a token outside the grid."""
-    matrix = table.index_select(-1, index.flatten()).unflatten(-1, index.shape)
-    return F.pad(matrix, 2 * num_extra_tokens, value=fill) if any(num_extra_tokens) else matrix
+def pairs(table: Tensor, index: Tensor, num_extra_tokens: tuple[int, int], fill: float) -> Tensor:
+    """(…, offsets) → (…, N·N) by `offset_index`; `fill` for pairs with a token outside the grid."""
+    if any(num_extra_tokens):
+        table = F.pad(table, (0, 1), value=fill)
+    return table.index_select(-1, index)
 
 
-def _modulation_matrix(case, inputs: dict[str, Tensor]) -> Tensor:
-    table, index = inputs["modulation"].flatten(), offset_index(case.layer.grid, inputs["q"].device)
-    return matrix_of(table, index, case.layer.num_extra_tokens, 1.0)
+def _square(matrix: Tensor) -> Tensor:
+    """(…, N·N) → (…, N, N)"""
+    return matrix.unflatten(-1, (math.isqrt(matrix.shape[-1]),) * 2)
 
 
-def _constant_bias(case, inputs: dict[str, Tensor]) -> Tensor:
-    """(heads, N, N), zeros where the case has none."""
+def _modulation(case, inputs: dict[str, Tensor]) -> Tensor:
+    """(N·N,)"""
+    layer = case.layer
+    index = offset_index(layer.grid, layer.num_extra_tokens, inputs["q"].device)
+    return pairs(inputs["modulation"].flatten(), index, layer.num_extra_tokens, 1.0)
+
+
+def _bias_inputs(case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `_bias` needs: the table and an index, which is a buffer of the released model too, or what it returns,
+    zeros where the case has no bias."""
+    layer, q = case.layer, inputs["q"]
     if not case.has_bias:
-        return inputs["q"].new_zeros(case.layer.heads, case.num_tokens, case.num_tokens, dtype=torch.float32)
-    index = offset_index(case.layer.grid, inputs["q"].device)
-    return matrix_of(inputs["rel_pos_bias"].T, index, case.layer.num_extra_tokens, 0.0)
+        return {"bias": q.new_zeros(layer.heads, case.num_tokens**2, dtype=torch.float32)}
+    table, index = inputs["rel_pos_bias"], offset_index(layer.grid, layer.num_extra_tokens, q.device)
+    if case.grad_bias:
+        return {"rel_pos_bias": table, "index": index}
+    return {"bias": pairs(table.T, index, layer.num_extra_tokens, 0.0)}
 
 
-def _table_and_index(case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `_gathered_bias` needs; the index is a buffer of the released model too."""
-    return {
-        "rel_pos_bias": inputs["rel_pos_bias"],
-        "index": offset_index(case.layer.grid, inputs["q"].device),
-    }
+def _bias(case, inputs: dict[str, Tensor]) -> Tensor:
+    """(heads, N·N) in float32."""
+    if not case.grad_bias:
+        return inputs["bias"]
+    return pairs(inputs["rel_pos_bias"].T, inputs["index"], case.layer.num_extra_tokens, 0.0)
 
 
-def _gathered_bias(case, inputs: dict[str, Tensor]) -> Tensor:
-    return matrix_of(inputs["rel_pos_bias"].T, inputs["index"], case.layer.num_extra_tokens, 0.0)
+def _check_modulation(case) -> None:
+    if not case.has_modulation:
+        raise UnavailableError("without modulation there is nothing to emulate")
+
+
+def _check_bias(case) -> None:
+    if not case.has_bias:
+        raise UnavailableError("the case has no bias")
 
 
 # The algebra, apart from who computes the attention. q, k, v (B, N, heads, D).
@@ -75,7 +95,7 @@ def released_attention(q, k, v, table, index, modulation, num_extra_tokens: tupl
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     attention = (q * scale) @ k.transpose(-2, -1)
     if table is not None:
-        bias = table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
+        bias = _square(table[index].T).contiguous().unsqueeze(0)
         if any(num_extra_tokens):
             bias = F.pad(bias, 2 * num_extra_tokens)
         attention = attention + bias
@@ -119,9 +139,10 @@ class Eager(Implementation):
     def prepare(self, case, inputs):
         prepared = {name: inputs[name] for name in ("q", "k", "v", "grad 0")}
         if case.has_bias:
-            prepared |= _table_and_index(case, inputs)
+            prepared["rel_pos_bias"] = inputs["rel_pos_bias"]
+            prepared["index"] = offset_index(case.layer.grid, (0, 0), inputs["q"].device)
         if case.has_modulation:
-            prepared["modulation"] = _modulation_matrix(case, inputs)
+            prepared["modulation"] = _square(_modulation(case, inputs))
         return prepared
 
     def forward(self, case, inputs):
@@ -203,7 +224,7 @@ class _SDPA(Implementation):
 
 
 def _as_mask(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """(1, heads, N, keys) in q's dtype: backends that take float32 beside bfloat16 have misread it."""
+    """(1, heads, N, keys) in q's dtype: a float32 mask beside bfloat16 can be misread."""
     return bias.to(dtype).unsqueeze(0)
 
 
@@ -213,25 +234,22 @@ class DoubledKeys(_SDPA):
         self.name = f"doubled keys, SDPA {self.title}"
 
     def check(self, case, device):
-        if not case.has_modulation:
-            raise UnavailableError("without modulation there is nothing to emulate")
+        _check_modulation(case)
         super().check(case, device)
 
     def prepare(self, case, inputs):
-        prepared = super().prepare(case, inputs)
-        logs, largest = doubled_logs(_modulation_matrix(case, inputs))
+        prepared = super().prepare(case, inputs) | _bias_inputs(case, inputs)
+        logs, largest = doubled_logs(_square(_modulation(case, inputs)))
         prepared |= {"zeros": torch.zeros_like(prepared["v"]), "largest": largest}
         if case.grad_bias:
-            return prepared | {"logs": logs} | _table_and_index(case, inputs)
-        bias = doubled_bias(_constant_bias(case, inputs), logs)
-        return prepared | {"bias": _as_mask(bias, inputs["q"].dtype)}
+            return prepared | {"logs": logs}
+        return prepared | {"bias": _as_mask(doubled_bias(_square(prepared["bias"]), logs), inputs["q"].dtype)}
 
     def forward(self, case, inputs):
         q, k, v = inputs["q"], inputs["k"], inputs["v"]
+        bias = _bias(case, inputs)
         if case.grad_bias:
-            bias = _as_mask(doubled_bias(_gathered_bias(case, inputs), inputs["logs"]), q.dtype)
-        else:
-            bias = inputs["bias"]
+            bias = _as_mask(doubled_bias(_square(bias), inputs["logs"]), q.dtype)
 
         def attend(q, k, v, bias):
             return self.attend(case, q, k, v, bias)
@@ -250,20 +268,20 @@ class BiasSDPA(_SDPA):
         return replace(case, has_modulation=False)
 
     def check(self, case, device):
-        if not case.has_bias:
-            raise UnavailableError("the case has no bias")
+        _check_bias(case)
         super().check(case, device)
 
     def prepare(self, case, inputs):
-        prepared = super().prepare(case, inputs)
-        if case.grad_bias:
-            return prepared | _table_and_index(case, inputs)
-        return prepared | {"bias": _as_mask(_constant_bias(case, inputs), inputs["q"].dtype)}
+        prepared = super().prepare(case, inputs) | _bias_inputs(case, inputs)
+        if not case.grad_bias:
+            prepared["bias"] = _as_mask(_square(prepared["bias"]), inputs["q"].dtype)
+        return prepared
 
     def forward(self, case, inputs):
-        q, k, v = inputs["q"], inputs["k"], inputs["v"]
-        bias = _as_mask(_gathered_bias(case, inputs), q.dtype) if case.grad_bias else inputs["bias"]
-        return (self.attend(case, q, k, v, bias),)
+        q, bias = inputs["q"], _bias(case, inputs)
+        if case.grad_bias:
+            bias = _as_mask(_square(bias), q.dtype)
+        return (self.attend(case, q, inputs["k"], inputs["v"], bias),)
 
 
 class PlainSDPA(_SDPA):
@@ -281,48 +299,37 @@ class PlainSDPA(_SDPA):
 
 
 def _flex(q, k, v, bias: Tensor, aux: AuxRequest | None = None):
+    """bias (heads, N·N). As a view of (heads, N, N) it would lose its gradient with some of torch.compile's backends
+    (seen in torch 2.13 with aot_eager), and a copy would cost."""
+    num_tokens = q.shape[1]
+
     def add_bias(score, batch, head, query, key):
-        return score + bias[head, query, key]
+        return score + bias[head, query * num_tokens + key]
 
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     return flex_attention(q, k, v, score_mod=add_bias, return_aux=aux)
 
 
 def flex_attend(q, k, v, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Output (B, N, heads, D) and LSE (B, heads, N). `return_lse=True` of older torch is deprecated; `return_aux`
-    is in all that we support."""
+    """Output (B, N, heads, D) and LSE (B, heads, N)."""
     out, aux = _flex(q, k, v, bias, AuxRequest(lse=True))
     return out.transpose(1, 2), aux.lse
 
 
-def _flex_bias(q, k, v, bias) -> Tensor:
-    return _flex(q, k, v, bias).transpose(1, 2)
-
-
-def _flex_bias_from_table(q, k, v, table, index, num_extra_tokens) -> Tensor:
-    return _flex_bias(q, k, v, matrix_of(table.T, index, num_extra_tokens, 0.0))
-
-
-def _flex_two_passes(q, k, v, bias, modulated_bias) -> Tensor:
+def flex_two_passes(q, k, v, bias: Tensor, modulated_bias: Tensor) -> Tensor:
     return two_passes(q, k, v, bias, modulated_bias, flex_attend)
 
 
-def _flex_two_passes_from_table(q, k, v, table, index, log_modulation, num_extra_tokens) -> Tensor:
-    bias = matrix_of(table.T, index, num_extra_tokens, 0.0)
-    return two_passes(q, k, v, bias, bias + log_modulation, flex_attend)
+def flex_bias(q, k, v, bias: Tensor) -> Tensor:
+    return _flex(q, k, v, bias).transpose(1, 2)
 
 
 class _Flex(Implementation):
     """FlexAttention under torch.compile, the bias read from a matrix, which is faster than a look-up in the table
-    by offsets. It stays in float32, in which its gradient is summed over the batch. Nothing is padded: any head dim
-    of at least 16 is taken, rounded up to a power of two inside the kernel."""
+    by offsets. It stays in float32, in which its gradient is summed over the batch. Nothing is padded: the kernels
+    round a head dim up to a power of two themselves, in every torch that we support."""
 
     backend = "Inductor, FlexAttention"
-    constant: Callable
-    from_table: Callable
-
-    def __init__(self):
-        self.constant, self.from_table = _compile(self.constant), _compile(self.from_table)
 
     def check(self, case, device):
         if device.type == "cpu":
@@ -331,58 +338,49 @@ class _Flex(Implementation):
             raise UnavailableError("FlexAttention takes head dims of 16 and more")
 
     def prepare(self, case, inputs):
-        prepared = {name: inputs[name] for name in ("q", "k", "v", "grad 0")}
-        return prepared | (
-            _table_and_index(case, inputs) if case.grad_bias else {"bias": _constant_bias(case, inputs)}
-        )
+        return {name: inputs[name] for name in ("q", "k", "v", "grad 0")} | _bias_inputs(case, inputs)
 
 
 class FlexTwoPasses(_Flex):
     name = "two passes, FlexAttention"
-    constant = staticmethod(_flex_two_passes)
-    from_table = staticmethod(_flex_two_passes_from_table)
+
+    def __init__(self):
+        self.attention = _compile(flex_two_passes)
 
     def check(self, case, device):
-        if not case.has_modulation:
-            raise UnavailableError("without modulation there is nothing to emulate")
+        _check_modulation(case)
         super().check(case, device)
 
     def prepare(self, case, inputs):
         prepared = super().prepare(case, inputs)
-        log_modulation = _modulation_matrix(case, inputs).log()
+        log_modulation = _modulation(case, inputs).log()
         if case.grad_bias:
             return prepared | {"log modulation": log_modulation}
         return prepared | {"modulated bias": prepared["bias"] + log_modulation}
 
     def forward(self, case, inputs):
-        q, k, v = inputs["q"], inputs["k"], inputs["v"]
-        if case.grad_bias:
-            tables = inputs["rel_pos_bias"], inputs["index"], inputs["log modulation"]
-            return (self.from_table(q, k, v, *tables, case.layer.num_extra_tokens),)
-        return (self.constant(q, k, v, inputs["bias"], inputs["modulated bias"]),)
+        bias = _bias(case, inputs)
+        modulated_bias = bias + inputs["log modulation"] if case.grad_bias else inputs["modulated bias"]
+        return (self.attention(inputs["q"], inputs["k"], inputs["v"], bias, modulated_bias),)
 
 
 class FlexBias(_Flex):
     """A lower bound where there is modulation."""
 
     name = "FlexAttention with bias"
-    constant = staticmethod(_flex_bias)
-    from_table = staticmethod(_flex_bias_from_table)
+
+    def __init__(self):
+        self.attention = _compile(flex_bias)
 
     def computes(self, case):
         return replace(case, has_modulation=False)
 
     def check(self, case, device):
-        if not case.has_bias:
-            raise UnavailableError("the case has no bias")
+        _check_bias(case)
         super().check(case, device)
 
     def forward(self, case, inputs):
-        q, k, v = inputs["q"], inputs["k"], inputs["v"]
-        if case.grad_bias:
-            table, index = inputs["rel_pos_bias"], inputs["index"]
-            return (self.from_table(q, k, v, table, index, case.layer.num_extra_tokens),)
-        return (self.constant(q, k, v, inputs["bias"]),)
+        return (self.attention(inputs["q"], inputs["k"], inputs["v"], _bias(case, inputs)),)
 
 
 def implementations() -> list[Implementation]:
