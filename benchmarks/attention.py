@@ -145,15 +145,14 @@ def cases(suite: str, device: torch.device, dtypes: list[str], quick: bool) -> l
     # "mixed" is a matter of residual streams; attention then is in bfloat16.
     dtypes = ["bfloat16" if dtype == "mixed" else dtype for dtype in dtypes]
     if on_gpu:
-        first, second = (layer for layer in ATTENTION_256[-3:-1])  # EDT-XL's
+        first, second = ATTENTION_256[-3:-1]  # EDT-XL's
         layers = [(first, 256, "batch"), (first, 64, "stage"), (second, 256, "stage")]
         if not quick:
             layers += [(layer, 64, "stage") for layer in [*ATTENTION_256[::-1], *EDT_ATTENTION[::-1]]]
             layers += [(first, batch_size, "batch") for batch_size in (1, 4, 16)]
             layers += _token_sweep(_SWEEP_GRIDS)
             layers += [
-                (AttentionShape("head dim", (16, 16), 16, head_dim), 64, "head_dim")
-                for head_dim in (52, 64, 72, 128)
+                (AttentionShape("sweep", (16, 16), 16, head_dim), 64, "head_dim") for head_dim in (52, 64, 72, 128)
             ]
             layers += [(layer, 16, "stage") for layer in OTHER_ATTENTION]
     else:

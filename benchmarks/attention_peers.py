@@ -299,8 +299,8 @@ class PlainSDPA(_SDPA):
 
 
 def _flex(q, k, v, bias: Tensor, aux: AuxRequest | None = None):
-    """bias (heads, N·N). As a view of (heads, N, N) it would lose its gradient with some of torch.compile's backends
-    (seen in torch 2.13 with aot_eager), and a copy would cost."""
+    """bias (heads, N·N). As a view (heads, N, N) it would lose its gradient with some of torch.compile's backends
+    (aot_eager in torch 2.13), and a copy would cost."""
     num_tokens = q.shape[1]
 
     def add_bias(score, batch, head, query, key):
