@@ -16,7 +16,7 @@ from . import attention_peers
 from .costs import Cost, attention_cost
 from .harness import Implementation, kernels_backend
 from .results import OURS
-from .shapes import ATTENTION_256, EDT_ATTENTION, OTHER_ATTENTION, AttentionShape
+from .shapes import ATTENTION_256, ATTENTION_512, OTHER_ATTENTION, AttentionShape
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ def implementations(suite: str) -> list[Implementation]:
     return [Ours(), *attention_peers.implementations()]
 
 
-_SWEEP_TOKENS = 65536  # B·N of the sweep over N: all of its points move the same bytes
 _SWEEP_GRIDS = [(4, 4), (8, 4), (8, 8), (16, 8), (16, 16), (32, 16), (32, 32), (64, 32), (64, 64)]
 
 
-def _token_sweep(grids: list[tuple[int, int]]) -> list[tuple[AttentionShape, int, str]]:
-    return [(AttentionShape("tokens", grid, 16, 64), _SWEEP_TOKENS // math.prod(grid), "tokens") for grid in grids]
+def _token_sweep(grid: tuple[int, int]) -> tuple[AttentionShape, int, str]:
+    """65536 tokens in all, so that every point of the sweep moves the same bytes."""
+    return AttentionShape("sweep", grid, 16, 64), 65536 // math.prod(grid), "tokens"
 
 
 def cases(suite: str, device: torch.device, dtypes: list[str], quick: bool) -> list[AttentionCase]:
@@ -148,9 +148,9 @@ def cases(suite: str, device: torch.device, dtypes: list[str], quick: bool) -> l
         first, second = ATTENTION_256[-3:-1]  # EDT-XL's
         layers = [(first, 256, "batch"), (first, 64, "stage"), (second, 256, "stage")]
         if not quick:
-            layers += [(layer, 64, "stage") for layer in [*ATTENTION_256[::-1], *EDT_ATTENTION[::-1]]]
+            layers += [(layer, 64, "stage") for layer in [*ATTENTION_256[::-1], *ATTENTION_512[::-1]]]
             layers += [(first, batch_size, "batch") for batch_size in (1, 4, 16)]
-            layers += _token_sweep(_SWEEP_GRIDS)
+            layers += [_token_sweep(grid) for grid in _SWEEP_GRIDS]
             layers += [
                 (AttentionShape("sweep", (16, 16), 16, head_dim), 64, "head_dim") for head_dim in (52, 64, 72, 128)
             ]
@@ -171,6 +171,6 @@ def cases(suite: str, device: torch.device, dtypes: list[str], quick: bool) -> l
             if not quick:
                 found.append(AttentionCase(layer, batch_size, dtype, backward=True, sweep=sweep))
         if on_gpu and quick:
-            layer, batch_size, sweep = _token_sweep([(32, 32)])[0]
+            layer, batch_size, sweep = _token_sweep((32, 32))
             found.append(AttentionCase(layer, batch_size, dtype, backward=False, sweep=sweep))
     return list(dict.fromkeys(found))

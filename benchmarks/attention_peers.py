@@ -325,9 +325,10 @@ def flex_bias(q, k, v, bias: Tensor) -> Tensor:
 
 
 class _Flex(Implementation):
-    """FlexAttention under torch.compile, the bias read from a matrix, which is faster than a look-up in the table
-    by offsets. It stays in float32, in which its gradient is summed over the batch. Nothing is padded: the kernels
-    round a head dim up to a power of two themselves, in every torch that we support."""
+    """FlexAttention under torch.compile, the bias read from a matrix: published figures for an H100 are 474–496
+    TFLOP/s so, and 344–386 with a look-up in the table. It stays in float32, in which its gradient is summed over
+    the batch. Nothing is padded: the kernels round a head dim up to a power of two themselves (torch 2.6 and later).
+    """
 
     backend = "Inductor, FlexAttention"
 
