@@ -327,7 +327,7 @@ def flex_bias(q, k, v, bias: Tensor) -> Tensor:
 class _Flex(Implementation):
     """FlexAttention under torch.compile, the bias read from a matrix: published figures for an H100 are 474–496
     TFLOP/s so, and 344–386 with a look-up in the table. It stays in float32, in which its gradient is summed over
-    the batch. Nothing is padded: the kernels round a head dim up to a power of two themselves (torch 2.6 and later).
+    the batch. Nothing is padded: the kernels round a head dim up to a power of two themselves (since torch 2.6).
     """
 
     backend = "Inductor, FlexAttention"
