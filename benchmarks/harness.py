@@ -225,7 +225,7 @@ def _check(suite, case, implementation, sets, references, device, ceilings) -> _
     calls = []
     with _recorded(row):
         implementation.check(case, device)
-        row.backend = implementation.backend
+        row.backend = implementation.backend  # some learn it from the device
         computed = implementation.computes(case)
         if computed not in references:
             references[computed] = expected(computed, sets[0])
