@@ -1,0 +1,263 @@
+"""What the kernels and the model have to reach on a GPU, and whether stored results show it.
+
+A target is judged at each of its places: "met" or "missed" by measured rows alone, else "not measured". Where
+several cases are at a place the worst counts, where several peers would do for a baseline the fastest.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from .results import Results, Row, speedup
+
+STATED_FOR = "one NVIDIA H200"
+NOTE = "Bitwise determinism of gradients is a target too; the tests marked `gpu` show it, these rows do not."
+
+
+class NotMeasuredError(Exception):
+    """With the reason."""
+
+
+# Of ours, the rows that it is compared with, and all of the suite: the figure, and what it was taken against.
+Figure = Callable[[Row, list[Row], Results], tuple[float, str]]
+# By name in `Row.shape`: a value, or a function that says whether it will do.
+Place = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Target:
+    id: str
+    sentence: str
+    suite: str
+    places: dict[str, Place]  # by label
+    figure: Figure
+    goal: float
+    work: str | None = None  # None: whatever the suite measures
+    dtype: str | None = None
+    at_least: bool = True
+    percent: bool = False
+
+    def show(self, figure: float) -> str:
+        return f"{100 * figure:.1f} %" if self.percent else f"{figure:.2f}×"
+
+    @property
+    def goal_text(self) -> str:
+        goal = f"{100 * self.goal:.0f} %" if self.percent else f"{self.goal:g}×"
+        return f"{'≥' if self.at_least else '≤'} {goal}"
+
+    def matches(self, row: Row, place: Place) -> bool:
+        if row.work != (self.work or row.work) or row.dtype != (self.dtype or row.dtype):
+            return False
+        found = {name: row.shape.get(name) for name in place}
+        return all(want(found[name]) if callable(want) else want == found[name] for name, want in place.items())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    target: Target
+    place: str
+    status: str = "not measured"  # or "met", "missed"
+    figure: float | None = None
+    note: str = ""  # the baseline, or why there is no figure
+    ours: Row | None = None
+
+    @property
+    def batch_size(self) -> int | None:
+        return self.ours and self.ours.shape["batch_size"]
+
+    def __str__(self) -> str:
+        text = self.status if self.figure is None else self.target.show(self.figure)
+        return f"{text} ({self.note})" if self.note else text
+
+
+def _is(*parts: str, role: str = "peer") -> Callable[[Row], bool]:
+    return lambda row: row.role == role and any(part in row.implementation.lower() for part in parts)
+
+
+def _eager(row: Row) -> bool:
+    """The released op sequence or the reference backend, in the dtypes that ours has."""
+    name = row.implementation.lower()
+    return _is("eager", "reference backend")(row) and "compile" not in name and "tf32" not in name
+
+
+_compiled, _emulation = _is("torch.compile"), _is("doubled keys", "two passes", "torch.compile")
+
+
+def _over(baseline: Callable[[Row], bool], ours: Row, rows: list[Row], results: Results, inverse=False):
+    """The time of the fastest such row over ours; `inverse`: our time over its."""
+    found = [row for row in rows if baseline(row)]
+    ratios = [(speedup(ours, row), row.implementation) for row in found if row.status == "ok"]
+    ratios = [(ratio, name) for ratio, name in ratios if ratio]
+    if not ratios:
+        raise NotMeasuredError(", ".join(f"{row.implementation}: {row.status}" for row in found) or "no baseline")
+    ratio, name = min(ratios)
+    return (1 / ratio if inverse else ratio), name
+
+
+def _own(value: Callable[[Row], float | None], ours: Row, rows: list[Row], results: Results):
+    if (figure := value(ours)) is None:
+        raise NotMeasuredError("no figure")
+    return figure, ""
+
+
+_floor = partial(_own, lambda ours: ours.fraction_of_floor)
+
+
+def _backward_of_copy(ours: Row, rows: list[Row], results: Results):
+    """Bytes and time of both passes less those of forward. (Forward alone has no keep mask: 4 bytes a token.)"""
+    for row in results.rows:
+        same = (row.role, row.status, row.work, row.dtype) == ("ours", "ok", "forward", ours.dtype)
+        if same and row.shape == ours.shape and results.ceilings:
+            timings = [(ours.graph_ms, row.graph_ms), (ours.ms, row.ms)]
+            ms = next((both.median - alone.median for both, alone in timings if both and alone), 0)
+            if ms > 0:
+                rate = (ours.bytes - row.bytes) / ms * 1e3
+                return rate / results.ceilings.copy_bytes_per_second, "both passes less forward"
+    raise NotMeasuredError("no forward alone")
+
+
+def _attention_memory(ours: Row) -> float | None:
+    """The most that is allocated at once, with what the caller holds (q, k, v, the output's gradient, the bias),
+    over q, k, v, o, the bias, all their gradients and the logsumexp."""
+    if ours.peak_bytes is None:
+        return None
+    shape, itemsize = ours.shape, {"float32": 4}.get(ours.dtype, 2)
+    rows = shape["batch_size"] * shape["heads"] * shape["tokens"]
+    tensors = 4 * rows * shape["head_dim"] * itemsize
+    table = 4 * math.prod(2 * side - 1 for side in shape["grid"]) * shape["heads"]
+    return (tensors + table + ours.peak_bytes) / (2 * tensors + 2 * table + 4 * rows)
+
+
+def _eager_memory(ours: Row, rows: list[Row], results: Results):
+    peaks = [(row.peak_bytes, row.implementation) for row in rows if _eager(row) and row.status == "ok"]
+    peaks = [peak for peak in peaks if peak[0]]
+    if not peaks or ours.peak_bytes is None:
+        raise NotMeasuredError("no peak of both")
+    least, name = min(peaks)
+    return ours.peak_bytes / least, name
+
+
+def _attention_targets() -> list[Target]:
+    """EDT-XL's first two stages: forward as at inference, with bias and modulation; both passes with whatever is
+    measured with the bias's gradient, as EDT trains without modulation."""
+    xl = {"model": "EDT-XL/2", "head_dim": 52, "has_bias": True}
+    places = {f"N {N} B {B}": {**xl, "tokens": N, "batch_size": B} for N in (256, 64) for B in (64, 256)}
+    forward = {label: {**place, "has_modulation": True} for label, place in places.items()}
+    both = {label: {**place, "grad_bias": True} for label, place in places.items()}
+    eager, emulation = partial(_over, _eager), partial(_over, _emulation)
+    bound = partial(_over, lambda row: row.role == "bound", inverse=True)
+    flash = partial(_over, _is("flash", role="bound"), inverse=True)
+    of = partial(Target, suite="attention", dtype="bfloat16")
+    forward = partial(of, places=forward, work="forward")
+    both = partial(of, places=both, work="forward+backward")
+    memory = "both passes, peak memory over q, k, v, o, bias, their gradients and LSE"
+    flash_time = "both passes, our time over SDPA flash's, without bias and modulation"
+    return [
+        forward("attention-eager", "forward, times as fast as eager", figure=eager, goal=6),
+        forward("attention-emulation", "forward, times the best exact emulation", figure=emulation, goal=2.5),
+        forward("attention-bound", "forward, our time over the fastest lower bound's", figure=bound, goal=1.1,
+                at_least=False),
+        forward("attention-floor", "forward, fraction of the floor", figure=_floor, goal=0.65, percent=True),
+        both("attention-both-eager", "both passes, times as fast as eager", figure=eager, goal=4),
+        both("attention-both-emulation", "both passes, times the best exact emulation", figure=emulation, goal=2),
+        both("attention-both-flash", flash_time, figure=flash, goal=1.25, at_least=False),
+        both("attention-memory", memory, figure=partial(_own, _attention_memory), goal=1, at_least=False),
+    ]  # fmt: skip
+
+
+def _norm_targets() -> list[Target]:
+    """EDT's layers where the batch has at least 16384 tokens."""
+    suites = {"gated_residual_adaln": "adaln", "token_merge_adaln": "merge", "token_split_concat_adaln": "split"}
+    found = []
+    for op, suite in (*suites.items(), ("adaln", "adaln"), ("gated_residual", "adaln")):
+        places = {}
+        for B in (64, 256):
+            enough = lambda grid, B=B: B * math.prod(grid) >= 16384  # noqa: E731
+            is_edt = lambda model: model.startswith("EDT")  # noqa: E731
+            places[f"B {B}"] = {"op": op, "batch_size": B, "grid": enough, "model": is_edt}
+        of = partial(Target, suite=suite, places=places)
+        found += [
+            of(f"{op}-forward", f"{op} forward, of copy bandwidth", work="forward", figure=_floor, goal=0.85,
+               percent=True),
+            of(f"{op}-backward", f"{op} backward, of copy bandwidth", work="forward+backward",
+               figure=_backward_of_copy, goal=0.75, percent=True),
+        ]  # fmt: skip
+        if op in suites:
+            found.append(of(f"{op}-compile", f"{op} both passes, times torch.compile", work="forward+backward",
+                            figure=partial(_over, _compiled), goal=1.3))  # fmt: skip
+    return found
+
+
+def _model_targets() -> list[Target]:
+    def places(batch_size: int, *models: str) -> dict[str, Place]:
+        models = models or ("EDT-S/2", "EDT-B/2", "EDT-XL/2")
+        return {f"{model} B {batch_size}": {"model": model, "resolution": 256, "batch_size": batch_size}
+                for model in models}  # fmt: skip
+
+    # Of EDT-XL, the largest batch that fits both.
+    xl = {"EDT-XL/2 B max": {"model": "EDT-XL/2", "resolution": 256}}
+    train = partial(Target, suite="train", places=places(256, "EDT-S/2", "EDT-B/2") | xl)
+    sample, one = (partial(Target, suite="sample", places=places(batch_size)) for batch_size in (64, 1))
+    eager, compiled = partial(_over, _eager), partial(_over, _compiled)
+    utilisation = partial(_own, lambda ours: ours.extra.get("model_flop_utilisation"))
+    error = partial(_own, lambda ours: ours.error_over_budget)
+    return [
+        train("train-eager", "training step, times as fast as eager bf16", figure=eager, goal=3),
+        train("train-compile", "training step, times torch.compile", figure=compiled, goal=1.5),
+        train("train-memory", "training step, share of eager's peak memory", figure=_eager_memory, goal=0.5,
+              at_least=False, percent=True),
+        train("train-utilisation", "training step, model FLOP utilisation", places=xl, figure=utilisation,
+              goal=0.45, percent=True),
+        sample("sample-eager", "sampling, times as fast as eager bf16", figure=eager, goal=3),
+        sample("sample-compile", "sampling, times torch.compile", figure=compiled, goal=1.4),
+        one("sample-one", "sampling at batch 1, times as fast as eager bf16", figure=eager, goal=5),
+        sample("sample-error", "error of denoised latents over its budget", figure=error, goal=1, at_least=False),
+    ]  # fmt: skip
+
+
+TARGETS = [*_attention_targets(), *_norm_targets(), *_model_targets()]
+
+
+def groups(rows: list[Row]) -> list[list[Row]]:
+    """Rows that are compared with one another, in the order measured."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.group, []).append(row)
+    return list(found.values())
+
+
+def _judge(target: Target, place: str, rows: list[Row], results: Results) -> Verdict:
+    ours = next((row for row in rows if row.role == "ours"), None)
+    if ours is None:
+        return Verdict(target, place, note="ours did not run")
+    if ours.status != "ok":
+        return Verdict(target, place, "missed", note=f"ours: {ours.status}", ours=ours)
+    try:
+        figure, note = target.figure(ours, rows, results)
+    except NotMeasuredError as error:
+        return Verdict(target, place, note=str(error), ours=ours)
+    met = figure >= target.goal if target.at_least else figure <= target.goal
+    return Verdict(target, place, "met" if met else "missed", figure, note, ours)
+
+
+def evaluate(suites: dict[str, Results], *, worst: bool = True) -> list[Verdict]:
+    """For each target and place the worst case, or every case. Nothing of a CPU is judged."""
+    verdicts = []
+    for target in TARGETS:
+        results = suites.get(target.suite)
+        rows = results.rows if results and results.environment["device"] != "cpu" else []
+        for label, place in target.places.items():
+            here = groups([row for row in rows if target.matches(row, place)])
+            judged = [_judge(target, label, group, results) for group in here]
+            if label.endswith("max") and (sizes := [v.batch_size for v in judged if v.figure is not None]):
+                judged = [v for v in judged if v.batch_size == max(sizes)]
+            judged.sort(key=_severity)
+            judged = judged or [Verdict(target, label)]
+            verdicts += judged[:1] if worst else judged
+    return verdicts
+
+
+def _severity(verdict: Verdict) -> tuple[int, float]:
+    figure = -math.inf if verdict.figure is None else verdict.figure
+    return ("missed", "not measured", "met").index(verdict.status), figure * (1 if verdict.target.at_least else -1)
