@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from .results import Results, Row, speedup
-from .targets import groups
+from .targets import groups, peak
 
 # A family of implementations by what its name contains, the first that fits; its colour is the same everywhere.
 _FAMILIES = {
@@ -26,7 +26,7 @@ _FAMILIES = {
     "sdpa": ("SDPA", "#bc7a00"),
     "liger": ("Liger-Kernel", "#8c564b"),
 }
-_PANELS = 4  # cases in a picture, at most
+_PANELS = 8  # of bars in a picture, at most
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9,
           "figure.titlesize": 11, "savefig.dpi": 120, "savefig.bbox": "tight"}  # fmt: skip
 
@@ -61,17 +61,17 @@ def _title(figure, results: Results, cases: list[list[Row]], text: str) -> None:
 
 
 def _comparisons(results: Results, chosen: Callable[[Row], bool]) -> list[list[Row]]:
-    """Of each case, the chosen rows that worked, where ours and another are among them."""
-    found = [[row for row in rows if row.status == "ok" and chosen(row)] for rows in groups(results.rows)]
+    """Of each case in the first dtype, the chosen rows that worked, where ours and another are among them."""
+    rows = [row for row in results.rows if row.dtype == results.rows[0].dtype and row.status == "ok"]
+    found = groups([row for row in rows if chosen(row)])
     return [rows for rows in found if len(rows) > 1 and any(row.role == "ours" for row in rows)]
 
 
 def _first(found: list[list[Row]]) -> list[list[Row]]:
-    """Of the first cases, which are the most telling: all that is done there, case by case."""
-    names = list(dict.fromkeys(rows[0].case for rows in found))[:_PANELS]
-    works = list(dict.fromkeys(rows[0].work for rows in found))
-    kept = [rows for rows in found if rows[0].case in names]
-    return sorted(kept, key=lambda rows: (names.index(rows[0].case), works.index(rows[0].work)))
+    """The most telling, which come first; what is done in one case together."""
+    found = [rows for rows in found if "bias constant" not in rows[0].work]
+    names = list(dict.fromkeys(rows[0].case for rows in found))
+    return sorted(found, key=lambda rows: names.index(rows[0].case))[:_PANELS]
 
 
 def _bars(panels: list[list[tuple[Row, float]]], label: Callable[[float], str], axis: str, line: float | None):
@@ -128,12 +128,12 @@ def speedup_bars(suite: str, results: Results):
 
 def memory_bars(suite: str, results: Results):
     """Of what is done with a backward pass, where anything is."""
-    found = _comparisons(results, lambda row: bool(row.peak_bytes))
+    found = _comparisons(results, lambda row: bool(peak(row)))
     panels = _first([rows for rows in found if "backward" in rows[0].work] or found)
     if not panels:
         return None
-    figure = _bars([[(row, row.peak_bytes) for row in rows] for rows in panels], _size,
-                   "peak memory of a call: shorter is better; each panel has its own scale", None)  # fmt: skip
+    axis = "peak memory, of models with their weights: shorter is better; each panel has its own scale"
+    figure = _bars([[(row, peak(row)) for row in rows] for rows in panels], _size, axis, None)
     _title(figure, results, panels, f"{suite}: memory at the peak")
     return figure
 
@@ -142,20 +142,21 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def _two_passes(suite: str, results: Results, chosen: Callable[[Row], bool], plot: Callable, text: str, label: str,
-                fewest: int):  # fmt: skip
+def _two_passes(suite: str, results: Results, chosen: Callable, plot: Callable, text: str, label: str):
     """A panel each for forward, and for both passes; a legend outside, in the order of the marks."""
-    found = _comparisons(results, lambda row: bool(row.time_ms) and chosen(row))
+    found = _comparisons(
+        results, lambda row: row.time_ms and row.shape.get("has_modulation") and chosen(row.shape)
+    )
     works = {work: [rows for rows in found if rows[0].work == work] for work in ("forward", "forward+backward")}
-    works = {work: cases for work, cases in works.items() if len(cases) >= fewest}
+    works = {work: cases for work, cases in works.items() if len(cases) > 1}
     if not works:
         return None
     figure, axes = plt.subplots(1, len(works), figsize=(5 * len(works) + 2, 4.4), squeeze=False, sharey=True,
                                 layout="constrained")  # fmt: skip
     handles = {}
     for ax, (work, cases) in zip(axes.flat, works.items(), strict=True):
-        handles |= plot(ax, cases, results)
         ax.set(xscale="log", yscale="log", title=work)
+        handles |= plot(ax, cases, results)
     axes[0, 0].set_ylabel(label)
     names = sorted(handles, key=lambda name: -handles[name][1])
     figure.legend([handles[name][0] for name in names], names, loc="outside right center", frameon=False)
@@ -164,11 +165,9 @@ def _two_passes(suite: str, results: Results, chosen: Callable[[Row], bool], plo
 
 
 def roofline(suite: str, results: Results):
-    if results.ceilings is None:
-        return None
     text = "operations a second, and the measured ceilings (roofline); a column is a case"
-    return _two_passes(suite, results, lambda row: bool(row.operations and row.bytes), _draw_roofline, text,
-                       "operations a second: higher is better", 1)  # fmt: skip
+    label = "operations a second: higher is better"
+    return results.ceilings and _two_passes(suite, results, lambda shape: True, _draw_roofline, text, label)
 
 
 def _draw_roofline(ax, cases: list[list[Row]], results: Results) -> dict:
@@ -180,8 +179,8 @@ def _draw_roofline(ax, cases: list[list[Row]], results: Results) -> dict:
     at = [row.operations / row.bytes for row in rows]
     low, high = min(at) / 2.5, 2 * max(*at, rate / copy)
     ax.plot([low, rate / copy, high], [low * copy, rate, rate], color="black", linewidth=1.2)
-    ax.text(low, 1.25 * low * copy, f"copy, {copy / 1e12:.3g} TB/s", fontsize=8, rotation=45,
-            rotation_mode="anchor", transform_rotates_text=True)  # fmt: skip
+    middle = math.sqrt(low * rate / copy)
+    ax.text(0.85 * middle, middle * copy, f"copy, {copy / 1e12:.3g} TB/s", fontsize=8, ha="right")
     ax.text(high, 1.08 * rate, f"matrix products, {rate / 1e12:.3g} TFLOP/s", fontsize=8, ha="right")
     handles = {}
     for x, row in zip(at, rows, strict=True):
@@ -192,14 +191,14 @@ def _draw_roofline(ax, cases: list[list[Row]], results: Results) -> dict:
         if ours and "tokens" in row.shape:
             ax.annotate(f"N {row.shape['tokens']}", (x, 0.01), xycoords=("data", "axes fraction"), ha="center",
                         fontsize=8)  # fmt: skip
+    ax.margins(y=0.12)
     ax.set_xlabel("operations a byte of the least that must be moved")
     return handles
 
 
 def token_sweep(suite: str, results: Results):
-    text = "time over sequence length, of each family the fastest; dashed: computes less"
-    return _two_passes(suite, results, lambda row: row.shape.get("sweep") == "tokens", _draw_sweep, text,
-                       "ns a token: lower is better", 2)  # fmt: skip
+    text, label = "time over sequence length, of each family the fastest", "ns a token: lower is better"
+    return _two_passes(suite, results, lambda shape: shape["sweep"] == "tokens", _draw_sweep, text, label)
 
 
 def _draw_sweep(ax, cases: list[list[Row]], results: Results) -> dict:
@@ -216,7 +215,6 @@ def _draw_sweep(ax, cases: list[list[Row]], results: Results) -> dict:
                          **{"linewidth": 1.3, "markersize": 4} | style)[0]  # fmt: skip
         handles[name] = handle, ys[-1]
     ticks = sorted({x for points in lines.values() for x in points})
-    ax.set_xscale("log")  # before the ticks, which it would replace
     ax.set_xticks(ticks, ticks)
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.grid(axis="y", color="#dddddd", linewidth=0.6)

@@ -1,0 +1,275 @@
+"""All that a GPU is needed for, in one command that keeps to its time: tests, quick benchmarks, tiles.
+
+    python -m benchmarks.gpu_suite [--out DIR] [--minutes 9] [--only tests bench tune] [--commit HASH] [--pack]
+
+Each part is a process of its own with a deadline; one that crashes or is late ends alone, and what it wrote is kept.
+Time that a part leaves goes to the next. DIR/suite.json says what ran; it is written after every part. The exit
+status is 1 if a test failed or ours was wrong, 2 without a GPU. The standard library is all that this file needs.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITES = {"attention": 75, "adaln": 35, "merge": 20, "split": 20, "train": 30, "model": 15, "sample": 15}
+# The most important first, with shares of the tests' time; files that are not named have the last share.
+TEST_FILES = {
+    "test_amm_attention": 80, "test_norm_ops": 45, "test_torch_integration": 20, "test_nn": 10,
+    "test_model_on_kernels": 25, "test_activation_memory": 10, "": 40,
+}  # fmt: skip
+GROUP_SECONDS = {"tests": 240, "bench": 210, "tune": 60}
+_SUMMARY_SECONDS = 30
+# Nothing of this is fatal to miss: what needs it fails, and says so.
+MODULES = ("torch", "triton", "numpy", "einops", "pytest", "matplotlib", "safetensors", "tqdm", "diffusers",
+           "pytorch_optimizer", "tyro", "xdist", "hypothesis", "liger_kernel")  # fmt: skip
+_GRACE_SECONDS = 5  # from Ctrl-C, at which pytest prints its failures and benchmarks stop, to the kill
+_TUNE_ENDS_EARLY = 20  # tune begins nothing new after --seconds, but ends what it began
+_PROBE = "import torch; p = torch.cuda.get_device_properties(0); print(p.name, 'torch', torch.__version__)"
+_STATUS = "PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS"
+_XDIST_RESULT = re.compile(rf"^\[gw\d+\] \[ *\d+%\] ({_STATUS}) (.+?) *$", re.MULTILINE)
+_RESULT = re.compile(rf"^(\S+\.py::.+?) ({_STATUS})\b", re.MULTILINE)
+_STARTED = re.compile(r"^(\S+\.py::.+?) *$", re.MULTILINE)
+_COLLECTION_ERROR = re.compile(r"^_+ ERROR collecting (\S+) _+$", re.MULTILINE)
+
+
+@dataclass
+class Part:
+    name: str
+    group: str  # "tests", "bench", "tune", "summary": its output goes to <group>.txt
+    command: list[str]  # "{seconds}" becomes the time that tune is given
+    share: float  # of the whole time, before scaling
+
+
+def plan(groups: list[str], out: Path, has_xdist: bool) -> list[Part]:
+    parts = []
+    if "tests" in groups:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # Compiling is most of the time. Each worker has a context of the GPU and tensors of its own there.
+        workers = ["-n", str(max(1, min(8, cores // 2)))] if has_xdist else []
+        pytest = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "-v",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            *workers,
+        ]
+        files = [path for path in sorted((ROOT / "tests").glob("test_*.py"))
+                 if re.search(r"\bmark\.gpu\b", path.read_text())]  # fmt: skip
+        order = list(TEST_FILES)
+        files.sort(key=lambda path: order.index(path.stem if path.stem in TEST_FILES else ""))
+        names = [f"tests/{path.name}" for path in files]
+        shares = [TEST_FILES.get(path.stem, TEST_FILES[""]) for path in files]
+        parts += [Part(name, "tests", [*pytest, name], share * GROUP_SECONDS["tests"] / sum(shares))
+                  for name, share in zip(names, shares, strict=True)]  # fmt: skip
+    if "bench" in groups:
+        command = [sys.executable, "-m", "benchmarks"]
+        parts += [Part(f"benchmark {suite}", "bench", [*command, suite, "--quick", "--out", str(out)], share)
+                  for suite, share in SUITES.items()]  # fmt: skip
+    if "tune" in groups:
+        command = [sys.executable, "-m", "edt", "tune", "--quick", "--seconds", "{seconds}"]
+        command += ["--output", str(out / "tiles.json")]
+        parts.append(Part("edt tune", "tune", command, GROUP_SECONDS["tune"]))
+    report = [sys.executable, "-m", "benchmarks.report", str(out)]
+    return [*parts, Part("report", "summary", report, _SUMMARY_SECONDS)]
+
+
+def deadlines(parts: list[Part], seconds: float) -> list[float]:
+    """After the start: when each has to be over. Fixed, so that time one leaves is the next one's."""
+    total, so_far, found = sum(part.share for part in parts), 0.0, []
+    for part in parts:
+        so_far += part.share
+        found.append(seconds * so_far / total)
+    return found
+
+
+def run_part(part: Part, seconds: float, out: Path, environment: dict[str, str]) -> dict:
+    """What became of it; never raises for what the part does."""
+    tune_seconds = str(max(1, int(seconds - _TUNE_ENDS_EARLY)))
+    command = [word.replace("{seconds}", tune_seconds) for word in part.command]
+    record = {"name": part.name, "group": part.group, "command": command, "limit_s": round(seconds, 1)}
+    if seconds <= 0:
+        return record | {"seconds": 0.0, "status": "no time"}
+    path, begin = out / f"{part.group}.txt", time.monotonic()
+    with open(path, "ab") as log:
+        log.write(f"\n$ {' '.join(command)}\n".encode())
+        log.flush()
+        start = log.tell()
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            return record | {"seconds": 0.0, "status": f"failed: {error}"}
+        late = False
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            late = True
+            _signal(process, signal.SIGINT)
+            try:
+                process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                pass
+        finally:
+            _signal(process, signal.SIGKILL)  # and what it left running
+            process.wait()
+    code = process.returncode
+    ended = "ok" if code == 0 else f"crashed: signal {-code}" if code < 0 else f"failed: exit status {code}"
+    record |= {"seconds": round(time.monotonic() - begin, 1), "status": "stopped: late" if late else ended}
+    if part.group == "tests":
+        record["tests"] = count_tests(path.read_bytes()[start:].decode(errors="replace"))
+        if code == 5 and not late:  # pytest's for "none collected"
+            record["status"] = "ok"
+    return record
+
+
+def _signal(process: subprocess.Popen, number: int) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def count_tests(text: str) -> dict:
+    """Of what pytest -v wrote, with or without xdist, as far as it came."""
+    results = {name: status for status, name in _XDIST_RESULT.findall(text)} or dict(_RESULT.findall(text))
+    statuses = list(results.values())
+    collection = list(dict.fromkeys(_COLLECTION_ERROR.findall(text)))
+    return {
+        "passed": statuses.count("PASSED") + statuses.count("XPASS"),
+        "failed": statuses.count("FAILED"),
+        "skipped": statuses.count("SKIPPED") + statuses.count("XFAIL"),
+        "errors": statuses.count("ERROR") + len(collection),
+        "failures": [name for name, status in results.items() if status in ("FAILED", "ERROR")],
+        "not_collected": collection,
+        "unfinished": [name for name in dict.fromkeys(_STARTED.findall(text))
+                       if name not in results and not re.search(rf" ({_STATUS})\b", name)],
+    }  # fmt: skip
+
+
+def run(
+    parts: list[Part], seconds: float, out: Path, state: dict, environment: dict[str, str] | None = None
+) -> dict:
+    """Part after part; `state` with the records is stored after each."""
+    out.mkdir(parents=True, exist_ok=True)
+    for group in {part.group for part in parts}:
+        (out / f"{group}.txt").unlink(missing_ok=True)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {})
+    begin, state["parts"] = time.monotonic(), []
+    for part, end in zip(parts, deadlines(parts, seconds), strict=True):
+        left = begin + end - time.monotonic()
+        print(f"{time.monotonic() - begin:5.0f} s  {part.name}, {left:.0f} s at most", flush=True)
+        record = run_part(part, left, out, environment)
+        state["parts"].append(record)
+        state["seconds"] = round(time.monotonic() - begin, 1)
+        state["wrong"] = wrong_rows(out)
+        _store(state, out / "suite.json")
+        tests = record.get("tests")
+        counts = (
+            ", ".join(f"{tests[name]} {name}" for name in ("passed", "failed", "skipped", "errors"))
+            if tests
+            else ""
+        )
+        print(
+            f"         {record['status']} after {record['seconds']:.0f} s{f': {counts}' if counts else ''}",
+            flush=True,
+        )
+        for name in [*tests["failures"], *tests["not_collected"]] if tests else []:
+            print(f"         FAILED {name}", flush=True)
+    return state
+
+
+def _store(state: dict, path: Path) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(state, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def wrong_rows(out: Path) -> list[str]:
+    """Of ours that are wrong or fail, read without torch."""
+    found = []
+    for suite in SUITES:
+        try:
+            rows = json.loads((out / f"{suite}.json").read_text())["rows"]
+        except (OSError, ValueError, KeyError):
+            continue
+        found += [f"{suite}: {row['case']}, {row['work']}, {row['dtype']}: {row['status']}: {row['reason']}"
+                  for row in rows if row["role"] == "ours" and row["status"] in ("wrong", "failed")]  # fmt: skip
+    return found
+
+
+def failures(state: dict) -> list[str]:
+    """Why the exit status is 1. Files that cannot be collected are none where a module is missing."""
+    found = [f"ours: {text}" for text in state["wrong"]]
+    for record in state["parts"]:
+        tests = record.get("tests") or {"failures": [], "not_collected": []}
+        found += [f"test failed: {name}" for name in tests["failures"]]
+        if not state.get("missing"):
+            found += [f"not collected: {name}" for name in tests["not_collected"]]
+        if record["group"] == "tests" and record["status"].startswith("crashed"):
+            found.append(f"{record['name']} {record['status']}")
+    return found
+
+
+def pack(out: Path) -> Path:
+    path = out / "gpu_suite.zip"
+    files = [file for file in sorted(out.rglob("*")) if file.is_file() and file != path]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in files:
+            archive.write(file, file.relative_to(out))
+    return path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "gpu_suite", help="folder for all output")
+    parser.add_argument("--minutes", type=float, default=9, help="for everything")
+    parser.add_argument("--only", nargs="+", choices=list(GROUP_SECONDS), default=list(GROUP_SECONDS))
+    parser.add_argument("--commit", help="of the sources, where there is no git to ask")
+    parser.add_argument("--pack", action="store_true", help="put everything into DIR/gpu_suite.zip too")
+    parser.add_argument("--dry-run", action="store_true", help="print commands and deadlines")
+    options = parser.parse_args(arguments)
+    out, seconds = options.out.resolve(), 60 * options.minutes
+    missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
+    parts = plan(options.only, out, "xdist" not in missing)
+    if options.dry_run:
+        for part, end in zip(parts, deadlines(parts, seconds), strict=True):
+            print(f"over after {end:4.0f} s: {' '.join(part.command)}")
+        print(f"missing: {', '.join(missing) or 'nothing'}")
+        return 0
+    probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=300)
+    if probe.returncode:
+        reason = (probe.stderr.strip() or "torch ends").splitlines()[-1]
+        print(f"gpu_suite: error: no GPU here: {reason}", file=sys.stderr)
+        return 2
+    print(f"{probe.stdout.strip()}; missing: {', '.join(missing) or 'nothing'}; output: {out}", flush=True)
+    state = {"gpu": probe.stdout.strip(), "minutes": options.minutes, "commit": options.commit, "missing": missing}
+    state = run(parts, seconds, out, state, {"EDT_BENCHMARK_COMMIT": options.commit} if options.commit else {})
+    print((out / "summary.txt").read_text(errors="replace") if (out / "summary.txt").exists() else "no report")
+    found = failures(state)
+    print("\n".join(found) or "no test failed, nothing of ours was wrong")
+    if options.pack:
+        print(f"packed: {pack(out)}")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part that runs is ended too
+    sys.exit(main())
