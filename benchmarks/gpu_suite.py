@@ -1,13 +1,14 @@
-"""All that a GPU is needed for, in one command that keeps to its time: tests, quick benchmarks, tiles.
+"""All that needs a GPU, in one command that keeps to its time: tests, quick benchmarks, tiles.
 
     python -m benchmarks.gpu_suite [--out DIR] [--minutes 9] [--only tests bench tune] [--commit HASH] [--pack]
 
-Each part is a process of its own with a deadline; one that crashes or is late ends alone, and what it wrote is kept.
-Time that a part leaves goes to the next. DIR/suite.json says what ran; it is written after every part. The exit
-status is 1 if a test failed or ours was wrong, 2 without a GPU. The standard library is all that this file needs.
+Each part is a process with a deadline; one that crashes or is late ends alone, and what it wrote is kept. Time
+that a part leaves goes to the next. DIR/suite.json says what ran; it is written after every part. The exit status
+is 1 if a test failed or ours was wrong, 2 without a GPU. The standard library is all that this file needs.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -118,14 +119,12 @@ def run_part(part: Part, seconds: float, out: Path, environment: dict[str, str])
             return record | {"seconds": 0.0, "status": f"failed: {error}"}
         late = False
         try:
-            process.wait(seconds)
+            process.wait(max(seconds - _GRACE_SECONDS, seconds / 2))
         except subprocess.TimeoutExpired:
             late = True
             _signal(process, signal.SIGINT)
-            try:
-                process.wait(_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(_GRACE_SECONDS, seconds / 2))
         finally:
             _signal(process, signal.SIGKILL)  # and what it left running
             process.wait()
@@ -140,10 +139,8 @@ def run_part(part: Part, seconds: float, out: Path, environment: dict[str, str])
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def count_tests(text: str) -> dict:
@@ -254,13 +251,16 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"over after {end:4.0f} s: {' '.join(part.command)}")
         print(f"missing: {', '.join(missing) or 'nothing'}")
         return 0
-    probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=300)
-    if probe.returncode:
-        reason = (probe.stderr.strip() or "torch ends").splitlines()[-1]
+    try:
+        gpu = subprocess.run(
+            [sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=60, check=True
+        )
+    except subprocess.SubprocessError as error:
+        reason = (error.stderr or str(error)).strip().splitlines()[-1]
         print(f"gpu_suite: error: no GPU here: {reason}", file=sys.stderr)
         return 2
-    print(f"{probe.stdout.strip()}; missing: {', '.join(missing) or 'nothing'}; output: {out}", flush=True)
-    state = {"gpu": probe.stdout.strip(), "minutes": options.minutes, "commit": options.commit, "missing": missing}
+    print(f"{gpu.stdout.strip()}; missing: {', '.join(missing) or 'nothing'}; output: {out}", flush=True)
+    state = {"gpu": gpu.stdout.strip(), "minutes": options.minutes, "commit": options.commit, "missing": missing}
     state = run(parts, seconds, out, state, {"EDT_BENCHMARK_COMMIT": options.commit} if options.commit else {})
     print((out / "summary.txt").read_text(errors="replace") if (out / "summary.txt").exists() else "no report")
     found = failures(state)
