@@ -28,7 +28,7 @@ _FAMILIES = {
 }
 _PANELS = 8  # of bars in a picture, at most
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9,
-          "figure.titlesize": 11, "savefig.dpi": 120, "savefig.bbox": "tight"}  # fmt: skip
+          "figure.titlesize": 11, "savefig.dpi": 120}  # fmt: skip
 
 
 def _family(row: Row) -> tuple[str, str]:
