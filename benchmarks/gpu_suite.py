@@ -21,6 +21,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from .pytest_output import count_tests
+
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = {"attention": 75, "adaln": 35, "merge": 20, "split": 20, "train": 30, "model": 15, "sample": 15}
 # The most important first, with shares of the tests' time; files that are not named have the last share.
@@ -36,11 +38,6 @@ MODULES = ("torch", "triton", "numpy", "einops", "pytest", "matplotlib", "safete
 _GRACE_SECONDS = 5  # from Ctrl-C, at which pytest prints its failures and benchmarks stop, to the kill
 _TUNE_ENDS_EARLY = 20  # tune begins nothing new after --seconds, but ends what it began
 _PROBE = "import torch; p = torch.cuda.get_device_properties(0); print(p.name, 'torch', torch.__version__)"
-_STATUS = "PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS"
-_XDIST_RESULT = re.compile(rf"^\[gw\d+\] \[ *\d+%\] ({_STATUS}) (.+?) *$", re.MULTILINE)
-_RESULT = re.compile(rf"^(\S+\.py::.+?) ({_STATUS})\b", re.MULTILINE)
-_STARTED = re.compile(r"^(\S+\.py::.+?) *$", re.MULTILINE)
-_COLLECTION_ERROR = re.compile(r"^_+ ERROR collecting (\S+) _+$", re.MULTILINE)
 
 
 @dataclass
@@ -141,23 +138,6 @@ def run_part(part: Part, seconds: float, out: Path, environment: dict[str, str])
 def _signal(process: subprocess.Popen, number: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
-
-
-def count_tests(text: str) -> dict:
-    """Of what pytest -v wrote, with or without xdist, as far as it came."""
-    results = {name: status for status, name in _XDIST_RESULT.findall(text)} or dict(_RESULT.findall(text))
-    statuses = list(results.values())
-    collection = list(dict.fromkeys(_COLLECTION_ERROR.findall(text)))
-    return {
-        "passed": statuses.count("PASSED") + statuses.count("XPASS"),
-        "failed": statuses.count("FAILED"),
-        "skipped": statuses.count("SKIPPED") + statuses.count("XFAIL"),
-        "errors": statuses.count("ERROR") + len(collection),
-        "failures": [name for name, status in results.items() if status in ("FAILED", "ERROR")],
-        "not_collected": collection,
-        "unfinished": [name for name in dict.fromkeys(_STARTED.findall(text))
-                       if name not in results and not re.search(rf" ({_STATUS})\b", name)],
-    }  # fmt: skip
 
 
 def run(

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from .results import Results, Row, speedup
-from .targets import groups, peak
+from .targets import groups, ours_of, peak
 
 # A family of implementations by what its name contains, the first that fits; its colour is the same everywhere.
 _FAMILIES = {
@@ -60,11 +60,11 @@ def _title(figure, results: Results, cases: list[list[Row]], text: str) -> None:
     figure.suptitle(f"{text}\n{device}, {', '.join(dict.fromkeys(rows[0].dtype for rows in cases))}")
 
 
-def _comparisons(results: Results, chosen: Callable[[Row], bool]) -> list[list[Row]]:
+def _comparisons(results: Results, chosen: Callable[[Row], object]) -> list[list[Row]]:
     """Of each case in the first dtype, the chosen rows that worked, where ours and another are among them."""
     rows = [row for row in results.rows if row.dtype == results.rows[0].dtype and row.status == "ok"]
     found = groups([row for row in rows if chosen(row)])
-    return [rows for rows in found if len(rows) > 1 and any(row.role == "ours" for row in rows)]
+    return [rows for rows in found if len(rows) > 1 and ours_of(rows)]
 
 
 def _first(found: list[list[Row]]) -> list[list[Row]]:
@@ -79,7 +79,7 @@ def _bars(panels: list[list[tuple[Row, float]]], label: Callable[[float], str], 
     have one scale; else each has its own."""
     columns = min(2, len(panels))
     lines, most = math.ceil(len(panels) / columns), max(map(len, panels))
-    size = (6.2 * columns, (0.22 * most + 0.7) * lines + 0.8)
+    size = ((8, 12.4)[columns - 1], (0.22 * most + 0.7) * lines + 0.8)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     values = [value for panel in panels for _, value in panel]
     log = line is not None and max(values) > 20 * min(values)
@@ -106,20 +106,17 @@ def _bars(panels: list[list[tuple[Row, float]]], label: Callable[[float], str], 
         ax.xaxis.set_minor_formatter(NullFormatter())
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
-    bounds = any(row.role == "bound" for panel in panels for row, _ in panel)
-    note = ("; log scale" if log else "") + ("; * a lower bound, which computes less" if bounds else "")
-    figure.supxlabel(axis + note, fontsize=9)
+    if any(row.role == "bound" for panel in panels for row, _ in panel):
+        axis += "; * a lower bound, which computes less"
+    figure.supxlabel(f"{axis}; log scale" if log else axis, fontsize=9)
     return figure
 
 
 def speedup_bars(suite: str, results: Results):
-    panels = []
-    found = _first(_comparisons(results, lambda row: row.time_ms is not None))
-    for rows in found:
-        ours = next(row for row in rows if row.role == "ours")
-        panels.append([(row, ratio) for row in rows if (ratio := speedup(ours, row))])
-    if not panels:
+    found = _first(_comparisons(results, lambda row: row.time_ms))
+    if not found:
         return None
+    panels = [[(row, speedup(ours_of(rows), row)) for row in rows] for rows in found]
     axis = "time over ours: right of the line ours is faster, left of it slower"
     figure = _bars(panels, lambda value: f"{value:.2f}×", axis, 1)
     _title(figure, results, found, f"{suite}: how many times as long as ours each takes")
@@ -128,7 +125,7 @@ def speedup_bars(suite: str, results: Results):
 
 def memory_bars(suite: str, results: Results):
     """Of what is done with a backward pass, where anything is."""
-    found = _comparisons(results, lambda row: bool(peak(row)))
+    found = _comparisons(results, peak)
     panels = _first([rows for rows in found if "backward" in rows[0].work] or found)
     if not panels:
         return None
@@ -144,9 +141,7 @@ def _size(num_bytes: float) -> str:
 
 def _two_passes(suite: str, results: Results, chosen: Callable, plot: Callable, text: str, label: str):
     """A panel each for forward, and for both passes; a legend outside, in the order of the marks."""
-    found = _comparisons(
-        results, lambda row: row.time_ms and row.shape.get("has_modulation") and chosen(row.shape)
-    )
+    found = [rows for rows in _comparisons(results, lambda row: row.time_ms) if chosen(rows[0].shape)]
     works = {work: [rows for rows in found if rows[0].work == work] for work in ("forward", "forward+backward")}
     works = {work: cases for work, cases in works.items() if len(cases) > 1}
     if not works:
@@ -165,9 +160,9 @@ def _two_passes(suite: str, results: Results, chosen: Callable, plot: Callable, 
 
 
 def roofline(suite: str, results: Results):
-    text = "operations a second, and the measured ceilings (roofline); a column is a case"
+    text = "the case's operations a second, and the measured ceilings (roofline); a column is a case"
     label = "operations a second: higher is better"
-    return results.ceilings and _two_passes(suite, results, lambda shape: True, _draw_roofline, text, label)
+    return _two_passes(suite, results, lambda shape: shape["has_modulation"], _draw_roofline, text, label)
 
 
 def _draw_roofline(ax, cases: list[list[Row]], results: Results) -> dict:
@@ -188,7 +183,7 @@ def _draw_roofline(ax, cases: list[list[Row]], results: Results) -> dict:
         handle = ax.plot(x, y, "*" if ours else "o", color=colour, markersize=14 if ours else 6,
                          markerfacecolor="white" if row.role == "bound" else colour)[0]  # fmt: skip
         handles[name] = handle, max(y, handles.get(name, (None, 0))[1])
-        if ours and "tokens" in row.shape:
+        if ours:
             ax.annotate(f"N {row.shape['tokens']}", (x, 0.01), xycoords=("data", "axes fraction"), ha="center",
                         fontsize=8)  # fmt: skip
     ax.margins(y=0.12)
@@ -198,7 +193,8 @@ def _draw_roofline(ax, cases: list[list[Row]], results: Results) -> dict:
 
 def token_sweep(suite: str, results: Results):
     text, label = "time over sequence length, of each family the fastest", "ns a token: lower is better"
-    return _two_passes(suite, results, lambda shape: shape["sweep"] == "tokens", _draw_sweep, text, label)
+    chosen = lambda shape: shape["has_modulation"] and shape["sweep"] == "tokens"  # noqa: E731
+    return _two_passes(suite, results, chosen, _draw_sweep, text, label)
 
 
 def _draw_sweep(ax, cases: list[list[Row]], results: Results) -> dict:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from . import plots, targets
 from .results import SUITES, Results, load
-from .tables import case_table, fastest_peer, markdown, ours_cells, ours_of, suite_table, targets_table
-from .targets import groups
+from .tables import case_table, fastest_peer, markdown, ours_cells, suite_table, targets_table
+from .targets import groups, ours_of
 
 NOT_YET = "Not yet measured on a GPU."
 _NAMES = ("ops-gpu", "model-gpu", "cpu")

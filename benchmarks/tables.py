@@ -4,7 +4,7 @@ from collections import Counter
 
 from . import targets
 from .results import Results, Row, speedup
-from .targets import groups
+from .targets import groups, ours_of
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
@@ -45,10 +45,6 @@ def ours_cells(row: Row | None) -> list[str]:
     memory = targets.peak(row)
     parts += [f"{memory / 2**20:.0f} MiB"] if memory else []
     return [_milliseconds(row), floor, ", ".join(parts)]
-
-
-def ours_of(rows: list[Row]) -> Row | None:
-    return next((row for row in rows if row.role == "ours"), None)
 
 
 def suite_table(results: Results) -> str:

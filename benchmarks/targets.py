@@ -234,8 +234,12 @@ def groups(rows: list[Row]) -> list[list[Row]]:
     return list(found.values())
 
 
+def ours_of(rows: list[Row]) -> Row | None:
+    return next((row for row in rows if row.role == "ours"), None)
+
+
 def _judge(target: Target, place: str, rows: list[Row], results: Results) -> Verdict:
-    ours = next((row for row in rows if row.role == "ours"), None)
+    ours = ours_of(rows)
     if ours is None:
         return Verdict(target, place, note="ours did not run")
     if ours.status != "ok":

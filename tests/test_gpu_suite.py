@@ -10,7 +10,8 @@ import pytest
 import sample_results as sample
 
 from benchmarks import gpu_suite
-from benchmarks.gpu_suite import Part, count_tests, deadlines, run
+from benchmarks.gpu_suite import Part, deadlines, run
+from benchmarks.pytest_output import count_tests
 
 FAKE_TESTS = """
 import os, pytest
