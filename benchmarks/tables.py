@@ -5,6 +5,7 @@ from collections import Counter
 from . import targets
 from .results import Results, Row, speedup
 from .targets import groups, ours_of
+from .verdicts import evaluate
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
@@ -79,7 +80,7 @@ def suite_table(results: Results) -> str:
 
 
 def targets_table(suites: dict[str, Results]) -> str:
-    verdicts = targets.evaluate(suites)
+    verdicts = evaluate(suites)
     lines = []
     for target in targets.TARGETS:
         here = [verdict for verdict in verdicts if verdict.target is target]
@@ -88,13 +89,13 @@ def targets_table(suites: dict[str, Results]) -> str:
         status = next((status for status in ("missed", "not measured") if counts[status]), "met")
         parts = [f"{count} {name}" for name, count in counts.items() if count]
         verdict = status if len(parts) == 1 else f"{status} ({', '.join(parts)})"
-        lines.append([target.sentence, target.goal_text, "; ".join(measured), f"**{verdict}**"])
-    return markdown(["target", "goal", "measured", "verdict"], lines)
+        lines.append([target.sentence, target.goal_text, f"**{verdict}**", "; ".join(measured)])
+    return markdown(["target", "goal", "verdict", "measured"], lines)
 
 
 def case_table(suites: dict[str, Results]) -> str:
     """As text, a line for each case: ours, the fastest peer, and the targets judged there."""
-    verdicts = targets.evaluate(suites, worst=False)
+    verdicts = evaluate(suites, worst=False)
     lines = ["case | ours, ms | fastest peer | times as fast | of floor | targets"]
     for suite, results in suites.items():
         for rows in groups(results.rows):
