@@ -8,8 +8,14 @@ from dataclasses import replace
 import pytest
 import sample_results as sample
 
-from benchmarks import report, results, tables
+from benchmarks import plots, report, results, tables
 from benchmarks.verdicts import Verdict, evaluate
+
+
+@pytest.fixture(autouse=True)
+def _few_panels(monkeypatch):
+    """Most of the tests' time is laying out pictures."""
+    monkeypatch.setattr(plots, "_PANELS", 2)
 
 
 def verdicts(suites) -> dict[tuple[str, str], Verdict]:
