@@ -83,7 +83,7 @@ def test_tests_are_counted_in_what_a_killed_pytest_wrote(tmp_path):
     (tmp_path / "test_other.py").write_text("import no_such_module")
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "--rootdir",
                str(tmp_path), "-c", "/dev/null", "--continue-on-collection-errors"]  # fmt: skip
-    state = run([Part("fake", "tests", [*command, str(tmp_path)], 1)], 60, tmp_path / "out", {})
+    state = run([Part("fake", "tests", [*command, str(tmp_path)], 1)], 60, tmp_path / "out", {"missing": []})
     record = state["parts"][0]
     assert record["status"] == "crashed: signal 9"
     tests = record["tests"]
@@ -122,7 +122,7 @@ def test_tests_of_many_workers_are_counted_and_a_missing_module_is_no_failure():
         "not_collected": ["tests/test_b.py"], "unfinished": ["tests/test_a.py::test_hangs"],
     }  # fmt: skip
     record = {"name": "tests/test_b.py", "group": "tests", "status": "failed: exit status 1", "tests": tests}
-    state = {"wrong": [], "parts": [record], "missing": []}
+    state = {"wrong": [], "parts": [record], "missing": ["liger_kernel"]}
     assert len(gpu_suite.failures(state)) == 2
     state["missing"] = ["diffusers"]
     assert gpu_suite.failures(state) == ["test failed: tests/test_a.py::test_cases[a b]"]
@@ -160,7 +160,9 @@ def test_the_whole_prints_the_table_and_fails_where_ours_is_wrong(tmp_path, monk
         assert {"suite.json", "summary.txt", "attention.json", "attention.csv"} <= set(archive.namelist())
 
     save_wrong()
-    monkeypatch.setattr(gpu_suite, "plan", lambda *arguments: [script("benchmark", "pass")])
+    monkeypatch.setattr(
+        gpu_suite, "plan", lambda *arguments: [script("benchmark", "pass"), script("report", "pass", 1, "summary")]
+    )
     assert gpu_suite.main(["--out", str(tmp_path), "--minutes", "1"]) == 1
     assert (
         "ours: adaln: gated_residual_adaln EDT-XL/2 16x16 C936 B64, forward, mixed: wrong"
