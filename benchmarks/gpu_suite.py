@@ -54,7 +54,8 @@ def plan(groups: list[str], out: Path, has_xdist: bool) -> list[Part]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # Compiling is most of the time. Each worker has a context of the GPU and tensors of its own there.
         workers = ["-n", str(max(1, min(8, cores // 2)))] if has_xdist else []
-        pytest = [sys.executable, *"-m pytest -m gpu -v --tb=short -p no:cacheprovider".split(), *workers]
+        pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider",
+                  *workers]  # fmt: skip
         files = [path for path in sorted((ROOT / "tests").glob("test_*.py"))
                  if re.search(r"\bmark\.gpu\b", path.read_text(encoding="utf-8"))]  # fmt: skip
         order = list(TEST_FILES)
