@@ -1,9 +1,175 @@
-"""To come."""
+"""Pages of results: what one device's folder holds, and README's tables.
+
+python -m benchmarks.report FOLDER    prints a line for each case and writes the folder's page and pictures
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from . import plots, targets
+from .results import SUITES, Results, load
+from .tables import case_table, fastest_peer, markdown, ours_cells, suite_table, targets_table
+from .targets import groups, ours_of
+
+NOT_YET = "Not yet measured on a GPU."
+_NAMES = ("ops-gpu", "model-gpu", "cpu")
+_OPS = SUITES[:4]
+_MARKER = re.compile(r"<!-- (/?)benchmarks:(\S+) -->")
+_ON_CPU = "CPU times of the reference path"
+_README_CASES = 2  # of a suite
+_HOW_TO_READ = """\
+Ours in ms: the median (20 % to 80 % quantile) of the device's time, from CUDA graphs; with an e, between events or
+calls, with the host's share. Others: how many times as long as ours they take, by the same clock. Nothing that is
+wrong is timed."""
 
 
-def write_folder(folder):
-    pass
+def read_folder(folder: Path, only: set[Path] | None = None) -> dict[str, Results]:
+    """By suite. A file that is not one of ours is named and left out."""
+    suites = {}
+    for suite in SUITES:
+        path = folder / f"{suite}.json"
+        if path.exists() and (only is None or path.resolve() in only):
+            try:
+                suites[suite] = load(path)
+            except ValueError as error:
+                print(f"benchmarks: skipped: {error}", file=sys.stderr)
+    return suites
 
 
-def write_committed(results, readme):
+def write_folder(folder: Path) -> None:
+    """report.md, and pictures beside it. A folder without results is left alone."""
+    _write(folder, read_folder(folder))
+
+
+def _write(folder: Path, suites: dict[str, Results]) -> None:
+    if suites:
+        pictures = plots.draw(folder, suites)
+        (folder / "report.md").write_text(page(suites, pictures, (folder / "static.json").exists()))
+
+
+def page(suites: dict[str, Results], pictures: list[str], has_static: bool) -> str:
+    environment = next(iter(suites.values())).environment
+    on_cpu = environment["device"] == "cpu"
+    title = _ON_CPU if on_cpu else environment["device"]
+    parts = [f"# Benchmarks: {title}", "Written by `python -m benchmarks`; do not edit."]
+    if on_cpu:
+        parts.append("Without a GPU, `edt_kernels` takes its reference path in plain torch. What is timed here is "
+                     "that, not the kernels.")  # fmt: skip
+    if has_static:
+        parts.append("What the compiler makes of every kernel: [static.md](static.md).")
+    parts += [_environment(next(iter(suites.values()))), _HOW_TO_READ]
+    for suite, results in suites.items():
+        parts.append(f"## {suite}: {_ON_CPU}" if on_cpu else f"## {suite}")
+        if _environment(results) not in parts:
+            parts.append(_environment(results))
+        parts.append(suite_table(results))
+        parts += [f"![{suite}, {name}]({name})" for name in pictures if name.startswith(f"{suite}-")]
+    parts.append("## Targets")
+    if on_cpu:
+        parts.append("They are of a GPU: not measured here.")
+    else:
+        parts += [f"Stated for {targets.STATED_FOR}; this is {title}. {targets.NOTE}", targets_table(suites)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _environment(results: Results) -> str:
+    found = results.environment
+    versions = ", ".join(f"{name} {version or 'missing'}" for name, version in found["versions"].items())
+    known = (("driver", "driver"), ("cuda", "CUDA"), ("memory_gib", "GiB of memory:"), ("threads", "threads:"))
+    parts = [f"{label} {found[name]}" for name, label in known if found.get(name)]
+    text = f"{found['device']}; {', '.join(parts)}; {versions}; commit {found['commit']}; {found['date']}."
+    if results.ceilings:
+        text += (f" Ceilings: copy {results.ceilings.copy_bytes_per_second / 1e9:.0f} GB/s read and written, "
+                 f"{results.ceilings.matrix_dtype} products "
+                 f"{results.ceilings.operations_per_second / 1e12:.2f} TFLOP/s.")  # fmt: skip
+    return text
+
+
+def _readme_table(devices: dict[str, dict[str, Results]], name: str) -> str:
+    """The first cases of each suite; of a CPU all is said to be of one."""
+    lines, sources = [], []
+    for folder, suites in devices.items():
+        for suite, results in suites.items():
+            device = results.environment["device"]
+            if (device == "cpu") != (name == "cpu") or (name != "cpu" and (suite in _OPS) != (name == "ops-gpu")):
+                continue
+            cases = list(dict.fromkeys(row.case for row in results.rows))[:_README_CASES]
+            for rows in groups([row for row in results.rows if row.case in cases]):
+                ours = ours_of(rows)
+                peer = fastest_peer(rows) if ours and ours.status == "ok" else ("", "")
+                lines.append(
+                    [device, rows[0].case, f"{rows[0].work}, {rows[0].dtype}", *ours_cells(ours)[:2], *peer]
+                )
+            commit = str(results.environment["commit"])[:12]
+            source = f"{suite}: [{device}, {results.environment['date']}, commit {commit}]"
+            sources.append(f"{source}(benchmarks/results/{folder}/report.md)")
+    if not lines:
+        return NOT_YET if name != "cpu" else "Not yet measured with `python -m benchmarks`."
+    ours = "reference path, ms" if name == "cpu" else "ours, ms"
+    header = ["device", "case", "work", ours, "of floor", "fastest peer", "its time over ours"]
+    return "\n\n".join([markdown(header, lines), "From " + "; ".join(sources) + "."])
+
+
+def _committed(folder: Path) -> set[Path]:
+    """Files under it that are as they were committed; others with results are named. Raises ValueError."""
+
+    def git(*arguments: str) -> list[str]:
+        try:
+            run = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ValueError(f"results is {folder}, of which git knows nothing: {error}") from error
+        return [line for line in run.stdout.split("\0") if line]
+
+    top = Path(git("rev-parse", "--show-toplevel")[0].strip())
+    tracked = {(top / name).resolve() for name in git("ls-files", "-z", "--full-name", ".")}
+    status = git("status", "--porcelain", "--no-renames", "-uall", "-z", ".")
+    return tracked - {(top / line[3:]).resolve() for line in status}
+
+
+def write_committed(results_root: Path, readme: Path) -> int:
+    """The pages of all devices and README's tables, of committed results alone. Returns the exit status.
+
+    Raises:
+        ValueError: for a marker in the README that has no end or is not known.
+    """
+    text = readme.read_text()
+    spans = _spans(text)
+    committed = _committed(results_root)
+    devices = {}
+    for folder in sorted(path for path in results_root.iterdir() if path.is_dir()):
+        for path in sorted(folder.glob("*.json")):
+            if path.stem in SUITES and path.resolve() not in committed:
+                print(f"benchmarks: skipped: {path} is not committed as it is")
+        if suites := read_folder(folder, committed):
+            devices[folder.name] = suites
+            _write(folder, suites)
+    for name, (start, end) in sorted(spans.items(), key=lambda item: -item[1][0]):
+        text = f"{text[:start]}\n{_readme_table(devices, name)}\n{text[end:]}"
+    readme.write_text(text)
     return 0
+
+
+def _spans(text: str) -> dict[str, tuple[int, int]]:
+    """Of what is between the markers, by name."""
+    found, opened = {}, None
+    for match in _MARKER.finditer(text):
+        closing, name = match.groups()
+        if name not in _NAMES:
+            raise ValueError(f"README has the marker {match.group()}; names are {', '.join(_NAMES)}")
+        if closing != ("/" if opened else "") or (opened and opened[0] != name) or name in found:
+            raise ValueError(f"README's marker {match.group()} is out of place: each has a start and an end, once")
+        if closing:
+            found[name], opened = (opened[1], match.start()), None
+        else:
+            opened = name, match.end()
+    if opened:
+        raise ValueError(f"README's marker <!-- benchmarks:{opened[0]} --> has no end")
+    return found
+
+
+if __name__ == "__main__":
+    loaded = read_folder(Path(sys.argv[1]))
+    print(case_table(loaded), flush=True)
+    _write(Path(sys.argv[1]), loaded)
