@@ -13,8 +13,8 @@ from ._tiles import RowLoop, RowTile, choose_tiles
 # Enough loads in flight to cover latency.
 _TILE_ELEMENTS = 4096
 # Programs of a backward pass, whatever the device, so that gradients are the same wherever no table of measured
-# tiles says otherwise: two for each multiprocessor of an H100 or H200. A kernel of more than 128 registers a thread
-# runs them as two full waves.
+# tiles says otherwise: two for each multiprocessor of an H100 or H200. A kernel of more than 128 registers a
+# thread runs them as two full waves.
 _BACKWARD_PROGRAMS = 264
 
 

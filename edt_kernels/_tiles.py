@@ -57,7 +57,8 @@ class RowLoop:
 Tile = ScoreTile | CellTile | RowTile | RowLoop
 Tiles = Mapping[str, Tile]  # of the kernels of a pass
 
-_NORMS = ("adaln", "gated_residual", "gated_residual_adaln", "token_merge_adaln", "token_split_concat_adaln")
+_NORMS = ("gated_residual_adaln", "adaln", "gated_residual", "token_merge_adaln", "token_split_concat_adaln")
+OPS = ("amm_attention", *_NORMS)
 # The passes of the ops: for each, the ways to compute it, and of a way, its kernels and the kind of their tiles.
 PASSES: dict[str, tuple[dict[str, type[Tile]], ...]] = {
     "amm_attention.forward": (
@@ -88,10 +89,15 @@ _NORM_KEY = {"dtype": str, "rows": int, "channels": int}  # of the residual stre
 
 def choose_tiles(device: torch.device, pass_name: str, key: dict, heuristic: Tiles) -> Tiles:
     """The measured tiles of a pass, by kernel, or else `heuristic`."""
-    return table_of(device).get((pass_name, frozenset(key.items())), heuristic)
+    return table_of(device).get(question(pass_name, key), heuristic)
 
 
-def table_of(device: torch.device) -> Mapping[tuple[str, frozenset], Tiles]:
+def question(pass_name: str, key: dict) -> tuple:
+    """How a table is asked for the tiles of a pass."""
+    return pass_name, *sorted(key.items())
+
+
+def table_of(device: torch.device) -> Mapping[tuple, Tiles]:
     """The table that dispatch reads for tensors on this device."""
     file = os.environ.get(VARIABLE, "")
     if not file and device.type != "cuda":
@@ -101,7 +107,7 @@ def table_of(device: torch.device) -> Mapping[tuple[str, frozenset], Tiles]:
 
 
 @functools.lru_cache  # reading is cheap, but every launch asks
-def _table_of(file: str, device_type: str, index: int | None) -> Mapping[tuple[str, frozenset], Tiles]:
+def _table_of(file: str, device_type: str, index: int | None) -> Mapping[tuple, Tiles]:
     name = device_name(torch.device(device_type, index))
     path = Path(file) if file else shipped_table(name)
     if not file and not path.is_file():
@@ -112,10 +118,7 @@ def _table_of(file: str, device_type: str, index: int | None) -> Mapping[tuple[s
         f"{path} was measured on {content['device']!r}; this is {name!r}: set {VARIABLE} to a table of it, which "
         "edt tune --output FILE writes, or unset it",
     )
-    return {
-        (entry["pass"], frozenset(entry["key"].items())): parse_tiles(entry["pass"], entry["tiles"])
-        for entry in content["entries"]
-    }
+    return parse_entries(content["entries"])
 
 
 def device_name(device: torch.device) -> str:
@@ -164,10 +167,12 @@ def _check_entry(where: str, entry) -> None:
         if right and kernel.startswith("short"):
             tokens = key["height"] * key["width"] + key["extra_tokens"]
             right = tile["block_m"] == tile["block_n"] >= tokens
+            right &= kernel == "short_forward" or not key["modulation"]
         _require(
             right,
             f"{where}: the tile of {kernel} is {tile!r}; it needs {', '.join(names)}, all but num_stages and "
-            "programs a power of two, and in short kernels block_m = block_n for all tokens",
+            "programs a power of two; short kernels need block_m = block_n for all tokens, short_backward a key "
+            "without modulation",
         )
 
 
@@ -175,6 +180,11 @@ def _is_size(item: tuple[str, object]) -> bool:
     name, size = item
     power_of_two = name in ("num_stages", "programs") or (type(size) is int and size & (size - 1) == 0)
     return type(size) is int and size > 0 and power_of_two
+
+
+def parse_entries(entries: list[dict]) -> dict[tuple, Tiles]:
+    """Of a checked table."""
+    return {question(entry["pass"], entry["key"]): parse_tiles(entry["pass"], entry["tiles"]) for entry in entries}
 
 
 def parse_tiles(pass_name: str, tiles: dict[str, dict[str, int]]) -> Tiles:

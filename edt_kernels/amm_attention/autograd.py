@@ -92,7 +92,7 @@ _TILES["tcgen05", 64] = _TILES["wgmma", 64] | {
 }
 _TILES["tcgen05", 128] = _TILES["wgmma", 128] | {"backward_q": ScoreTile(128, 64, 8, 1)}
 del _TILES["tcgen05", 64]["resident_forward"]
-_TABLE_TILES = {
+TABLE_TILES = {
     "wgmma": CellTile(64, 8, 2),
     "tcgen05": CellTile(64, 8, 1),
     "mma": CellTile(32, 8, 1),
@@ -181,7 +181,7 @@ class _Problem:
     def backward_tiles(self) -> dict[str, ScoreTile | CellTile]:
         """The tiles of the kernels of the backward pass: `short_backward` or the three passes."""
         _, N, _, D = self.q.shape
-        tiles = tiles_of(self.unit, D) | {"backward_tables": _TABLE_TILES[self.unit]}
+        tiles = tiles_of(self.unit, D) | {"backward_tables": TABLE_TILES[self.unit]}
         short = choose_backward(self.unit, N, D, self.has_modulation) == "short_backward"
         kernels = ("short_backward",) if short else ("backward_q", "backward_kv", "backward_tables")
         return self._measured("backward", {kernel: tiles[kernel] for kernel in kernels})
