@@ -121,7 +121,7 @@ def tune_on(
     """`tune` on a device, by a timer: calls that do the same on different data → microseconds of one."""
     table = _open_table(path, device)
     found = _tiles.parse_entries(table["entries"])
-    with tqdm(total=2 * len(shapes), desc="tuning", unit="pass", disable=None) as bar:
+    with tqdm(total=2 * len(shapes), desc="tuning", unit="pass") as bar:
         for shape in shapes:
             trial = _Trial(shape, device)
             for question, heuristic in trial.questions.items():
@@ -231,7 +231,7 @@ class _Search:
         self.microseconds: dict[tuple, float] = {}  # of all that was tried; infinite where it was rejected
         self.rejected = Counter()  # by reason
         for fault in faults:
-            if _tiles.question(fault["pass"], fault["key"]) == question:
+            if (fault["pass"], fault["key"]) == (self.pass_name, self.key):
                 self._reject(_tiles.parse_tiles(self.pass_name, fault["tiles"]), "known fault")
 
     def run(self, quick: bool) -> dict | None:

@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 NORM = Shape("adaln", (2, 4), 16, batch_size=1, dtype=torch.float16)
 ATTENTION = Shape("amm_attention", (1, 2), 16, batch_size=1, heads=1, dtype=torch.float16)
 ALL_OPS = [
-    Shape(op, (2, 2), 16, batch_size=1, dtype=torch.float16, modulation=op == "amm_attention") for op in _tiles.OPS
+    Shape(op, (2, 2), 32, batch_size=2, heads=2, dtype=torch.float16, modulation=op == "amm_attention")
+    for op in _tiles.OPS
 ]
 
 
