@@ -3,10 +3,11 @@
     python -m benchmarks.static [--targets sm_90 gfx942] [--models EDT-S/2] [--out table.json]
 
 The launchers run on CPU tensors with every launch recorded instead of run, so that what is compiled is what a call
-would launch: the same arguments, specialisations and tiles. Prints, for each kernel, target and set of shapes that
-share its code: registers, spilled bytes, shared memory, matrix instructions, the programs that fit on a
-multiprocessor, and the instructions of the inner loop by class. --out also stores how wide each argument is
-loaded, and a summary in Markdown beside it. The exit status is 1 if a kernel has a fault (`static_report.faults`).
+would launch: the same arguments, specialisations and tiles (of a measured table, if EDT_KERNELS_TILES names one).
+Prints, for each kernel, target and set of shapes that share its code: registers, spilled bytes, shared memory,
+matrix instructions, the programs that fit on a multiprocessor, and the instructions of the inner loop by class.
+--out also stores how wide each argument is loaded, and a summary in Markdown beside it. The exit status is 1 if a
+kernel has a fault (`static_report.faults`).
 """
 
 import argparse

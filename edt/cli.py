@@ -1,8 +1,10 @@
-"""The command line: `edt demo`, `edt sample`, `edt info`. Wrong input is one line on stderr and exit code 2."""
+"""The command line: `edt demo`, `sample`, `info`, `tune`. Wrong input is one line on stderr and exit code 2."""
 
+import itertools
+import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +16,8 @@ try:
     import tyro
 except ImportError as error:
     raise SystemExit("edt: error: the command line needs pip install 'edt-kernels[train]'") from error
+
+from edt_kernels._tiles import OPS
 
 from . import demo, plots
 from .checkpoint import load_checkpoint
@@ -66,6 +70,26 @@ class Info:
     """A preset, such as EDT-XL/2, or a checkpoint folder."""
     batch_size: int = 32
     """For the activations."""
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Measures the kernels' tiles on this GPU, checks their gradients, writes the table that dispatch reads."""
+
+    output: Path | None = None
+    """The table; by default that of this device, which needs no further setting. One that exists is continued."""
+    ops: tuple[str, ...] = OPS
+    """Ops to measure."""
+    models: tuple[str, ...] = ("EDT-XL/2", "EDT-B/2", "EDT-S/2")
+    """Presets whose shapes to measure, the most important first; all at 256² come before any at 512²."""
+    batch_size: int = 64
+    """Images."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Autocast's, or float32."""
+    seconds: float | None = None
+    """After so many, no further measurement is begun; each takes up to a minute or two."""
+    quick: bool = False
+    """Only candidates that differ from the static choice in one number."""
 
 
 def run_sample(options: Sample) -> None:
@@ -194,7 +218,74 @@ def run_demo(options: DemoOptions) -> int:
     return 0
 
 
-_COMMANDS = {"demo": (DemoOptions, run_demo), "sample": (Sample, run_sample), "info": (Info, run_info)}
+def run_tune(options: Tune) -> int:
+    if options.batch_size < 1:
+        raise ValueError(f"batch_size is {options.batch_size}; it must be at least 1")
+    for name, known in (("ops", OPS), ("models", tuple(PRESETS))):
+        if wrong := set(getattr(options, name)) - set(known):
+            raise ValueError(f"{name} has {', '.join(sorted(wrong))}; it takes {', '.join(known)}")
+    if not torch.cuda.is_available():  # before the import of Triton, which may be missing
+        raise RuntimeError("tune needs a CUDA or ROCm GPU; torch finds none here")
+    from edt_kernels import tuning
+
+    path = options.output or tuning.default_output()
+    try:
+        tuning.tune(tune_shapes(options), path, seconds=options.seconds, quick=options.quick)
+    except KeyboardInterrupt:
+        print("\nedt: interrupted; the same command goes on from what was measured", file=sys.stderr)
+        return _INTERRUPTED
+    finally:
+        if path.is_file():
+            print(f"{tuning_report(json.loads(path.read_text()))}\nThe table is {path}.")
+    return 0
+
+
+def tune_shapes(options: Tune) -> list:
+    """What the models launch, the most important first: at 256² before 512², attention before norms, without AMM
+    (in training and most of sampling) before with it, early stages before late ones."""
+    from edt_kernels.tuning import Shape
+
+    common = {"batch_size": options.batch_size, "dtype": getattr(torch, options.dtype)}
+    presets = [PRESETS[model] for model in options.models]
+    sizes = [(preset["sample_size"] // 2,) if "sample_size" in preset else (16, 32) for preset in presets]
+    shapes = []
+    for side in sorted(set(itertools.chain(*sizes))):
+        attention, norms = [], []
+        for stage, (preset, sides) in itertools.product(range(3), zip(presets, sizes)):
+            if side not in sides:
+                continue
+            grid, channels = (side >> stage, side >> stage), preset["hidden_sizes"][stage]
+            attention.append(
+                Shape("amm_attention", grid, channels, heads=preset["num_attention_heads"][stage], **common)
+            )
+            norms += [Shape(op, grid, channels, **common) for op in OPS[1:] if stage < 2 or "token" not in op]
+        shapes += [*attention, *norms, *(replace(shape, modulation=True) for shape in attention)]
+    return [shape for shape in shapes if shape.op in options.ops]
+
+
+def tuning_report(table: dict) -> str:
+    """A line for each measurement: the static choice's time, the chosen tiles' time, and these tiles."""
+    lines = [f"{'pass':33} {'shape':26} {'static µs':>10} {'chosen µs':>10} {'ratio':>6}  tiles"]
+    for entry in table["entries"]:
+        static, chosen = entry["static_microseconds"], entry["microseconds"]
+        ratio = f"{chosen / static:.3f}" if static else "wrong"
+        tiles = "the same"
+        if entry["tiles"] != entry["static_tiles"]:
+            sizes = {kernel: ", ".join(f"{n} {v}" for n, v in t.items()) for kernel, t in entry["tiles"].items()}
+            tiles = "; ".join(f"{kernel}: {text}" for kernel, text in sizes.items())
+        lines.append(f"{entry['pass']:33} {entry['shape']:26} {static or '':>10} {chosen:>10} {ratio:>6}  {tiles}")
+    faults = [
+        f"WRONG, never chosen: {fault['pass']} {fault['tiles']}: {fault['reason']}" for fault in table["faults"]
+    ]
+    return "\n".join([*lines, *faults])
+
+
+_COMMANDS = {
+    "demo": (DemoOptions, run_demo),
+    "sample": (Sample, run_sample),
+    "info": (Info, run_info),
+    "tune": (Tune, run_tune),
+}
 
 
 def main(args: list[str] | None = None) -> int:
@@ -204,7 +295,7 @@ def main(args: list[str] | None = None) -> int:
             {name: options for name, (options, _) in _COMMANDS.items()},
             args=args,
             prog="edt",
-            description="EDT, the Efficient Diffusion Transformer: a demo on real data, sampling, and its costs.",
+            description="EDT, the Efficient Diffusion Transformer: a demo, sampling, costs, tiles of kernels.",
         )
         run = next(run for kind, run in _COMMANDS.values() if type(options) is kind)
         return run(options) or 0

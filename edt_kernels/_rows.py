@@ -8,61 +8,77 @@ import triton
 from torch import Tensor
 
 from ._launch import common_alignment, on_device_of
+from ._tiles import RowLoop, RowTile, choose_tiles
 
 # Enough loads in flight to cover latency.
 _TILE_ELEMENTS = 4096
-# Programs of a backward pass, whatever the device, so that gradients are the same everywhere: two for each
-# multiprocessor of an H100 or H200. A kernel of more than 128 registers a thread runs them as two full waves.
+# Programs of a backward pass, whatever the device, so that gradients are the same wherever no table of measured
+# tiles says otherwise: two for each multiprocessor of an H100 or H200. A kernel of more than 128 registers a
+# thread runs them as two full waves.
 _BACKWARD_PROGRAMS = 264
 
 
 @dataclass(frozen=True)
-class RowTile:
-    """rows × slices × block_c elements at a time. A backward program takes rows_per_program rows of one sample."""
+class RowProgram:
+    """rows × slices × block_c elements at a time. A program takes rows_per_program rows of one sample."""
 
     rows: int
     channels: int
     block_c: int
     num_warps: int
     rows_per_program: int
-    forward_programs: tuple[int, int]  # samples, programs of each
-    backward_programs: tuple[int, int]
+    programs: tuple[int, int]  # samples, programs of each
 
 
-def choose_row_tile(samples: int, rows: int, slices: int, channels: int) -> RowTile:
-    """For `samples` of `rows` rows, each of slices·channels channels."""
-    block_c = triton.next_power_of_2(channels)
-    row_elements = slices * block_c
+def choose_row_tile(rows: int, slices: int, channels: int) -> RowLoop:
+    """What a pass takes without measurement, for samples of `rows` rows of slices·channels channels each."""
+    row_elements = slices * triton.next_power_of_2(channels)
     tile_rows = max(min(_TILE_ELEMENTS // row_elements, triton.next_power_of_2(rows)), 1)
     # 16 or 32 elements a thread: what compiles without spills for EDT's backward passes on every target. With 32,
     # adaln's spilled at 1248 channels on sm_100; with 16, the merge's and the split's spilled on sm_90. Backward
     # holds a row and all sums over rows in registers, so wider rows spill: on sm_90 adaln's beyond 8192 channels,
     # gated_residual_adaln's beyond 4096, the merge's beyond 4·2048 and the split's beyond 2·4096.
     num_warps = min(max(tile_rows * row_elements // (512 if slices == 1 else 1024), 1), 16)
-    # The nearest number of programs, not the next larger: batches of 32 to 256 then make 256 of them, not 288 to
-    # 512 with a last wave nearly empty, and a large batch of few rows writes fewer partial sums.
-    programs = max(round(_BACKWARD_PROGRAMS / max(samples, 1)), 1)
-    tiles = triton.cdiv(rows, tile_rows)
-    rows_per_program = max(triton.cdiv(tiles, programs), 1) * tile_rows
-    return RowTile(
-        rows=tile_rows,
+    return RowLoop(tile_rows, num_warps, _BACKWARD_PROGRAMS)
+
+
+def cut_rows(tile: RowTile | RowLoop, samples: int, rows: int, channels: int) -> RowProgram:
+    """The programs of a pass over `samples` of `rows` rows, of so many channels a slice."""
+    rows_per_program = tile.rows
+    if isinstance(tile, RowLoop):
+        # The nearest number of programs, not the next larger: batches of 32 to 256 then make 256 of them, not 288
+        # to 512 with a last wave nearly empty, and a large batch of few rows writes fewer partial sums.
+        programs = max(round(tile.programs / max(samples, 1)), 1)
+        rows_per_program *= max(triton.cdiv(triton.cdiv(rows, tile.rows), programs), 1)
+    return RowProgram(
+        rows=tile.rows,
         channels=channels,
-        block_c=block_c,
-        num_warps=num_warps,
+        block_c=triton.next_power_of_2(channels),
+        num_warps=tile.num_warps,
         rows_per_program=rows_per_program,
-        forward_programs=(samples, tiles),
-        backward_programs=(samples, triton.cdiv(rows, rows_per_program)),
+        programs=(samples, triton.cdiv(rows, rows_per_program)),
     )
 
 
-def launch_rows(
-    kernel, programs: tuple[int, int], tile: RowTile, by_row: tuple[Tensor, ...], *arguments, **constants
-):
+def row_program(pass_name: str, x: Tensor, rows: int, slices: int, channels: int) -> RowProgram:
+    """The programs of a pass, such as "adaln.forward", for the samples of x, the residual stream: `rows` rows of
+    slices·channels channels each."""
+    tile, kernel = choose_row_tile(rows, slices, channels), pass_name.partition(".")[2]
+    heuristic = RowTile(tile.rows, tile.num_warps) if kernel == "forward" else tile
+    dtype = "float32" if x.dtype == torch.float32 else "16-bit"
+    key = {"dtype": dtype, "rows": rows, "channels": channels}
+    return cut_rows(
+        choose_tiles(x.device, pass_name, key, {kernel: heuristic})[kernel], x.shape[0], rows, channels
+    )
+
+
+def launch_rows(kernel, tile: RowProgram, by_row: tuple[Tensor, ...], *arguments, **constants) -> None:
     """Launches a norm's kernel, if there are rows; `by_row` are the tensors that it reads or writes row by row."""
-    if math.prod(programs) == 0:
+    programs = math.prod(tile.programs)
+    if programs == 0:
         return
     with on_device_of(by_row[0]):
-        kernel[(math.prod(programs),)](
+        kernel[(programs,)](
             *arguments, **constants, C=tile.channels, ALIGN=math.gcd(tile.channels, common_alignment(*by_row)),
             ROWS=tile.rows, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
         )  # fmt: skip

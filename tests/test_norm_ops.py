@@ -9,7 +9,8 @@ import torch
 from norm_cases import BF16, F16, F32, OPS, Case, check, input_shapes, make_inputs, run
 
 import edt_kernels
-from edt_kernels._rows import choose_row_tile
+from edt_kernels._rows import choose_row_tile, cut_rows
+from edt_kernels._tiles import RowTile
 
 SMALL_CASES = [
     *(Case(op, (2, 4), 52, batch_size=3) for op in OPS),
@@ -211,11 +212,13 @@ def test_tiles_fit_the_shapes_of_any_model(slices, channels):
     for samples, rows in itertools.product(
         (1, 2, 8, 24, 32, 64, 96, 200, 256, 1000), (1, 16, 77, 256, 4096 + 333)
     ):
-        tile = choose_row_tile(samples, rows, slices, channels)
-        _, programs = tile.backward_programs
-        assert tile.forward_programs == (samples, math.ceil(rows / tile.rows))
-        assert (programs - 1) * tile.rows_per_program < rows <= programs * tile.rows_per_program
-        assert tile.rows * slices * tile.block_c <= 8192
+        tile = choose_row_tile(rows, slices, channels)
+        forward = cut_rows(RowTile(tile.rows, tile.num_warps), samples, rows, channels)
+        assert forward.programs == (samples, math.ceil(rows / tile.rows))
+        backward = cut_rows(tile, samples, rows, channels)
+        _, programs = backward.programs
+        assert (programs - 1) * backward.rows_per_program < rows <= programs * backward.rows_per_program
+        assert tile.rows * slices * backward.block_c <= 8192
         # At least one program for each multiprocessor, unless there are too few tiles.
         assert samples * programs >= min(samples * math.ceil(rows / tile.rows), 132)
         # About two, unless there are more samples: each sample takes a program.

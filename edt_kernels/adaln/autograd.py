@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 
 from .._launch import define_gradient, define_op, dense_rows, refuse_forward_mode
-from .._rows import choose_row_tile, empty_normed, launch_rows, modulation_gradients, save_for_backward, total
+from .._rows import empty_normed, launch_rows, modulation_gradients, row_program, save_for_backward, total
 from . import kernels
 
 
 def _forward(x, shift, scale, eps, out_dtype):
     x, shift, scale = map(dense_rows, (x, shift, scale))
-    B, N, C = x.shape
+    _, N, C = x.shape
     out, mean, rstd = empty_normed(x, N, C, out_dtype)
-    tile = choose_row_tile(B, N, 1, C)
+    tile = row_program("adaln.forward", x, N, 1, C)
     launch_rows(
-        kernels.forward, tile.forward_programs, tile, (x, out),
+        kernels.forward, tile, (x, out),
         x, shift, scale, out, mean, rstd, *x.stride()[:2], shift.stride(0), scale.stride(0), N, eps,
     )  # fmt: skip
     return out, mean, rstd
@@ -22,11 +22,11 @@ def _forward(x, shift, scale, eps, out_dtype):
 
 def _backward(grad_out, x, scale, mean, rstd):
     grad_out, x, scale = map(dense_rows, (grad_out, x, scale))
-    B, N, C = x.shape
-    tile = choose_row_tile(B, N, 1, C)
-    grad_x, partials = x.new_empty(x.shape), x.new_empty(2, *tile.backward_programs, C, dtype=torch.float32)
+    _, N, C = x.shape
+    tile = row_program("adaln.backward", x, N, 1, C)
+    grad_x, partials = x.new_empty(x.shape), x.new_empty(2, *tile.programs, C, dtype=torch.float32)
     launch_rows(
-        kernels.backward, tile.backward_programs, tile, (x, grad_out, grad_x),
+        kernels.backward, tile, (x, grad_out, grad_x),
         grad_out, x, scale, mean, rstd, grad_x, partials, *grad_out.stride()[:2], *x.stride()[:2],
         scale.stride(0), N, tile.rows_per_program,
     )  # fmt: skip

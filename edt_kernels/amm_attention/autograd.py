@@ -8,17 +8,8 @@ import triton
 from torch import Tensor
 
 from .._launch import common_alignment, define_gradient, define_op, dense_rows, on_device_of, refuse_forward_mode
+from .._tiles import CellTile, ScoreTile, choose_tiles
 from . import kernels, resident_kernels, short_kernels, table_kernels
-
-
-@dataclass(frozen=True)
-class Tile:
-    """block_m query rows by block_n key rows."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -32,81 +23,81 @@ class TableTile:
     num_stages: int
 
 
-# The tile of each kernel, by matrix unit and padded head dim: the largest that compile without spills at EDT's
-# shapes (`python -m benchmarks.static`), to be replaced by measured ones. float32 products are exact, so they run
+# The tile of each kernel, by matrix unit and padded head dim, where no table has a measured one: the largest that
+# compile without spills at EDT's shapes (`python -m benchmarks.static`). float32 products are exact, so they run
 # on the FMA units out of registers ("fma"; its D 128 still spills). Triton gives each warp 16 rows of a score tile
 # that feeds another product: with fewer than 16·num_warps rows (queries, in backward_kv and short_backward keys)
 # warps repeat each other's work. 64 rows at 4 warps would not, but miscompile on Hopper (triton issue 11366,
 # flash-linear-attention issue 984), so there 8 warps do.
 _TILES = {
     ("wgmma", 64): {
-        "short_forward": Tile(64, 64, 8, 2),
-        "short_backward": Tile(64, 64, 8, 2),
-        "resident_forward": Tile(128, 64, 8, 1),
-        "forward": Tile(128, 64, 8, 2),
-        "backward_q": Tile(128, 32, 8, 2),
-        "backward_kv": Tile(32, 128, 8, 2),
+        "short_forward": ScoreTile(64, 64, 8, 2),
+        "short_backward": ScoreTile(64, 64, 8, 2),
+        "resident_forward": ScoreTile(128, 64, 8, 1),
+        "forward": ScoreTile(128, 64, 8, 2),
+        "backward_q": ScoreTile(128, 32, 8, 2),
+        "backward_kv": ScoreTile(32, 128, 8, 2),
     },
     ("wgmma", 128): {
-        "short_forward": Tile(64, 64, 8, 1),
-        "forward": Tile(128, 32, 8, 2),
-        "backward_q": Tile(128, 32, 8, 1),
-        "backward_kv": Tile(16, 128, 8, 2),
+        "short_forward": ScoreTile(64, 64, 8, 1),
+        "forward": ScoreTile(128, 32, 8, 2),
+        "backward_q": ScoreTile(128, 32, 8, 1),
+        "backward_kv": ScoreTile(16, 128, 8, 2),
     },
     ("mma", 64): {
-        "short_forward": Tile(64, 64, 8, 2),
-        "short_backward": Tile(32, 32, 4, 2),
-        "forward": Tile(64, 32, 4, 2),
-        "backward_q": Tile(64, 32, 4, 2),
-        "backward_kv": Tile(32, 64, 4, 1),
+        "short_forward": ScoreTile(64, 64, 8, 2),
+        "short_backward": ScoreTile(32, 32, 4, 2),
+        "forward": ScoreTile(64, 32, 4, 2),
+        "backward_q": ScoreTile(64, 32, 4, 2),
+        "backward_kv": ScoreTile(32, 64, 4, 1),
     },
     ("mma", 128): {
-        "short_forward": Tile(64, 64, 8, 1),
-        "forward": Tile(128, 32, 8, 1),
-        "backward_q": Tile(64, 32, 8, 1),
-        "backward_kv": Tile(32, 64, 8, 1),
+        "short_forward": ScoreTile(64, 64, 8, 1),
+        "forward": ScoreTile(128, 32, 8, 1),
+        "backward_q": ScoreTile(64, 32, 8, 1),
+        "backward_kv": ScoreTile(32, 64, 8, 1),
     },
     ("mfma", 64): {
-        "short_forward": Tile(64, 64, 4, 1),
-        "short_backward": Tile(32, 32, 2, 1),
-        "forward": Tile(64, 64, 4, 1),
-        "backward_q": Tile(64, 64, 4, 1),
-        "backward_kv": Tile(64, 64, 4, 1),
+        "short_forward": ScoreTile(64, 64, 4, 1),
+        "short_backward": ScoreTile(32, 32, 2, 1),
+        "forward": ScoreTile(64, 64, 4, 1),
+        "backward_q": ScoreTile(64, 64, 4, 1),
+        "backward_kv": ScoreTile(64, 64, 4, 1),
     },
     ("mfma", 128): {
-        "short_forward": Tile(64, 64, 4, 1),
-        "forward": Tile(64, 32, 4, 1),
-        "backward_q": Tile(64, 32, 4, 1),
-        "backward_kv": Tile(32, 64, 4, 1),
+        "short_forward": ScoreTile(64, 64, 4, 1),
+        "forward": ScoreTile(64, 32, 4, 1),
+        "backward_q": ScoreTile(64, 32, 4, 1),
+        "backward_kv": ScoreTile(32, 64, 4, 1),
     },
     ("fma", 64): {
-        "short_forward": Tile(32, 32, 4, 1),
-        "short_backward": Tile(32, 32, 8, 1),
-        "forward": Tile(32, 32, 4, 1),
-        "backward_q": Tile(32, 32, 8, 1),
-        "backward_kv": Tile(32, 32, 8, 1),
+        "short_forward": ScoreTile(32, 32, 4, 1),
+        "short_backward": ScoreTile(32, 32, 8, 1),
+        "forward": ScoreTile(32, 32, 4, 1),
+        "backward_q": ScoreTile(32, 32, 8, 1),
+        "backward_kv": ScoreTile(32, 32, 8, 1),
     },
     ("fma", 128): {
-        "short_forward": Tile(16, 16, 4, 1),
-        "forward": Tile(16, 16, 4, 1),
-        "backward_q": Tile(32, 32, 8, 1),
-        "backward_kv": Tile(16, 16, 4, 1),
+        "short_forward": ScoreTile(16, 16, 4, 1),
+        "forward": ScoreTile(16, 16, 4, 1),
+        "backward_q": ScoreTile(32, 32, 8, 1),
+        "backward_kv": ScoreTile(16, 16, 4, 1),
     },
 }
 # Datacenter Blackwell takes Hopper's tiles but for these: the accumulators of resident_forward exceed its tensor
 # memory (Triton compiles that to an empty kernel), the others spill.
 _TILES["tcgen05", 64] = _TILES["wgmma", 64] | {
-    "short_forward": Tile(64, 64, 8, 1),
-    "backward_q": Tile(128, 64, 8, 2),
+    "short_forward": ScoreTile(64, 64, 8, 1),
+    "backward_q": ScoreTile(128, 64, 8, 2),
 }
-_TILES["tcgen05", 128] = _TILES["wgmma", 128] | {"backward_q": Tile(128, 64, 8, 1)}
+_TILES["tcgen05", 128] = _TILES["wgmma", 128] | {"backward_q": ScoreTile(128, 64, 8, 1)}
 del _TILES["tcgen05", 64]["resident_forward"]
-_TABLE_TILES = {  # (cells, num_warps, num_stages)
-    "wgmma": (64, 8, 2),
-    "tcgen05": (64, 8, 1),
-    "mma": (32, 8, 1),
-    "mfma": (64, 4, 1),
-    "fma": (32, 4, 1),
+TABLE_TILES = {
+    "wgmma": CellTile(64, 8, 2),
+    "tcgen05": CellTile(64, 8, 1),
+    "mma": CellTile(32, 8, 1),
+    "mfma": CellTile(64, 4, 1),
+    "fma": CellTile(32, 4, 1),
 }
 
 # What fits on the chip: 256 rows of 64 channels, twice, are 64 KB of shared memory.
@@ -131,7 +122,7 @@ def matrix_unit(device: torch.device) -> str:
     return {9: "wgmma", 10: "tcgen05"}.get(torch.cuda.get_device_capability(device)[0], "mma")
 
 
-def tiles_of(unit: str, head_dim: int) -> dict[str, Tile]:
+def tiles_of(unit: str, head_dim: int) -> dict[str, ScoreTile]:
     return _TILES[unit, 64 if head_dim <= 64 else 128]
 
 
@@ -154,13 +145,12 @@ def choose_backward(unit: str, num_tokens: int, head_dim: int, has_modulation: b
     return "short_backward" if fits and not has_modulation else "backward"
 
 
-def choose_table_tile(unit: str, grid: tuple[int, int]) -> TableTile:
+def lay_out_cells(tile: CellTile, grid: tuple[int, int]) -> TableTile:
     """Whole rows of the grid as far as they fit, then more batch items where the grid is smaller."""
-    cells, num_warps, num_stages = _TABLE_TILES[unit]
     H, W = grid
-    columns = min(triton.next_power_of_2(W), cells)
-    rows = min(triton.next_power_of_2(H), cells // columns)
-    return TableTile(cells // (rows * columns), rows, columns, num_warps, num_stages)
+    columns = min(triton.next_power_of_2(W), tile.cells)
+    rows = min(triton.next_power_of_2(H), tile.cells // columns)
+    return TableTile(tile.cells // (rows * columns), rows, columns, tile.num_warps, tile.num_stages)
 
 
 @dataclass(frozen=True)
@@ -181,8 +171,34 @@ class _Problem:
     def unit(self) -> str:
         return "fma" if self.q.dtype == torch.float32 else matrix_unit(self.q.device)
 
-    def tile(self, kernel: str) -> Tile:
-        return tiles_of(self.unit, self.q.shape[-1])[kernel]
+    def forward_tile(self) -> tuple[str, ScoreTile]:
+        """The kernel of the forward pass, and its tile."""
+        B, N, heads, D = self.q.shape
+        kernel = choose_forward(self.unit, N, D, B * heads, self.has_modulation)
+        ((kernel, tile),) = self._measured("forward", {kernel: tiles_of(self.unit, D)[kernel]}).items()
+        return kernel, tile
+
+    def backward_tiles(self) -> dict[str, ScoreTile | CellTile]:
+        """The tiles of the kernels of the backward pass: `short_backward` or the three passes."""
+        _, N, _, D = self.q.shape
+        tiles = tiles_of(self.unit, D) | {"backward_tables": TABLE_TILES[self.unit]}
+        short = choose_backward(self.unit, N, D, self.has_modulation) == "short_backward"
+        kernels = ("short_backward",) if short else ("backward_q", "backward_kv", "backward_tables")
+        return self._measured("backward", {kernel: tiles[kernel] for kernel in kernels})
+
+    def _measured(self, direction: str, heuristic: dict) -> dict:
+        (B, N, heads, D), (H, W) = self.q.shape, self.grid
+        key = {
+            "dtype": "float32" if self.q.dtype == torch.float32 else "16-bit",
+            "height": H,
+            "width": W,
+            "extra_tokens": N - H * W,
+            "head_dim": D,
+            "bias": self.has_bias,
+            "modulation": self.has_modulation,
+            "many_heads": B * heads >= _RESIDENT_HEADS,
+        }
+        return choose_tiles(self.q.device, f"amm_attention.{direction}", key, heuristic)
 
     def strides(self, *tensors: Tensor) -> list[int]:
         """Of q, k, v, then of these, as the kernels take them."""
@@ -207,7 +223,14 @@ class _Problem:
         }
 
     def launch(
-        self, kernel, tile: Tile | TableTile, programs: int, pointers: tuple, rows: tuple, *extra: int, **constants
+        self,
+        kernel,
+        tile: ScoreTile | TableTile,
+        programs: int,
+        pointers: tuple,
+        rows: tuple,
+        *extra: int,
+        **constants,
     ) -> None:
         """`pointers` are the kernel's after the table, `rows` those of them whose strides it takes, `extra` its
         run-time arguments after the sizes."""
@@ -216,7 +239,7 @@ class _Problem:
             **self.constants(*rows), **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
-    def launch_tiles(self, kernel, tile: Tile, programs_per_head: int, pointers, rows, **constants) -> None:
+    def launch_tiles(self, kernel, tile: ScoreTile, programs_per_head: int, pointers, rows, **constants) -> None:
         """A kernel of which each program takes a tile of one head, or the whole head."""
         (B, N, heads, _), (H, W) = self.q.shape, self.grid
         has_extra, masked = H * W != N, N % tile.block_m != 0 or N % tile.block_n != 0
@@ -229,7 +252,7 @@ class _Problem:
         }
         self.launch(kernel, tile, B * heads * programs_per_head, pointers, rows, **constants)
 
-    def launch_short(self, kernel, tile: Tile, splits: int, pointers, rows, **constants) -> None:
+    def launch_short(self, kernel, tile: ScoreTile, splits: int, pointers, rows, **constants) -> None:
         """A kernel of which each program takes one of `splits` shares of the batch of one head."""
         B, N, heads, _ = self.q.shape
         seq = triton.next_power_of_2(N)
@@ -243,10 +266,10 @@ class _Problem:
         steps = triton.cdiv(triton.cdiv(B, packed), splits)
         self.launch(kernel, tile, splits * heads, pointers, rows, B, steps, **constants)
 
-    def short_splits(self, kernel: str) -> int:
+    def short_splits(self, kernel: str, tile: ScoreTile) -> int:
         """Shares of the batch, none of them empty."""
         B, N, heads, _ = self.q.shape
-        groups = triton.cdiv(B, self.tile(kernel).block_m // triton.next_power_of_2(N))
+        groups = triton.cdiv(B, tile.block_m // triton.next_power_of_2(N))
         steps = triton.cdiv(groups * heads, _SHORT_PROGRAMS[kernel])
         return triton.cdiv(groups, steps)
 
@@ -269,17 +292,16 @@ def _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale) -
 
 def _forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale):
     p = _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale)
-    B, N, heads, D = q.shape
+    B, N, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     logsumexp = torch.empty(B, heads, N, dtype=torch.float32, device=q.device)
     if q.numel() == 0:
         return out, logsumexp
     pointers, rows = (out, logsumexp), (out,)
-    kernel = choose_forward(p.unit, N, D, B * heads, p.has_modulation)
-    tile = p.tile(kernel)
+    kernel, tile = p.forward_tile()
     with on_device_of(q):
         if kernel == "short_forward":
-            p.launch_short(short_kernels.short_forward, tile, p.short_splits(kernel), pointers, rows)
+            p.launch_short(short_kernels.short_forward, tile, p.short_splits(kernel, tile), pointers, rows)
         elif kernel == "resident_forward":
             tiles = triton.cdiv(N, tile.block_n)
             p.launch_tiles(resident_kernels.resident_forward, tile, 1, pointers, rows, TILES=tiles)
@@ -319,28 +341,30 @@ def _backward(
 
 def _launch_backward(p, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias, grad_modulation) -> None:
     """Fills the gradients; of the tables only those that have elements."""
-    _, N, _, D = p.q.shape
-    if choose_backward(p.unit, N, D, p.has_modulation) == "short_backward":
-        _launch_short_backward(p, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias)
+    N, tiles = p.q.shape[1], p.backward_tiles()
+    if "short_backward" in tiles:
+        _launch_short_backward(
+            p, tiles["short_backward"], grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias
+        )
         return
     delta = torch.empty_like(logsumexp)
-    tile = p.tile("backward_q")
+    tile = tiles["backward_q"]
     p.launch_tiles(
         kernels.backward_q, tile, triton.cdiv(N, tile.block_m),
         (out, grad_out, logsumexp, delta, grad_q), (out, grad_out),
     )  # fmt: skip
-    tile = p.tile("backward_kv")
+    tile = tiles["backward_kv"]
     p.launch_tiles(
         kernels.backward_kv, tile, triton.cdiv(N, tile.block_n),
         (grad_out, logsumexp, delta, grad_k, grad_v), (grad_out, grad_k),
     )  # fmt: skip
     if grad_bias.numel() or grad_modulation.numel():
-        _launch_table_gradients(p, grad_out, logsumexp, delta, grad_bias, grad_modulation)
+        tile = lay_out_cells(tiles["backward_tables"], p.grid)
+        _launch_table_gradients(p, tile, grad_out, logsumexp, delta, grad_bias, grad_modulation)
 
 
-def _launch_short_backward(p, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias) -> None:
-    tile, splits = p.tile("short_backward"), p.short_splits("short_backward")
-    heads, block = p.q.shape[2], tile.block_m
+def _launch_short_backward(p, tile, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias) -> None:
+    splits, heads, block = p.short_splits("short_backward", tile), p.q.shape[2], tile.block_m
     needs_bias = grad_bias.numel() > 0
     size = splits * heads * block * block if needs_bias else 0
     partials = torch.empty(size, dtype=torch.float32, device=out.device)
@@ -356,10 +380,9 @@ def _launch_short_backward(p, grad_out, out, logsumexp, grad_q, grad_k, grad_v, 
         )  # fmt: skip
 
 
-def _launch_table_gradients(p, grad_out, logsumexp, delta, grad_bias, grad_modulation) -> None:
+def _launch_table_gradients(p, tile, grad_out, logsumexp, delta, grad_bias, grad_modulation) -> None:
     B, _, heads, _ = p.q.shape
     H, W = p.grid
-    tile = choose_table_tile(p.unit, p.grid)
     layout = {"ITEMS": tile.items, "ROWS": tile.rows, "COLUMNS": tile.columns}
     block = math.prod(layout.values())
     distances = (2 * triton.cdiv(H, tile.rows) - 1) * (2 * triton.cdiv(W, tile.columns) - 1)

@@ -4,8 +4,12 @@ import torch
 from torch import Tensor
 
 from .._launch import define_gradient, define_op, dense_rows, refuse_forward_mode
-from .._rows import choose_row_tile, empty_normed, launch_rows, modulation_gradients, save_for_backward, total
+from .._rows import empty_normed, launch_rows, modulation_gradients, row_program, save_for_backward, total
 from . import kernels
+
+
+def _op(norm: bool) -> str:
+    return "gated_residual_adaln" if norm else "gated_residual"
 
 
 def _launch_forward(x, y, gate, shift, scale, eps, x_out, out, mean, rstd) -> None:
@@ -13,10 +17,10 @@ def _launch_forward(x, y, gate, shift, scale, eps, x_out, out, mean, rstd) -> No
     norm = out is not None
     if not norm:
         shift = scale = out = mean = rstd = x
-    B, N, C = x.shape
-    tile = choose_row_tile(B, N, 1, C)
+    _, N, C = x.shape
+    tile = row_program(f"{_op(norm)}.forward", x, N, 1, C)
     launch_rows(
-        kernels.forward, tile.forward_programs, tile, (x, y, x_out, out),
+        kernels.forward, tile, (x, y, x_out, out),
         x, y, gate, shift, scale, x_out, out, mean, rstd, *x.stride()[:2], *y.stride()[:2],
         gate.stride(0), shift.stride(0), scale.stride(0), N, eps, NORM=norm,
     )  # fmt: skip
@@ -27,11 +31,11 @@ def _launch_backward(grad_x_out, grad_out, x_out, y, gate, scale, mean, rstd, gr
     norm = grad_out is not None
     if not norm:
         grad_out = x_out = scale = mean = rstd = grad_x = grad_x_out
-    B, N, C = y.shape
-    tile = choose_row_tile(B, N, 1, C)
-    partials = y.new_empty(3 if norm else 1, *tile.backward_programs, C, dtype=torch.float32)
+    _, N, C = y.shape
+    tile = row_program(f"{_op(norm)}.backward", x_out, N, 1, C)
+    partials = y.new_empty(3 if norm else 1, *tile.programs, C, dtype=torch.float32)
     launch_rows(
-        kernels.backward, tile.backward_programs, tile, (grad_x_out, grad_out, x_out, y, grad_y),
+        kernels.backward, tile, (grad_x_out, grad_out, x_out, y, grad_y),
         grad_x_out, grad_out, x_out, y, gate, scale, mean, rstd, grad_x, grad_y, partials,
         *grad_x_out.stride()[:2], *grad_out.stride()[:2], *y.stride()[:2], gate.stride(0), scale.stride(0),
         N, tile.rows_per_program, NORM=norm,

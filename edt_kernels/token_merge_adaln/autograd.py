@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._launch import define_gradient, define_op, dense_rows, refuse_forward_mode
-from .._rows import choose_row_tile, empty_normed, launch_rows, modulation_gradients, save_for_backward, total
+from .._rows import empty_normed, launch_rows, modulation_gradients, row_program, save_for_backward, total
 from . import kernels
 
 
@@ -18,13 +18,13 @@ def _keep_arguments(x: Tensor, keep: Tensor | None) -> tuple[Tensor, int, bool]:
 
 def _forward(x, shift, scale, keep, grid_h, grid_w, eps, out_dtype):
     x, shift, scale = map(dense_rows, (x, shift, scale))
-    B, tokens, C = x.shape
+    _, tokens, C = x.shape
     N = tokens // 4
     out, mean, rstd = empty_normed(x, N, 4 * C, out_dtype)
-    tile = choose_row_tile(B, N, 4, C)
+    tile = row_program("token_merge_adaln.forward", x, N, 4, C)
     keep, stride_keep, masked = _keep_arguments(x, keep)
     launch_rows(
-        kernels.forward, tile.forward_programs, tile, (x, out),
+        kernels.forward, tile, (x, out),
         x, shift, scale, keep, out, mean, rstd, *x.stride()[:2], shift.stride(0), scale.stride(0),
         stride_keep, N, grid_w, eps, MASKED=masked,
     )  # fmt: skip
@@ -33,12 +33,12 @@ def _forward(x, shift, scale, keep, grid_h, grid_w, eps, out_dtype):
 
 def _backward(grad_out, x, scale, keep, mean, rstd, grid_h, grid_w):
     grad_out, x, scale = map(dense_rows, (grad_out, x, scale))
-    B, N, width = grad_out.shape
-    tile = choose_row_tile(B, N, 4, width // 4)
-    grad_x, partials = x.new_empty(x.shape), x.new_empty(2, *tile.backward_programs, width, dtype=torch.float32)
+    _, N, width = grad_out.shape
+    tile = row_program("token_merge_adaln.backward", x, N, 4, width // 4)
+    grad_x, partials = x.new_empty(x.shape), x.new_empty(2, *tile.programs, width, dtype=torch.float32)
     keep, stride_keep, masked = _keep_arguments(x, keep)
     launch_rows(
-        kernels.backward, tile.backward_programs, tile, (x, grad_out, grad_x),
+        kernels.backward, tile, (x, grad_out, grad_x),
         grad_out, x, scale, keep, mean, rstd, grad_x, partials, *grad_out.stride()[:2], *x.stride()[:2],
         scale.stride(0), stride_keep, N, grid_w, tile.rows_per_program, MASKED=masked,
     )  # fmt: skip

@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 
 from .._launch import define_gradient, define_op, dense_rows, refuse_forward_mode
-from .._rows import choose_row_tile, empty_normed, launch_rows, modulation_gradients, save_for_backward, total
+from .._rows import empty_normed, launch_rows, modulation_gradients, row_program, save_for_backward, total
 from . import kernels
 
 
 def _forward(x, skip, shift, scale, grid_h, grid_w, eps, out_dtype):
     x, skip, shift, scale = map(dense_rows, (x, skip, shift, scale))
-    B, N, C = skip.shape
+    _, N, C = skip.shape
     out, mean, rstd = empty_normed(x, N, 2 * C, out_dtype)
-    tile = choose_row_tile(B, N, 2, C)
+    tile = row_program("token_split_concat_adaln.forward", skip, N, 2, C)
     launch_rows(
-        kernels.forward, tile.forward_programs, tile, (x, skip, out),
+        kernels.forward, tile, (x, skip, out),
         x, skip, shift, scale, out, mean, rstd, *x.stride()[:2], *skip.stride()[:2], shift.stride(0),
         scale.stride(0), N, grid_w, eps,
     )  # fmt: skip
@@ -23,12 +23,12 @@ def _forward(x, skip, shift, scale, grid_h, grid_w, eps, out_dtype):
 
 def _backward(grad_out, x, skip, scale, mean, rstd, grid_h, grid_w):
     grad_out, x, skip, scale = map(dense_rows, (grad_out, x, skip, scale))
-    B, N, C = skip.shape
-    tile = choose_row_tile(B, N, 2, C)
+    _, N, C = skip.shape
+    tile = row_program("token_split_concat_adaln.backward", skip, N, 2, C)
     grad_x, grad_skip = x.new_empty(x.shape), skip.new_empty(skip.shape)
-    partials = x.new_empty(2, *tile.backward_programs, 2 * C, dtype=torch.float32)
+    partials = x.new_empty(2, *tile.programs, 2 * C, dtype=torch.float32)
     launch_rows(
-        kernels.backward, tile.backward_programs, tile, (x, skip, grad_out, grad_skip),
+        kernels.backward, tile, (x, skip, grad_out, grad_skip),
         grad_out, x, skip, scale, mean, rstd, grad_x, grad_skip, partials,
         *grad_out.stride()[:2], *x.stride()[:2], *skip.stride()[:2], scale.stride(0),
         N, grid_w, tile.rows_per_program,
