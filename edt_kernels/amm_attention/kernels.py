@@ -146,18 +146,18 @@ def add_product(accumulator, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr)
 @triton.jit
 def gradients_of_scores(
     left, right, grad_left, grad_right, row_logsumexp, row_delta, scale, bias, factor, pair_valid,
-    HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, MASKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P, G and dS of a tile. Either as (queries, keys), from left = q, right = kᵀ, grad_left = dO, grad_right =
-    vᵀ; or transposed, from k, qᵀ, v and dOᵀ: multiplying by the transpose of a product gave wrong gradients on
-    Hopper with Triton 3.4 to 3.7.0. The rows' statistics and the tables come in the same orientation."""
-    products = tl.dot(left, right, input_precision=PRECISION)
+    """P, G and dS of a tile, (queries, keys), from left = q, right = kᵀ, grad_left = dO, grad_right = vᵀ.
+    TRANSPOSED: (keys, queries), from k, q, v, dO. (Multiplying by the transpose of a product gave wrong gradients
+    on Hopper with Triton 3.4 to 3.7.0.) They are transposed where they are used: earlier, sm_100 spills."""
+    products = tl.dot(left, tl.trans(right) if TRANSPOSED else right, input_precision=PRECISION)
     logits = masked_logits(products, scale, bias, pair_valid, HAS_BIAS, MASKED)
-    p = exp_difference(logits, row_logsumexp, EXACT)
-    grad_weights = tl.dot(grad_left, grad_right, input_precision=PRECISION)
+    p = exp_difference(logits, row_logsumexp[None, :] if TRANSPOSED else row_logsumexp[:, None], EXACT)
+    grad_weights = tl.dot(grad_left, tl.trans(grad_right) if TRANSPOSED else grad_right, input_precision=PRECISION)
     grad_p = grad_weights * factor if HAS_MODULATION else grad_weights
-    return p, grad_weights, p * (grad_p - row_delta)
+    return p, grad_weights, p * (grad_p - (row_delta[None, :] if TRANSPOSED else row_delta[:, None]))
 
 
 @triton.jit
@@ -286,8 +286,8 @@ def backward_q(
             HAS_BIAS, HAS_MODULATION, HAS_EXTRA,
         )  # fmt: skip
         _, _, grad_logits = gradients_of_scores(
-            q_tile, tl.trans(k_tile), grad_tile, v_tile, row_logsumexp[:, None], row_delta[:, None], scale, bias,
-            factor, (j < N)[None, :], HAS_BIAS, HAS_MODULATION, MASKED, EXACT, PRECISION,
+            q_tile, tl.trans(k_tile), grad_tile, v_tile, row_logsumexp, row_delta, scale, bias, factor,
+            (j < N)[None, :], HAS_BIAS, HAS_MODULATION, MASKED, False, EXACT, PRECISION,
         )  # fmt: skip
         accumulator = add_product(accumulator, grad_logits.to(k_tile.dtype), k_tile, EXACT, PRECISION)
         if EVEN:
@@ -335,8 +335,8 @@ def backward_kv(
             HAS_BIAS, HAS_MODULATION, HAS_EXTRA,
         )  # fmt: skip
         p, _, grad_logits = gradients_of_scores(
-            k_tile, tl.trans(q_tile), v_tile, tl.trans(grad_tile), row_logsumexp[None, :], row_delta[None, :],
-            scale, bias, factor, (j < N)[:, None], HAS_BIAS, HAS_MODULATION, MASKED, EXACT, PRECISION,
+            k_tile, q_tile, v_tile, grad_tile, row_logsumexp, row_delta, scale, bias, factor, (j < N)[:, None],
+            HAS_BIAS, HAS_MODULATION, MASKED, True, EXACT, PRECISION,
         )  # fmt: skip
         weights = p * factor if HAS_MODULATION else p
         v_accumulator = add_product(v_accumulator, weights.to(grad_tile.dtype), grad_tile, EXACT, PRECISION)

@@ -133,8 +133,8 @@ def short_backward(
         # +∞ makes the probabilities of rows that do not exist zero.
         row_logsumexp = tl.load(logsumexp + statistics, mask=valid, other=float("inf"))
         p, _, grad_logits = gradients_of_scores(
-            k_tile, tl.trans(q_tile), v_tile, tl.trans(grad_tile), row_logsumexp[None, :], row_delta[None, :],
-            scale, bias, factor, None, HAS_BIAS or MASKED, False, False, EXACT, PRECISION,
+            k_tile, q_tile, v_tile, grad_tile, row_logsumexp, row_delta, scale, bias, factor, None,
+            HAS_BIAS or MASKED, False, False, True, EXACT, PRECISION,
         )  # fmt: skip
         if GRAD_BIAS:
             bias_sum += grad_logits

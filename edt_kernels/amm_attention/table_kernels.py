@@ -84,8 +84,8 @@ def backward_tables(
             row_delta = tl.load(delta + statistics, mask=valid_i, other=0.0)
             pair_valid = valid_j[None, :] & (item[:, None] == item[None, :])
             p, grad_weights, grad_logits = gradients_of_scores(
-                q_tile, k_tile, grad_tile, v_tile, row_logsumexp[:, None], row_delta[:, None], scale, bias, factor,
-                pair_valid, HAS_BIAS, HAS_MODULATION, MASKED, EXACT, PRECISION,
+                q_tile, k_tile, grad_tile, v_tile, row_logsumexp, row_delta, scale, bias, factor, pair_valid,
+                HAS_BIAS, HAS_MODULATION, MASKED, False, EXACT, PRECISION,
             )  # fmt: skip
             if GRAD_BIAS:
                 bias_sum += grad_logits
