@@ -192,27 +192,25 @@ class _Expected:
     """Results of the yardstick, on the CPU, and how far the reference path in the case's dtype is from each."""
 
     exact: dict[str, Tensor]
+    norm: dict[str, float]
     eager_error: dict[str, float]
     eps: float  # of the case's dtype
 
     def judge(self, results: dict[str, Tensor], role: str) -> tuple[dict[str, float], float]:
         """Errors over what is allowed, by result; and the relative error of all gradients or of the one result."""
         gradients = [name for name in self.exact if name.startswith(_GRADIENT)]
-        norm = {name: exact.double().norm().item() for name, exact in self.exact.items()}
+        norm, eager = dict(self.norm), dict(self.eager_error)
         error = {name: _distance(results[name], exact) for name, exact in self.exact.items()}
-        eager = dict(self.eager_error)
         judged = "all gradients" if gradients else next(iter(norm))
         if gradients:
             for values in (norm, error, eager):
                 values[judged] = math.hypot(*(values[name] for name in gradients))
         ratios = {}
         for name in norm:
-            spread, factor = eager[name], _ERROR_FACTOR[role]
-            if name in gradients:
-                # By chance the reference path may be close: no closer than it is over all.
-                spread = max(spread, eager[judged] / norm[judged] * norm[name])
-                factor *= _PARAMETER_FACTOR
-            allowed = factor * (spread + self.eps * norm[name])
+            allowed = _ERROR_FACTOR[role] * eager[name] + self.eps * norm[name]
+            if name in gradients:  # by chance the reference path may be close: no closer than it is over all
+                least = _ERROR_FACTOR[role] * eager[judged] / norm[judged] * norm[name]
+                allowed = _PARAMETER_FACTOR * max(allowed, least)
             ratios[name] = error[name] / allowed if allowed > 0 else (0.0 if error[name] == 0 else math.inf)
         return ratios, error[judged] / norm[judged]
 
@@ -244,10 +242,11 @@ class _Given:
         """A few samples at a time, so that batches that fit with the kernels alone can be checked too."""
         case = self.case
         exact = self._on_the_reference_path(torch.float64 if case.dtype == "float32" else torch.float32, None)
-        exact = {name: tensor.cpu() for name, tensor in exact.items()}
+        norm = {name: tensor.double().norm().item() for name, tensor in exact.items()}
+        exact = {name: tensor.cpu() for name, tensor in exact.items()}  # its memory is the implementations'
         eager = self._on_the_reference_path(torch.float32, case.autocast_dtype)
         error = {name: _distance(eager[name], tensor) for name, tensor in exact.items()}
-        return _Expected(exact, error, torch.finfo(getattr(torch, case.dtype)).eps)
+        return _Expected(exact, norm, error, torch.finfo(getattr(torch, case.dtype)).eps)
 
     def _on_the_reference_path(self, dtype: torch.dtype, autocast_dtype: torch.dtype | None) -> dict[str, Tensor]:
         with _reference_backend(True), _tf32(False):
