@@ -2,7 +2,7 @@
 
 Peers have the same weights and are given the same batch. Before anything is timed each is checked against our
 model on the reference path without autocast: in float32 without TF32, or in float64 where the case itself is in
-float32. The error allowed is a multiple of what the reference path errs in the case's dtype plus a rounding step:
+float32. The error allowed is a multiple of the reference path's own in the case's dtype, plus a rounding step:
 
 model   ‖prediction − exact‖
 train   ‖losses − exact‖ of each sample in both passes; ‖gradient − exact‖ over all parameters together; and, more
@@ -246,6 +246,8 @@ class _Given:
         exact = {name: tensor.cpu() for name, tensor in exact.items()}  # its memory is the implementations'
         eager = self._on_the_reference_path(torch.float32, case.autocast_dtype)
         error = {name: _distance(eager[name], tensor) for name, tensor in exact.items()}
+        if not all(map(math.isfinite, (*norm.values(), *error.values()))):
+            raise ValueError(f"the reference path in {case.dtype} is not finite; nothing can be judged by it")
         return _Expected(exact, norm, error, torch.finfo(getattr(torch, case.dtype)).eps)
 
     def _on_the_reference_path(self, dtype: torch.dtype, autocast_dtype: torch.dtype | None) -> dict[str, Tensor]:

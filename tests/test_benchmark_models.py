@@ -247,6 +247,18 @@ def test_the_yardstick_is_the_same_in_parts(monkeypatch):
             torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-5)
 
 
+def test_nothing_passes_where_the_reference_is_not_finite(monkeypatch):
+    def overflowing(model, case, device):
+        model = on_device(model, case, device)
+        next(model.parameters()).data.fill_(float("inf"))
+        return model
+
+    monkeypatch.setattr(models, "on_device", overflowing)
+    for row in measured(tiny("model")):
+        assert (row.status, row.ms) == ("failed", None)
+        assert "not finite" in row.reason
+
+
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("quick", [True, False])
 def test_cases(suite, quick):
