@@ -75,7 +75,8 @@ def test_what_runs_on_a_cpu_is_right_and_timed(suite, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", SUITES)
-def test_compiled_implementations_are_right(suite):
+def test_compiled_implementations_are_right(suite, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", {**TINY, "depths": (1, 1, 1, 1, 1), "amm_blocks": (3,), "mid_mask": None})
     rows = measured(tiny(suite, compiled=True))
     assert [(row.implementation, row.status, row.reason) for row in rows] == [
         ("ours", "ok", ""),
