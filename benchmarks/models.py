@@ -376,7 +376,8 @@ def _failures_named() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"{error.name} is not installed", "missing") from error
+        package = str(error.name).partition(".")[0]
+        raise UnavailableError(f"{package} is not installed", "missing") from error
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
