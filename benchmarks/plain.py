@@ -32,27 +32,29 @@ def relative_position_index(size):
     return offsets[0] * (2 * size - 1) + offsets[1]  # (N, N)
 
 
-def modulation_matrix(size):
+def modulation_matrix(size, form):
     rows, columns = torch.meshgrid(*2 * [torch.arange(size, dtype=torch.float64)], indexing="ij")
     coordinates = torch.stack([rows.flatten(), columns.flatten()], dim=1)
     distance = torch.cdist(coordinates, coordinates, compute_mode="donot_use_mm_for_euclid_dist")
     farthest = (size - 1) * math.sqrt(2)
-    gain = 0.5 * torch.exp(torch.cos(math.pi / (2 * farthest) * distance))
+    cosine = torch.cos(math.pi / (2 * farthest) * distance)
+    gain = {"exp_cos": 0.5 * torch.exp(cosine), "cos": 1.3 * cosine}[form]
     return torch.where(distance <= math.sqrt((size - 1) ** 2 + 4) + 1e-9, gain, 0.0).float()  # (N, N)
 
 
 class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size, frequency_size=256):
         super().__init__()
-        self.frequency_size = frequency_size
+        half = frequency_size // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+        # Released, they are made on the CPU and copied in each forward, which no CUDA graph can hold.
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.mlp = nn.Sequential(
             nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
     def forward(self, t):
-        half = self.frequency_size // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
-        arguments = t[:, None].float() * frequencies.to(t.device)
+        arguments = t[:, None].float() * self.frequencies
         return self.mlp(torch.cat([arguments.cos(), arguments.sin()], dim=-1))
 
 
@@ -83,7 +85,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, dim, num_heads, size, amm):
+    def __init__(self, dim, num_heads, size, amm, amm_form):
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
@@ -92,7 +94,7 @@ class Attention(nn.Module):
         self.rel_pos_bias = RelativePositionBias(size, num_heads)
         self.amm = amm
         if amm:
-            self.register_buffer("modulation", modulation_matrix(size), persistent=False)
+            self.register_buffer("modulation", modulation_matrix(size, amm_form), persistent=False)
 
     def forward(self, x):
         B, N, C = x.shape
@@ -120,10 +122,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, cond_dim, num_heads, size, amm):
+    def __init__(self, dim, cond_dim, num_heads, size, amm, amm_form):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(dim, num_heads, size, amm)
+        self.attn = Attention(dim, num_heads, size, amm, amm_form)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 6 * dim))
@@ -208,7 +210,11 @@ class FinalLayer(nn.Module):
 
 
 class PlainEDT(nn.Module):
-    """Square latents, `exp_cos` modulation: what EDT-S, B and XL need at 256²."""
+    """Square latents: what EDT-S, B and XL need at 256² and 512².
+
+    `mid_block`: the block of stage 0 before which the masked pass replaces dropped tokens by their position, as
+    EDT-XL does; None for no such block.
+    """
 
     def __init__(
         self,
@@ -222,10 +228,13 @@ class PlainEDT(nn.Module):
         depths=(2, 2, 2, 3, 3),
         class_dropout_prob=0.1,
         amm_blocks=(),
+        amm_form="exp_cos",
+        mid_block=None,
     ):
         super().__init__()
         size = sample_size // patch_size
         self.size, self.patch_size, self.out_channels, self.depths = size, patch_size, out_channels, depths
+        self.mid_block = mid_block
         sizes = (size, size // 2, size // 4, size // 2, size)
         cond_dim = hidden_sizes[0]
         self.x_embedder = PatchEmbed(in_channels, cond_dim, patch_size)
@@ -234,7 +243,7 @@ class PlainEDT(nn.Module):
         self.register_buffer("pos_embed", sincos_table(cond_dim, size))
         stage_of = [stage for stage, depth in enumerate(depths) for _ in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(hidden_sizes[s], cond_dim, num_attention_heads[s], sizes[s], amm=number in amm_blocks)
+            Block(hidden_sizes[s], cond_dim, num_attention_heads[s], sizes[s], number in amm_blocks, amm_form)
             for number, s in enumerate(stage_of)
         )
         self.down_blocks = nn.ModuleList(
@@ -247,7 +256,12 @@ class PlainEDT(nn.Module):
         self.final_layer = FinalLayer(hidden_sizes[-1], cond_dim, patch_size, out_channels)
 
     def forward(self, x, t, y, keep_masks=(None, None)):
-        """x (B, in_channels, size, size), t and y (B,) → (B, out_channels, size, size)."""
+        """x (B, in_channels, size, size), t and y (B,) → (B, out_channels, size, size).
+
+        keep_masks (B, N): of the two merges, and before them of `mid_block` where there is one.
+        """
+        *mid_mask, first, second = keep_masks
+        keep_masks = (first, second)
         blocks = iter(self.blocks)
         c = self.t_embedder(t) + self.y_embedder(y)
         x = self.x_embedder(x) + self.pos_embed
@@ -257,7 +271,9 @@ class PlainEDT(nn.Module):
                 x = self.concat_blocks[stage - 3](self.up_blocks[stage - 3](x), skips.pop(), c)
             elif stage < 2:
                 skips.append(x)
-            for _ in range(depth):
+            for number in range(depth):
+                if mid_mask and stage == 0 and number == self.mid_block:
+                    x = torch.where(mid_mask[0].unsqueeze(-1), x, self.pos_embed)
                 x = next(blocks)(x, c)
             if stage < 2:
                 x = self.down_blocks[stage](x, c, keep_masks[stage])

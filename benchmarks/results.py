@@ -33,7 +33,7 @@ class Row:
     dtype: str
     shape: dict[str, object]  # the case in numbers, for plots: grid, heads, batch_size, …
     implementation: str
-    role: str  # "ours"; "peer": computes the same; "bound": computes less
+    role: str  # "ours"; "variant": ours, run another way; "peer": computes the same; "bound": computes less
     status: str = "ok"
     reason: str = ""  # of any other status
     backend: str = ""  # what ran: the pinned backend of SDPA, the Triton kernels or the reference path
