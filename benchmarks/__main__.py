@@ -6,8 +6,8 @@
     python -m benchmarks all [--quick]                        all of these, and the report of them
     python -m benchmarks report                               pages and plots of committed results, README's tables
 
-Every implementation is first checked against float64; one that is wrong is reported as wrong and not timed.
-Without a GPU, `edt_kernels` takes its reference path, and what is timed is that, on the CPU.
+Every implementation is first checked, ops against float64, EDT against float32: one that is wrong is reported as
+wrong and not timed. Without a GPU, `edt_kernels` takes its reference path, and what is timed is that, on the CPU.
 """
 
 import argparse
@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import attention, measure, models, norms, report, results, static
+from edt_kernels._tiles import device_slug
+
+from . import attention, measure, models, norms, report, results
 from .harness import measure_case, selected, table
 from .results import OURS, RESULTS, SUITES
 
@@ -58,20 +60,28 @@ def run_suite(
     shapes: list[str] | None,
     peers: list[str] | None,
 ) -> None:
-    """Measures case by case; each is stored before the next begins."""
+    """Measures implementation by implementation; each is stored before the next begins. `quick`: what need not be
+    compiled comes first, at all shapes, so that an early end leaves the most."""
     module, measure_one = _MODULES[suite]
     cases = selected(module.cases(suite, device, dtypes, quick), shapes, lambda case: case.name, "shapes")
     implementations = module.implementations(suite)
     others = [implementation for implementation in implementations if implementation.name != OURS]
     chosen = selected(others, peers, lambda implementation: implementation.name, "peers")
+    chosen = [implementation for implementation in implementations if implementation.name == OURS] + chosen
+    rounds = [chosen]
+    if quick and device.type == "cuda":
+        rounds = [[one for one in chosen if one.compiled == compiled] for compiled in (False, True)]
     stored = results.open_results(folder, suite, environment, ceilings)
     budget = measure.QUICK if quick else measure.Budget()
-    ours = [implementation for implementation in implementations if implementation.name == OURS]
-    for case in tqdm(cases, desc=suite, unit="case", disable=None):
-        rows = measure_one(suite, case, [*ours, *chosen], device, ceilings, budget)
-        stored.add(rows)
-        stored.save(folder, suite)
-        tqdm.write(table(rows))
+    with tqdm(total=len(rounds) * len(cases), desc=suite, unit="case", disable=None) as bar:
+        for implementations in rounds:
+            for case in cases:
+                for row in measure_one(suite, case, implementations, device, ceilings, budget):
+                    stored.add([row])
+                    stored.save(folder, suite)
+                bar.update()
+                group = (case.name, case.work, case.dtype)
+                tqdm.write(table([row for row in stored.rows if row.group == group]))
 
 
 # What the static report takes a minute for: EDT-S on Hopper.
@@ -88,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         if options.command == "static":
+            from . import static  # needs Triton
+
             return static.main(options.arguments)
         if options.command == "report":
             return report.write_committed(options.results, options.readme)
@@ -105,7 +117,7 @@ def measure_suites(options: argparse.Namespace) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda'; torch sees no GPU here, use cpu")
     environment = results.environment(device)
-    folder = options.out or RESULTS / results.slug(environment["device"])
+    folder = options.out or RESULTS / device_slug(environment["device"])
     print(f"{environment['device']}, torch {environment['versions']['torch']}, commit {environment['commit']}")
     if device.type == "cpu":
         print("No GPU: edt_kernels takes its reference path, and these are times of this CPU.")
@@ -122,6 +134,8 @@ def measure_suites(options: argparse.Namespace) -> int:
             shapes=options.shapes, peers=options.peers,
         )  # fmt: skip
     if options.command == "all":
+        from . import static
+
         static.main(["--out", str(folder / "static.json"), *(_QUICK_STATIC if options.quick else ())])
         report.write_folder(folder)
     loaded = (results.load(folder / f"{suite}.json") for suite in suites)

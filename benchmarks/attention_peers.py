@@ -163,6 +163,7 @@ def _compile(function: Callable) -> Callable:
 class Compiled(Eager):
     name = "torch.compile, dynamic=False"
     backend = "Inductor"
+    compiled = True
 
     def __init__(self):
         self.attention = _compile(released_attention)
@@ -331,6 +332,7 @@ class _Flex(Implementation):
     """
 
     backend = "Inductor, FlexAttention"
+    compiled = True
 
     def check(self, case, device):
         if device.type == "cpu":

@@ -1,7 +1,7 @@
 """One case of an op through every implementation: checked against float64, then timed, on a GPU or a CPU."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,6 +68,7 @@ class Implementation:
 
     name: str
     backend = ""
+    compiled = False  # by torch.compile, which takes its time at each shape
 
     def check(self, case: Case, device: torch.device) -> None:
         """Raises UnavailableError."""
@@ -188,8 +189,9 @@ def measure_case(
     device: torch.device,
     ceilings: Ceilings,
     budget: Budget,
-) -> list[Row]:
-    """A row for each implementation. One that is wrong is not timed, one that fails does not stop the others."""
+) -> Iterator[Row]:
+    """A row for each implementation: on a GPU as soon as it is measured, on a CPU, where they take turns, at the
+    end. One that is wrong is not timed, one that fails does not stop the others."""
     torch._dynamo.reset()  # its limit of recompilations ends in eager code, without a word
     inputs = case.make_inputs(device, seed=0)
     sets = [inputs]
@@ -198,20 +200,20 @@ def measure_case(
         number = min(_INPUT_SETS, 2 * measure.l2_bytes(device) // size + 1)
         sets += [case.make_inputs(device, seed) for seed in range(1, number)]
     references: dict[Case, tuple[dict, dict]] = {}
-    rows, candidates = [], []
+    candidates = []
     for implementation in implementations:
         candidate = _check(suite, case, implementation, sets, references, device, ceilings)
-        rows.append(candidate.row)
-        if candidate.row.status == "ok":
-            if device.type == "cuda":
+        if device.type == "cuda":
+            if candidate.row.status == "ok":
                 _time_on_gpu(candidate, budget)
-            else:
-                candidates.append(candidate)
-    if candidates:
-        timings = measure.time_in_turn({c.row.implementation: c.calls[0] for c in candidates}, budget)
-        for candidate in candidates:
-            candidate.row.ms = timings[candidate.row.implementation]
-    return rows
+            yield candidate.row
+        else:
+            candidates.append(candidate)
+    calls = {c.row.implementation: c.calls[0] for c in candidates if c.row.status == "ok"}
+    timings = measure.time_in_turn(calls, budget) if calls else {}
+    for candidate in candidates:
+        candidate.row.ms = timings.get(candidate.row.implementation)
+        yield candidate.row
 
 
 def _check(suite, case, implementation, sets, references, device, ceilings) -> _Candidate:
@@ -308,7 +310,7 @@ def table(rows: list[Row]) -> str:
     ours = next((row for row in rows if row.role == "ours" and row.status == "ok"), None)
     lines = [f"{rows[0].case} · {rows[0].work} · {rows[0].dtype}"]
     for row in rows:
-        start = f"  {row.implementation:38} {row.role:5} "
+        start = f"  {row.implementation:42} {row.role:8} "
         if row.status != "ok":
             lines.append(f"{start}{row.status}: {row.reason}")
             continue

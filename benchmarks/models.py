@@ -265,35 +265,40 @@ def measure_case(
     device: torch.device,
     ceilings: Ceilings,
     budget: Budget,
-) -> list[Row]:
-    """A row for each implementation that applies. On a GPU one after the other, each alone in its memory."""
+) -> Iterator[Row]:
+    """A row for each implementation that applies. On a GPU one after the other, each alone in its memory; on a CPU
+    in turns."""
     given = _Given(case, device)
     rows, waiting = [], {}
     for implementation in implementations:
         if not implementation.applies(case, device):
             continue
         row = Row(suite, case.name, case.work, case.dtype, case.shape, implementation.name, implementation.role)
-        rows.append(row)
         with _recorded(row), _failures_named(), implementation.settings():
             call = _measure(row, implementation, given, ceilings, budget)
             if call is not None:
                 waiting[row.implementation] = call
         if device.type == "cuda":
             _free()
-    if waiting:
-        timings = measure.time_in_turn(waiting, budget)
-        for row in rows:
-            row.ms = timings.get(row.implementation)
+            yield _with_rates(row, case, ceilings)
+        else:
+            rows.append(row)
+    timings = measure.time_in_turn(waiting, budget) if waiting else {}
     waiting.clear()
     _free()
     for row in rows:
-        if row.ms:
-            seconds = row.ms.median / 1e3
-            row.extra["images_per_second"] = case.batch_size / seconds
-            row.extra["model_flop_utilisation"] = row.operations / seconds / ceilings.operations_per_second
-            if case.steps:
-                row.extra["ms_per_step"] = row.ms.median / case.steps
-    return rows
+        row.ms = timings.get(row.implementation)
+        yield _with_rates(row, case, ceilings)
+
+
+def _with_rates(row: Row, case: ModelCase, ceilings: Ceilings) -> Row:
+    if row.ms:
+        seconds = row.ms.median / 1e3
+        row.extra["images_per_second"] = case.batch_size / seconds
+        row.extra["model_flop_utilisation"] = row.operations / seconds / ceilings.operations_per_second
+        if case.steps:
+            row.extra["ms_per_step"] = row.ms.median / case.steps
+    return row
 
 
 def _measure(

@@ -196,6 +196,7 @@ class Eager(Implementation):
 class CompiledStatic(Eager):
     name = "torch.compile, dynamic=False"
     backend = "Inductor"
+    compiled = True
 
     def __init__(self):
         self.chain = torch.compile(plain_chain, dynamic=False)
@@ -206,6 +207,7 @@ class Compiled(Eager):
 
     name = "torch.compile"
     backend = "Inductor"
+    compiled = True
 
     def __init__(self):
         self.chain = torch.compile(plain_chain)

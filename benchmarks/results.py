@@ -121,10 +121,11 @@ def load(path: Path) -> Results:
 
 
 def open_results(folder: Path, suite: str, environment: dict, ceilings: Ceilings) -> Results:
-    """The suite's results to add to: those of `folder` if they are of the same device, versions and commit, so
-    that a run of a few shapes does not drop the others; else none."""
+    """The suite's results to add to: those of `folder` if they are of the same device, versions and commit (a
+    known one, without changes), so that a run of a few shapes does not drop the others; else none."""
     path = folder / f"{suite}.json"
-    if path.exists():
+    known = re.fullmatch("[0-9a-f]+", str(environment["commit"]))
+    if path.exists() and known:
         earlier = load(path)
         same = ("device", "versions", "commit", "threads")
         if all(earlier.environment.get(name) == environment[name] for name in same):
@@ -158,11 +159,6 @@ def _replace(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)
-
-
-def slug(name: str) -> str:
-    """A folder's name: NVIDIA H200 → nvidia-h200."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def environment(device: torch.device) -> dict[str, object]:

@@ -125,9 +125,14 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def device_slug(name: str) -> str:
+    """Of files and folders of a device: "NVIDIA H200" → nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def shipped_table(name: str) -> Path:
-    """Where the table of a device lies, "NVIDIA H200" in nvidia-h200.json."""
-    return Path(__file__).parent / "tiles" / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+    """Where the table of a device lies."""
+    return Path(__file__).parent / "tiles" / f"{device_slug(name)}.json"
 
 
 def read_table(path: Path) -> dict:

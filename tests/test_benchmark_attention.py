@@ -107,7 +107,9 @@ WORKS = {
 @pytest.mark.parametrize("work", WORKS)
 def test_every_implementation_runs_or_says_why_not(work):
     case = tiny(extra=(1, 0), **WORKS[work])
-    rows = harness.measure_case("attention", case, attention.implementations("attention"), CPU, CEILINGS, ONCE)
+    rows = list(
+        harness.measure_case("attention", case, attention.implementations("attention"), CPU, CEILINGS, ONCE)
+    )
     for row in rows:
         assert row.status in ("ok", "unsupported"), f"{row.implementation}: {row.reason}"
         assert (row.ms is None) == bool(row.reason) == (row.status != "ok")
@@ -122,7 +124,7 @@ def test_every_implementation_runs_or_says_why_not(work):
 @pytest.mark.slow
 def test_compiled_eager():
     case = tiny(backward=True, grad_bias=True)
-    rows = harness.measure_case("attention", case, [attention_peers.Compiled()], CPU, CEILINGS, ONCE)
+    rows = list(harness.measure_case("attention", case, [attention_peers.Compiled()], CPU, CEILINGS, ONCE))
     assert rows[0].status == "ok", rows[0].reason
 
 
@@ -155,7 +157,7 @@ def test_a_backend_that_declines_is_unsupported():
     """CPU flash attention, like cuDNN on a GPU, has no gradient of the bias: pinned, SDPA does not fall back."""
     flash = attention_peers.BiasSDPA(SDPBackend.FLASH_ATTENTION)
     case = tiny(backward=True, grad_bias=True)
-    row = harness.measure_case("attention", case, [flash], CPU, CEILINGS, ONCE)[0]
+    row = next(harness.measure_case("attention", case, [flash], CPU, CEILINGS, ONCE))
     assert row.status == "unsupported"
     assert "flash backend does not take this" in row.reason
 
@@ -196,7 +198,9 @@ class HalfTheBiasGradient(attention.Ours):
 )
 def test_what_is_wrong_is_not_timed(implementation, worst):
     case = tiny(backward=True, grad_bias=True)
-    wrong, right = harness.measure_case("attention", case, [implementation, attention.Ours()], CPU, CEILINGS, ONCE)
+    wrong, right = list(
+        harness.measure_case("attention", case, [implementation, attention.Ours()], CPU, CEILINGS, ONCE)
+    )
     assert (wrong.status, wrong.ms) == ("wrong", None)
     assert wrong.error_over_budget > 1
     assert wrong.worst in wrong.reason
@@ -209,9 +213,9 @@ def test_a_lower_bound_is_judged_by_what_it_computes():
     """SDPA without bias, called a peer of a case with bias, is wrong."""
     flash = attention_peers.PlainSDPA(SDPBackend.FLASH_ATTENTION)
     case = tiny(backward=False)
-    assert harness.measure_case("attention", case, [flash], CPU, CEILINGS, ONCE)[0].status == "ok"
+    assert next(harness.measure_case("attention", case, [flash], CPU, CEILINGS, ONCE)).status == "ok"
     flash.computes = lambda case: case
-    assert harness.measure_case("attention", case, [flash], CPU, CEILINGS, ONCE)[0].status == "wrong"
+    assert next(harness.measure_case("attention", case, [flash], CPU, CEILINGS, ONCE)).status == "wrong"
 
 
 def test_inputs_are_views_of_a_packed_projection():

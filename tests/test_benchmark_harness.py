@@ -25,7 +25,7 @@ CASES = [
 
 
 def measured(case: NormCase, *implementations: Implementation) -> list[results.Row]:
-    return harness.measure_case("adaln", case, list(implementations), CPU, CEILINGS, SHORT)
+    return list(harness.measure_case("adaln", case, list(implementations), CPU, CEILINGS, SHORT))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.work}")
@@ -197,8 +197,15 @@ def test_a_command_without_a_gpu_refuses_one(capsys, monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.work}")
 def test_every_measurement_on_a_gpu(case):
     device = torch.device("cuda")
-    rows = harness.measure_case(
-        "adaln", dataclasses.replace(case, dtype="mixed"), norms.implementations("adaln"), device, CEILINGS, SHORT
+    rows = list(
+        harness.measure_case(
+            "adaln",
+            dataclasses.replace(case, dtype="mixed"),
+            norms.implementations("adaln"),
+            device,
+            CEILINGS,
+            SHORT,
+        )
     )
     assert rows[0].status == rows[1].status == "ok", rows
     for row in rows:

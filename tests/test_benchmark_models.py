@@ -51,7 +51,9 @@ def tiny(suite: str, **changes) -> ModelCase:
 
 
 def measured(case: ModelCase, *chosen: Implementation):
-    return models.measure_case(case.suite, case, list(chosen) or implementations(case.suite), CPU, CEILINGS, SHORT)
+    return list(
+        models.measure_case(case.suite, case, list(chosen) or implementations(case.suite), CPU, CEILINGS, SHORT)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

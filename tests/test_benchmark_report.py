@@ -197,6 +197,9 @@ def test_results_survive_their_file(tmp_path):
     for other in ({"commit": "fedcba"}, {"device": "Other GPU"}, {"versions": {}}):
         fresh = results.open_results(tmp_path, "attention", sample.ENVIRONMENT | other, sample.CEILINGS)
         assert fresh.rows == []
+    changed = results.Results(sample.ENVIRONMENT | {"commit": "abcdef+changes"}, sample.CEILINGS, stored.rows)
+    changed.save(tmp_path, "merge")
+    assert results.open_results(tmp_path, "merge", changed.environment, sample.CEILINGS).rows == []
     again.add([replace(stored.rows[0], peak_bytes=1)])
     assert len(again.rows) == len(stored.rows)
     (tmp_path / "model.json").write_text(json.dumps({"results": {}}))
