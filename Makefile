@@ -8,7 +8,7 @@ PYTEST_MARKS := -m "not slow"
 # OpenMP's threads otherwise spin while they wait, which on a machine with other work to do costs more than it saves.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-all test-interpreter test-rest static lint clean
+.PHONY: demo test test-all test-interpreter test-rest static bench lint clean
 
 # Trains a small EDT on real digits, samples and judges it; pictures and report in outputs/demo.
 demo: $(READY)
@@ -30,6 +30,10 @@ test-rest: $(READY)
 # Every kernel, compiled at all shapes for all targets; fails on a spill, a narrow load and the like.
 static: $(READY)
 	$(BIN)/python -m benchmarks.static
+
+# Everything against what one would use instead, on the GPU or the CPU; results and a page in benchmarks/results.
+bench: $(READY)
+	$(BIN)/python -m benchmarks all --quick
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -30,7 +30,7 @@ class Budget:
     rounds: int = 12
 
 
-QUICK = Budget(warmup=10, repeat=60, rounds=5)
+QUICK = Budget(warmup=10, repeat=80, rounds=7)
 
 
 @dataclass(frozen=True)
