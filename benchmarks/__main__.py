@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from edt_kernels._tiles import device_slug
 
-from . import attention, measure, models, norms, report, results
+from . import attention, measure, models, norms, results
 from .harness import measure_case, selected, table
 from .results import OURS, RESULTS, SUITES
 
@@ -102,6 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             return static.main(options.arguments)
         if options.command == "report":
+            from . import report
+
             return report.write_committed(options.results, options.readme)
         return measure_suites(options)
     except ValueError as error:
@@ -134,7 +136,7 @@ def measure_suites(options: argparse.Namespace) -> int:
             shapes=options.shapes, peers=options.peers,
         )  # fmt: skip
     if options.command == "all":
-        from . import static
+        from . import report, static
 
         static.main(["--out", str(folder / "static.json"), *(_QUICK_STATIC if options.quick else ())])
         report.write_folder(folder)

@@ -135,7 +135,8 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 def cases(suite: str, device: torch.device, dtypes: list[str], quick: bool) -> list[ModelCase]:
-    """The most telling first; `quick`: few, and torch.compile in the first alone. On a CPU EDT-S in float32."""
+    """The most telling first; `quick`: few, what is soon built and compiled first, and torch.compile there alone.
+    On a CPU EDT-S in float32."""
     on_gpu = device.type == "cuda"
     # The ops' "mixed" is what autocast to bfloat16 makes of a model.
     dtypes = [{"mixed": "bfloat16"}.get(dtype, dtype) for dtype in dtypes or ["bfloat16" if on_gpu else "float32"]]
@@ -146,7 +147,7 @@ def cases(suite: str, device: torch.device, dtypes: list[str], quick: bool) -> l
             sampling_steps = 2 if quick else 4
     elif quick:
         shapes = {
-            "model": [("EDT-XL/2", 256, 64), ("EDT-XL/2", 256, 1), ("EDT-S/2", 256, 64)],
+            "model": [("EDT-S/2", 256, 64), ("EDT-XL/2", 256, 64), ("EDT-XL/2", 256, 1)],
             "train": [("EDT-S/2", 256, 256), ("EDT-XL/2", 256, 64)],
             "sample": [("EDT-S/2", 256, 64), ("EDT-S/2", 256, 1)],
         }[suite]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -186,6 +188,12 @@ def test_a_wrong_kernel_fails_the_command(tmp_path, capsys, monkeypatch):
     arguments = ["adaln", "--quick", "--device", "cpu", "--out", str(tmp_path), "--peers"]
     assert command.main([*arguments, "--shapes", "gated_residual_adaln EDT-S/2 4x4"]) == 1
     assert "ours wrong: adaln gated_residual_adaln EDT-S/2 4x4 C520 B4" in capsys.readouterr().err
+
+
+def test_measuring_needs_no_matplotlib():
+    code = "import sys; import benchmarks.__main__, benchmarks.report; print('matplotlib' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_a_command_without_a_gpu_refuses_one(capsys, monkeypatch):

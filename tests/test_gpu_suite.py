@@ -78,6 +78,16 @@ def test_time_that_a_part_leaves_goes_to_the_next_and_what_has_none_is_not_start
     assert (late["status"], late["seconds"]) == ("no time", 0)
 
 
+def test_what_an_earlier_run_measured_is_not_this_ones(tmp_path):
+    for suite in ("attention", "adaln"):
+        sample.results(sample.norm_rows()).save(tmp_path, suite)
+    (tmp_path / "tiles.json").write_text("{}")
+    run([script("benchmark adaln", "raise SystemExit(1)")], 60, tmp_path, {})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "attention.json", "attention.csv", "tiles.json", "bench.txt", "suite.json",
+    }  # fmt: skip
+
+
 def test_tests_are_counted_in_what_a_killed_pytest_wrote(tmp_path):
     (tmp_path / "test_fake.py").write_text(FAKE_TESTS)
     (tmp_path / "test_other.py").write_text("import no_such_module")
@@ -154,6 +164,7 @@ def test_the_whole_prints_the_table_and_fails_where_ours_is_wrong(tmp_path, monk
     monkeypatch.setattr(gpu_suite, "plan", lambda *arguments: [script("benchmark", "pass"), report])
     assert gpu_suite.main(["--out", str(tmp_path), "--minutes", "1", "--pack"]) == 0
     out = capsys.readouterr().out
+    assert "attention: Sample GPU; driver 1.2" in out
     assert "| 3.00× | 70% | attention-eager 8.00× (eager, as released), ≥ 6×: met" in out
     assert (tmp_path / "report.md").exists()
     with zipfile.ZipFile(tmp_path / "gpu_suite.zip") as archive:
@@ -178,6 +189,8 @@ def test_the_plan_and_a_machine_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert benchmarks == ["attention", "adaln", "merge", "split", "train", "model", "sample"]
     assert names[-2:] == ["edt tune", "report"]
     assert sum(part.share for part in parts) == pytest.approx(540)
+    assert min(part.share for part in parts if part.group == "bench") >= 3 * gpu_suite._GRACE_SECONDS
+    assert set(gpu_suite.TEST_FILES) - {""} <= {name.removeprefix("tests/").removesuffix(".py") for name in names}
     assert deadlines(parts, 540)[-1] == pytest.approx(540)
     assert "-n" in parts[0].command
     assert "-n" not in gpu_suite.plan(["tests"], tmp_path, has_xdist=False)[0].command
