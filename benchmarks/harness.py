@@ -192,7 +192,7 @@ def measure_case(
 ) -> Iterator[Row]:
     """A row for each implementation: on a GPU as soon as it is measured, on a CPU, where they take turns, at the
     end. One that is wrong is not timed, one that fails does not stop the others."""
-    torch._dynamo.reset()  # its limit of recompilations ends in eager code, without a word
+    torch._dynamo.reset()  # recompilations are limited
     inputs = case.make_inputs(device, seed=0)
     sets = [inputs]
     if device.type == "cuda":

@@ -194,12 +194,14 @@ class Eager(Implementation):
 
 
 class CompiledStatic(Eager):
+    """fullgraph: too many recompilations are an error, not a quiet return to eager."""
+
     name = "torch.compile, dynamic=False"
     backend = "Inductor"
     compiled = True
 
     def __init__(self):
-        self.chain = torch.compile(plain_chain, dynamic=False)
+        self.chain = torch.compile(plain_chain, dynamic=False, fullgraph=True)
 
 
 class Compiled(Eager):
@@ -210,7 +212,7 @@ class Compiled(Eager):
     compiled = True
 
     def __init__(self):
-        self.chain = torch.compile(plain_chain)
+        self.chain = torch.compile(plain_chain, fullgraph=True)
 
     def prepare(self, case, inputs):
         fewer = Eager()

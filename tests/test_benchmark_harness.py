@@ -1,6 +1,7 @@
 """The benchmarks' harness on the norm suites: what is checked, what is timed, what is reported as wrong."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -57,6 +58,23 @@ def test_low_precision_cases_are_right(op, dtype):
 @pytest.mark.parametrize("peer", [norms.Compiled, norms.CompiledStatic])
 def test_compiled_peers_are_right(peer, case):
     assert [row.status for row in measured(case, peer())] == ["ok"]
+
+
+@pytest.mark.parametrize("peer", [norms.Compiled, norms.CompiledStatic])
+def test_compiled_peers_never_run_eagerly(peer, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    cases = [dataclasses.replace(CASES[1], layer=LAYER._replace(channels=24 + i)) for i in range(3)]
+    compiled = peer()
+
+    def run_all():
+        for case in cases:
+            harness.build_call(compiled, case, case.make_inputs(CPU, seed=0))()
+
+    limit, error = torch._dynamo.config.patch(recompile_limit=2), torch._dynamo.exc.FailOnRecompileLimitHit
+    with limit, pytest.raises(error):
+        run_all()
+    assert measured(CASES[1], compiled)[0].status == "ok"
 
 
 class WrongOutput(norms.Ours):
