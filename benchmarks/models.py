@@ -9,6 +9,9 @@ train   ‖losses − exact‖ of each sample in both passes; ‖gradient − ex
         loosely, of each by itself, so that a small one cannot be wrong unseen
 sample  ‖latents − exact‖ after a few steps from the same noise, with the same noise added in each
 
+Outside of training the weights of products are in autocast's dtype beforehand, for all alike: eager code would
+cast them once in each context of autocast, compiled code in each call.
+
 Model FLOP utilisation is the case's operations (`ModelCase`) over its time and the measured rate of products.
 Sampling is timed over all of a case's steps. `first_call_seconds` is of the first check, in training without the
 optimiser; compiled code that an earlier run left on disk shortens it.
@@ -36,6 +39,7 @@ from .model_workloads import (
     Workload,
     build_ours,
     build_released,
+    cast_weights,
     draw_batch,
     on_device,
     released_gradients,
@@ -80,6 +84,8 @@ class Implementation:
 
     def build(self, case: ModelCase, device: torch.device) -> nn.Module:
         model = on_device(build_released(case) if self.released else build_ours(case), case, device)
+        if case.suite != "train" and not self.tf32:
+            cast_weights(model, case.autocast_dtype)
         if self.compiled:
             (model.network if self.released else model).compile(dynamic=False)
         return model
