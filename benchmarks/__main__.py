@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from edt_kernels._tiles import device_slug
+from edt_kernels.testing import is_lost
 
 from . import attention, measure, models, norms, results
 from .harness import measure_case, selected, table
@@ -79,6 +80,11 @@ def run_suite(
                 for row in measure_one(suite, case, implementations, device, ceilings, budget):
                     stored.add([row])
                     stored.save(folder, suite)
+                    if row.status == "failed" and is_lost(device):
+                        raise SystemExit(
+                            f"benchmarks: error: the GPU is lost since {row.implementation}, {row.case}, "
+                            f"{row.work}: {row.reason}; what comes after cannot be measured in this process"
+                        )
                 bar.update()
                 group = (case.name, case.work, case.dtype)
                 tqdm.write(table([row for row in stored.rows if row.group == group]))
@@ -124,7 +130,10 @@ def measure_suites(options: argparse.Namespace) -> int:
     if device.type == "cpu":
         print("No GPU: edt_kernels takes its reference path, and these are times of this CPU.")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ceilings = measure.measure_ceilings(device, dtype, measure.QUICK)
+    # In full even where all else is quick: of a GPU that is not yet warm they would be too low.
+    ceilings = measure.measure_ceilings(
+        device, dtype, measure.Budget() if device.type == "cuda" else measure.QUICK
+    )
     print(
         f"ceilings: copy {ceilings.copy_bytes_per_second / 1e9:.0f} GB/s read and written, "
         f"{ceilings.matrix_dtype} products {ceilings.operations_per_second / 1e12:.2f} TFLOP/s\nresults: {folder}"

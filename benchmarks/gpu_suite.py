@@ -4,7 +4,8 @@
 
 Each part is a process with a deadline; one that crashes or is late ends alone, and what it wrote is kept. Time
 that a part leaves goes to the next. DIR/suite.json says what ran; it is written after every part. The exit status
-is 1 if a test failed or ours was wrong, 2 without a GPU. The standard library is all that this file needs.
+is 1 if a test failed, ours was wrong or a part crashed, 2 without a GPU. The standard library is all that this
+file needs.
 """
 
 import argparse
@@ -181,14 +182,21 @@ def wrong_rows(out: Path) -> list[str]:
 
 
 def failures(state: dict) -> list[str]:
-    """Why the exit status is 1. Tests that cannot be collected are no reason where a module is missing."""
+    """Why the exit status is 1. What a missing module explains is no reason: tests that cannot be collected,
+    commands that fail."""
     found = [f"ours: {text}" for text in state["wrong"]]
     missing = set(state["missing"]) - {"liger_kernel", "xdist"}  # which no test needs
     for record in (record for record in state["parts"] if "tests" in record):
         found += [f"test failed: {name}" for name in record["tests"]["failures"]]
         found += [f"not collected: {name}" for name in record["tests"]["not_collected"] if not missing]
-        # pytest's own: 3 for an internal error, 4 for arguments that it does not know
-        if record["status"].startswith(("crashed", "failed: exit status 3", "failed: exit status 4")):
+    for record in state["parts"]:
+        # Of pytest's own, 3 is an internal error, 4 an argument that it does not know; 1 is told above.
+        telling = (
+            ("failed: exit status 3", "failed: exit status 4")
+            if "tests" in record
+            else ("failed",) * (not missing)
+        )
+        if record["status"].startswith(("crashed", *telling)):
             found.append(f"{record['name']} {record['status']}")
     return found
 

@@ -22,7 +22,7 @@ _EAGER_FACTOR = {"ours": 2.0, "peer": 6.0, "bound": 6.0}
 _ROUNDINGS_OF_PEERS = 4
 # Float64 matrices of the reference at a time.
 _REFERENCE_BYTES = 2**31
-_INPUT_SETS = 8  # at most
+_INPUT_SETS = 64  # at most
 
 
 class UnavailableError(Exception):
@@ -176,6 +176,11 @@ def coarsest_dtype(inputs: dict[str, Tensor]) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
+def input_sets(num_bytes: int, l2_bytes: int) -> int:
+    """How many sets of inputs of this size exceed the L2 cache twice."""
+    return min(_INPUT_SETS, 2 * l2_bytes // num_bytes + 1)
+
+
 @dataclass
 class _Candidate:
     row: Row
@@ -197,8 +202,7 @@ def measure_case(
     sets = [inputs]
     if device.type == "cuda":
         size = sum(tensor.numel() * tensor.element_size() for tensor in inputs.values())
-        number = min(_INPUT_SETS, 2 * measure.l2_bytes(device) // size + 1)
-        sets += [case.make_inputs(device, seed) for seed in range(1, number)]
+        sets += [case.make_inputs(device, seed) for seed in range(1, input_sets(size, measure.l2_bytes(device)))]
     references: dict[Case, tuple[dict, dict]] = {}
     candidates = []
     for implementation in implementations:

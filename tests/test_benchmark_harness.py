@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import harness, measure, norms, results
+from benchmarks import attention, harness, measure, norms, results
 from benchmarks.harness import Implementation, UnavailableError
 from benchmarks.measure import Budget, Ceilings
 from benchmarks.norms import NormCase
@@ -212,6 +212,28 @@ def test_measuring_needs_no_matplotlib():
     code = "import sys; import benchmarks.__main__, benchmarks.report; print('matplotlib' in sys.modules)"
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_what_comes_after_a_lost_device_is_not_blamed(tmp_path, monkeypatch):
+    def fail(case, device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(measure, "QUICK", SHORT)
+    monkeypatch.setattr(norms.Ours, "check", lambda self, *arguments: fail(*arguments))
+    monkeypatch.setattr(command, "is_lost", lambda device: True)
+    arguments = ["split", "--quick", "--device", "cpu", "--out", str(tmp_path), "--peers", "eager"]
+    with pytest.raises(SystemExit, match=r"the GPU is lost since ours, token_split_concat_adaln .* illegal mem"):
+        command.main(arguments)
+    assert [row.implementation for row in results.load(tmp_path / "split.json").rows] == ["ours"]
+
+
+@pytest.mark.parametrize("suite", ["attention", *norms.SUITE_OPS])
+def test_input_sets_exceed_the_cache(suite):
+    """Of 50 MB, on H100 and H200, but for what is so small that launches are what it takes."""
+    module, cache = norms if suite in norms.SUITE_OPS else attention, 50 * 2**20
+    for case in module.cases(suite, torch.device("cuda"), [], quick=False):
+        size = dataclasses.replace(case, backward=False).cost.bytes  # about what the inputs are
+        assert harness.input_sets(size, cache) * size > cache, case.name
 
 
 def test_a_command_without_a_gpu_refuses_one(capsys, monkeypatch):

@@ -138,6 +138,15 @@ def test_tests_of_many_workers_are_counted_and_a_missing_module_is_no_failure():
     assert gpu_suite.failures(state) == ["test failed: tests/test_a.py::test_cases[a b]"]
 
 
+def test_a_part_that_crashes_is_a_failure_and_one_that_is_late_is_none():
+    statuses = ["ok", "stopped: late", "no time", "failed: exit status 1", "crashed: signal 11"]
+    parts = [{"name": f"benchmark {i}", "group": "bench", "status": status} for i, status in enumerate(statuses)]
+    state = {"wrong": [], "parts": parts, "missing": ["liger_kernel"]}
+    crashed = "benchmark 4 crashed: signal 11"
+    assert gpu_suite.failures(state) == ["benchmark 3 failed: exit status 1", crashed]
+    assert gpu_suite.failures(state | {"missing": ["tyro"]}) == [crashed]
+
+
 def test_output_cut_off_anywhere_is_counted():
     text = "tests/test_a.py::test_x[1] PASSED   [ 50%]\ntests/test_a.py::test_y FAILED [ 60%]\n"
     text += "tests/test_a.py::test_z "
