@@ -234,7 +234,11 @@ def _check(suite, case, implementation, sets, references, device, ceilings) -> _
         row.backend = implementation.backend  # some learn it from the device
         computed = implementation.computes(case)
         if computed not in references:
-            references[computed] = expected(computed, sets[0])
+            try:
+                references[computed] = expected(computed, sets[0])
+            except torch.OutOfMemoryError as error:  # not for the implementation to answer for
+                reason = f"the float64 reference: {_one_line(error)}"
+                raise UnavailableError(reason, "out of memory") from error
         calls = [build_call(implementation, computed, inputs) for inputs in sets]
         row.first_call_seconds = measure.first_call_seconds(calls[0], device)
         results = implementation.restore(computed, calls[0]())

@@ -144,6 +144,15 @@ def test_one_that_fails_does_not_stop_the_others():
     ]
 
 
+def test_a_reference_that_does_not_fit_is_named(monkeypatch):
+    def too_large(case, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(harness, "expected", too_large)
+    (row,) = measured(CASES[0], norms.Ours())
+    assert (row.status, row.reason) == ("out of memory", "the float64 reference: CUDA out of memory")
+
+
 def test_the_reference_is_the_same_in_parts(monkeypatch):
     case = NormCase("gated_residual_adaln", LAYER, 5, "float32", backward=True)
     inputs = case.make_inputs(CPU, seed=0)
