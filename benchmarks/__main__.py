@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 from edt_kernels._tiles import device_slug
+from edt_kernels.testing import is_lost
 
-from . import attention, measure, models, norms, report, results
+from . import attention, measure, models, norms, results
 from .harness import measure_case, selected, table
 from .results import OURS, RESULTS, SUITES
 
@@ -79,6 +80,11 @@ def run_suite(
                 for row in measure_one(suite, case, implementations, device, ceilings, budget):
                     stored.add([row])
                     stored.save(folder, suite)
+                    if row.status == "failed" and is_lost(device):
+                        raise SystemExit(
+                            f"benchmarks: error: the GPU is lost since {row.implementation}, {row.case}, "
+                            f"{row.work}: {row.reason}; what comes after cannot be measured in this process"
+                        )
                 bar.update()
                 group = (case.name, case.work, case.dtype)
                 tqdm.write(table([row for row in stored.rows if row.group == group]))
@@ -102,6 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             return static.main(options.arguments)
         if options.command == "report":
+            from . import report
+
             return report.write_committed(options.results, options.readme)
         return measure_suites(options)
     except ValueError as error:
@@ -122,7 +130,10 @@ def measure_suites(options: argparse.Namespace) -> int:
     if device.type == "cpu":
         print("No GPU: edt_kernels takes its reference path, and these are times of this CPU.")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ceilings = measure.measure_ceilings(device, dtype, measure.QUICK)
+    # In full even where all else is quick: of a GPU that is not yet warm they would be too low.
+    ceilings = measure.measure_ceilings(
+        device, dtype, measure.Budget() if device.type == "cuda" else measure.QUICK
+    )
     print(
         f"ceilings: copy {ceilings.copy_bytes_per_second / 1e9:.0f} GB/s read and written, "
         f"{ceilings.matrix_dtype} products {ceilings.operations_per_second / 1e12:.2f} TFLOP/s\nresults: {folder}"
@@ -134,7 +145,7 @@ def measure_suites(options: argparse.Namespace) -> int:
             shapes=options.shapes, peers=options.peers,
         )  # fmt: skip
     if options.command == "all":
-        from . import static
+        from . import report, static
 
         static.main(["--out", str(folder / "static.json"), *(_QUICK_STATIC if options.quick else ())])
         report.write_folder(folder)

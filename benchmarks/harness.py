@@ -22,7 +22,7 @@ _EAGER_FACTOR = {"ours": 2.0, "peer": 6.0, "bound": 6.0}
 _ROUNDINGS_OF_PEERS = 4
 # Float64 matrices of the reference at a time.
 _REFERENCE_BYTES = 2**31
-_INPUT_SETS = 8  # at most
+_INPUT_SETS = 64  # at most
 
 
 class UnavailableError(Exception):
@@ -176,6 +176,11 @@ def coarsest_dtype(inputs: dict[str, Tensor]) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
+def input_sets(num_bytes: int, l2_bytes: int) -> int:
+    """How many sets of inputs of this size exceed the L2 cache twice."""
+    return min(_INPUT_SETS, 2 * l2_bytes // num_bytes + 1)
+
+
 @dataclass
 class _Candidate:
     row: Row
@@ -192,13 +197,12 @@ def measure_case(
 ) -> Iterator[Row]:
     """A row for each implementation: on a GPU as soon as it is measured, on a CPU, where they take turns, at the
     end. One that is wrong is not timed, one that fails does not stop the others."""
-    torch._dynamo.reset()  # its limit of recompilations ends in eager code, without a word
+    torch._dynamo.reset()  # recompilations are limited
     inputs = case.make_inputs(device, seed=0)
     sets = [inputs]
     if device.type == "cuda":
         size = sum(tensor.numel() * tensor.element_size() for tensor in inputs.values())
-        number = min(_INPUT_SETS, 2 * measure.l2_bytes(device) // size + 1)
-        sets += [case.make_inputs(device, seed) for seed in range(1, number)]
+        sets += [case.make_inputs(device, seed) for seed in range(1, input_sets(size, measure.l2_bytes(device)))]
     references: dict[Case, tuple[dict, dict]] = {}
     candidates = []
     for implementation in implementations:
@@ -230,7 +234,11 @@ def _check(suite, case, implementation, sets, references, device, ceilings) -> _
         row.backend = implementation.backend  # some learn it from the device
         computed = implementation.computes(case)
         if computed not in references:
-            references[computed] = expected(computed, sets[0])
+            try:
+                references[computed] = expected(computed, sets[0])
+            except torch.OutOfMemoryError as error:  # not for the implementation to answer for
+                reason = f"the float64 reference: {_one_line(error)}"
+                raise UnavailableError(reason, "out of memory") from error
         calls = [build_call(implementation, computed, inputs) for inputs in sets]
         row.first_call_seconds = measure.first_call_seconds(calls[0], device)
         results = implementation.restore(computed, calls[0]())

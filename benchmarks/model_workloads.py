@@ -267,7 +267,7 @@ class Workload:
         from edt.sampling import sample
 
         generator = torch.Generator(self.model.device).manual_seed(2)
-        with self._autocast():  # around all steps: the weights are cast once
+        with self._autocast():
             return sample(
                 self.model,
                 self.batch.labels,
@@ -281,3 +281,10 @@ class Workload:
 def on_device(model: nn.Module, case: ModelCase, device: torch.device) -> nn.Module:
     """A copy of the model, in the mode of the suite."""
     return copy.deepcopy(model).to(device).train(case.suite == "train")
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """What autocast to `dtype` would do to the weights of products in each call, in place and once."""
+    for module in model.modules():
+        if dtype is not None and isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)

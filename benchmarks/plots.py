@@ -139,9 +139,15 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
+def of_one_clock(rows: list[Row]) -> list[Row]:
+    """Without those timed by another clock than ours: what no graph can hold has the host's share in its time."""
+    return [row for row in rows if bool(row.graph_ms) == bool(ours_of(rows).graph_ms)]
+
+
 def _two_passes(suite: str, results: Results, chosen: Callable, plot: Callable, text: str, label: str):
     """A panel each for forward, and for both passes; a legend outside, in the order of the marks."""
     found = [rows for rows in _comparisons(results, lambda row: row.time_ms) if chosen(rows[0].shape)]
+    found = [of_one_clock(rows) for rows in found]
     works = {work: [rows for rows in found if rows[0].work == work] for work in ("forward", "forward+backward")}
     works = {work: cases for work, cases in works.items() if len(cases) > 1}
     if not works:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import plots, targets
+from . import targets
 from .results import SUITES, Results, load
 from .tables import case_table, fastest_peer, markdown, ours_cells, suite_table, targets_table
 from .targets import groups, ours_of
@@ -45,6 +45,8 @@ def write_folder(folder: Path) -> None:
 
 def _write(folder: Path, suites: dict[str, Results]) -> None:
     if suites:
+        from . import plots  # needs matplotlib
+
         pictures = plots.draw(folder, suites)
         (folder / "report.md").write_text(page(suites, pictures, (folder / "static.json").exists()))
 
@@ -171,5 +173,6 @@ def _spans(text: str) -> dict[str, tuple[int, int]]:
 
 if __name__ == "__main__":
     loaded = read_folder(Path(sys.argv[1]))
+    print("\n".join(f"{suite}: {_environment(results)}" for suite, results in loaded.items()))
     print(case_table(loaded), flush=True)
     _write(Path(sys.argv[1]), loaded)

@@ -33,6 +33,7 @@ def test_op(benchmark, case, implementation):
         implementation.check(case, DEVICE)
     except UnavailableError as error:
         pytest.skip(str(error))
+    torch._dynamo.reset()  # each case alone, as from the command line: recompilations are limited
     computed = implementation.computes(case)
     inputs = computed.make_inputs(DEVICE, seed=0)
     call = build_call(implementation, computed, inputs)

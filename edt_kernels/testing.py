@@ -1,5 +1,6 @@
-"""The error budget that every kernel is held to, in the tests, the benchmarks and the tuner alike."""
+"""What the tests, the benchmarks and the tuner share: the error budget that every kernel is held to."""
 
+import torch
 from torch import Tensor, finfo, isfinite
 
 
@@ -32,3 +33,13 @@ def assert_within_budget(name: str, result: Tensor, exact: Tensor, eager: Tensor
     error, budget = error_and_budget(result, exact, eager, slack=slack)
     eager_error = (eager.double() - exact).norm().item()
     assert error <= budget, f"{name}: error {error:.3e}, budget {budget:.3e} (eager's error {eager_error:.3e})"
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether a GPU no longer answers: after an illegal access every further call fails, whoever's it is."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False

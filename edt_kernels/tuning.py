@@ -37,7 +37,7 @@ import edt_kernels
 from . import _backend, _tiles
 from ._tiles import PASSES, CellTile, RowLoop, RowTile, ScoreTile, Tile, Tiles
 from .amm_attention import autograd as attention
-from .testing import error_and_budget
+from .testing import error_and_budget, is_lost
 
 _TABLES = ("rel_pos_bias", "modulation")  # inputs without a batch dimension
 _SLICES = {"token_merge_adaln": 4, "token_split_concat_adaln": 2}
@@ -288,7 +288,7 @@ class _Search:
                 else:
                     self.microseconds[name] = self._clock(tiles)
             except Exception as error:  # of many types: out of shared memory, of registers, a compiler's own
-                if _is_lost(self.trial.device):
+                if is_lost(self.trial.device):
                     self._record_fault(tiles, "crashed the device")
                     raise RuntimeError(
                         f"{self.pass_name} {self.trial.shape}: {_to_json(tiles)} crashed the device ({error}); "
@@ -557,15 +557,6 @@ def _poisoned_memory():
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-
-
-def _is_lost(device: torch.device) -> bool:
-    """After an illegal access every further call on the device fails."""
-    try:
-        torch.cuda.synchronize(device) if device.type == "cuda" else None
-    except RuntimeError:
-        return True
-    return False
 
 
 def _name(tiles: Tiles) -> tuple:

@@ -1,3 +1,4 @@
+import fcntl
 import os
 
 import pytest
@@ -23,6 +24,23 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_runtest_teardown(item):
+    """Workers share the GPU, and each keeps the memory that a test took."""
+    if "gpu" in item.keywords and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def _much_memory(tmp_path_factory):
+    """Of all workers one at a time runs a test with it: two do not fit into one GPU."""
+    # pytest-xdist's groups would do, but are ignored without a word where its version does not fit pytest's.
+    with open(tmp_path_factory.getbasetemp().parent / "much_memory.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 @pytest.fixture

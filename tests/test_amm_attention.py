@@ -364,6 +364,7 @@ def test_gpu_memory_has_no_score_matrix():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_much_memory")
 @pytest.mark.parametrize(
     ("side", "modulated", "resident"),
     [(8, False, False), (16, False, True), (16, False, False), (16, True, False)],

@@ -1,12 +1,16 @@
 """The benchmarks' harness on the norm suites: what is checked, what is timed, what is reported as wrong."""
 
 import dataclasses
+import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import harness, measure, norms, results
+from benchmarks import attention, harness, measure, norms, results
 from benchmarks.harness import Implementation, UnavailableError
 from benchmarks.measure import Budget, Ceilings
 from benchmarks.norms import NormCase
@@ -54,6 +58,23 @@ def test_low_precision_cases_are_right(op, dtype):
 @pytest.mark.parametrize("peer", [norms.Compiled, norms.CompiledStatic])
 def test_compiled_peers_are_right(peer, case):
     assert [row.status for row in measured(case, peer())] == ["ok"]
+
+
+@pytest.mark.parametrize("peer", [norms.Compiled, norms.CompiledStatic])
+def test_compiled_peers_never_run_eagerly(peer, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    cases = [dataclasses.replace(CASES[1], layer=LAYER._replace(channels=24 + i)) for i in range(3)]
+    compiled = peer()
+
+    def run_all():
+        for case in cases:
+            harness.build_call(compiled, case, case.make_inputs(CPU, seed=0))()
+
+    limit, error = torch._dynamo.config.patch(recompile_limit=2), torch._dynamo.exc.FailOnRecompileLimitHit
+    with limit, pytest.raises(error):
+        run_all()
+    assert measured(CASES[1], compiled)[0].status == "ok"
 
 
 class WrongOutput(norms.Ours):
@@ -123,6 +144,15 @@ def test_one_that_fails_does_not_stop_the_others():
     ]
 
 
+def test_a_reference_that_does_not_fit_is_named(monkeypatch):
+    def too_large(case, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(harness, "expected", too_large)
+    (row,) = measured(CASES[0], norms.Ours())
+    assert (row.status, row.reason) == ("out of memory", "the float64 reference: CUDA out of memory")
+
+
 def test_the_reference_is_the_same_in_parts(monkeypatch):
     case = NormCase("gated_residual_adaln", LAYER, 5, "float32", backward=True)
     inputs = case.make_inputs(CPU, seed=0)
@@ -187,6 +217,34 @@ def test_a_wrong_kernel_fails_the_command(tmp_path, capsys, monkeypatch):
     assert "ours wrong: adaln gated_residual_adaln EDT-S/2 4x4 C520 B4" in capsys.readouterr().err
 
 
+def test_measuring_needs_no_matplotlib():
+    code = "import sys; import benchmarks.__main__, benchmarks.report; print('matplotlib' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_what_comes_after_a_lost_device_is_not_blamed(tmp_path, monkeypatch):
+    def fail(case, device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(measure, "QUICK", SHORT)
+    monkeypatch.setattr(norms.Ours, "check", lambda self, *arguments: fail(*arguments))
+    monkeypatch.setattr(command, "is_lost", lambda device: True)
+    arguments = ["split", "--quick", "--device", "cpu", "--out", str(tmp_path), "--peers", "eager"]
+    with pytest.raises(SystemExit, match=r"the GPU is lost since ours, token_split_concat_adaln .* illegal mem"):
+        command.main(arguments)
+    assert [row.implementation for row in results.load(tmp_path / "split.json").rows] == ["ours"]
+
+
+@pytest.mark.parametrize("suite", ["attention", *norms.SUITE_OPS])
+def test_input_sets_exceed_the_cache(suite):
+    """Of 50 MB, on H100 and H200, but for what is so small that launches are what it takes."""
+    module, cache = norms if suite in norms.SUITE_OPS else attention, 50 * 2**20
+    for case in module.cases(suite, torch.device("cuda"), [], quick=False):
+        size = dataclasses.replace(case, backward=False).cost.bytes  # about what the inputs are
+        assert harness.input_sets(size, cache) * size > cache, case.name
+
+
 def test_a_command_without_a_gpu_refuses_one(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(["adaln", "--device", "cuda"]) == 2
@@ -216,6 +274,7 @@ def test_every_measurement_on_a_gpu(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other workers use the GPU meanwhile")
 def test_clocks_of_a_gpu_agree():
     """On a copy long enough that launching it does not show."""
     source = torch.ones(2**28, device="cuda")

@@ -16,6 +16,7 @@ from benchmarks.model_workloads import (
     Workload,
     build_ours,
     build_released,
+    cast_weights,
     draw_batch,
     on_device,
     plain_of,
@@ -124,6 +125,31 @@ def test_the_released_network_of_each_size_has_its_parameters(preset, resolution
     assert {name: parameter.shape for name, parameter in plain.named_parameters()} == expected
     assert [number for number, block in enumerate(plain.blocks) if block.attn.amm] == sorted(config["amm_blocks"])
     assert plain.mid_block == (4 if preset == "EDT-XL/2" else None)
+
+
+@pytest.mark.parametrize("build", [build_ours, build_released])
+@pytest.mark.parametrize("suite", ["model", "sample"])
+def test_weights_cast_beforehand_change_nothing(suite, build):
+    case, found = tiny(suite, dtype="bfloat16"), []
+    for dtype in (None, torch.bfloat16):
+        model = on_device(build(case), case, CPU)
+        cast_weights(model, dtype)
+        work = Workload(model, draw_batch(case, CPU), torch.bfloat16)
+        found.append(models._check(case, work))
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor), name
+
+
+@pytest.mark.parametrize(("suite", "dtype"), [("model", torch.bfloat16), ("train", torch.float32)])
+def test_which_weights_are_cast_beforehand(suite, dtype):
+    case = tiny(suite, dtype="bfloat16")
+    tf32 = Implementation("TF32", released=True, tf32=True)
+    for implementation, expected in ((implementations(suite)[0], dtype), (tf32, torch.float32)):
+        model = implementation.build(case, CPU)
+        assert {module.weight.dtype for module in model.modules() if isinstance(module, torch.nn.Linear)} == {
+            expected
+        }
+        assert {p.dtype for name, p in model.named_parameters() if "rel_pos_bias" in name} == {torch.float32}
 
 
 @dataclass(frozen=True)

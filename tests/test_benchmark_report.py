@@ -148,6 +148,13 @@ def test_page_of_a_device(tmp_path):
     assert all(f"]({name})" in page for name in pictures)
 
 
+def test_a_picture_has_times_of_one_clock():
+    rows = [row for row in sample.attention_rows(16, 64) if row.work == "forward"]
+    assert plots.of_one_clock(rows) == rows
+    uncaptured = replace(rows[1], graph_ms=None)
+    assert plots.of_one_clock([rows[0], uncaptured, *rows[2:]]) == [rows[0], *rows[2:]]
+
+
 def test_page_of_a_cpu_says_so_and_nothing_is_drawn_without_data(tmp_path):
     rows = [replace(row, graph_ms=None, floor_ms=None, peak_bytes=None) for row in sample.norm_rows()]
     sample.results(rows, device="cpu").save(tmp_path, "adaln")

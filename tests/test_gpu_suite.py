@@ -78,6 +78,16 @@ def test_time_that_a_part_leaves_goes_to_the_next_and_what_has_none_is_not_start
     assert (late["status"], late["seconds"]) == ("no time", 0)
 
 
+def test_what_an_earlier_run_measured_is_not_this_ones(tmp_path):
+    for suite in ("attention", "adaln"):
+        sample.results(sample.norm_rows()).save(tmp_path, suite)
+    (tmp_path / "tiles.json").write_text("{}")
+    run([script("benchmark adaln", "raise SystemExit(1)")], 60, tmp_path, {})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "attention.json", "attention.csv", "tiles.json", "bench.txt", "suite.json",
+    }  # fmt: skip
+
+
 def test_tests_are_counted_in_what_a_killed_pytest_wrote(tmp_path):
     (tmp_path / "test_fake.py").write_text(FAKE_TESTS)
     (tmp_path / "test_other.py").write_text("import no_such_module")
@@ -128,6 +138,15 @@ def test_tests_of_many_workers_are_counted_and_a_missing_module_is_no_failure():
     assert gpu_suite.failures(state) == ["test failed: tests/test_a.py::test_cases[a b]"]
 
 
+def test_a_part_that_crashes_is_a_failure_and_one_that_is_late_is_none():
+    statuses = ["ok", "stopped: late", "no time", "failed: exit status 1", "crashed: signal 11"]
+    parts = [{"name": f"benchmark {i}", "group": "bench", "status": status} for i, status in enumerate(statuses)]
+    state = {"wrong": [], "parts": parts, "missing": ["liger_kernel"]}
+    crashed = "benchmark 4 crashed: signal 11"
+    assert gpu_suite.failures(state) == ["benchmark 3 failed: exit status 1", crashed]
+    assert gpu_suite.failures(state | {"missing": ["tyro"]}) == [crashed]
+
+
 def test_output_cut_off_anywhere_is_counted():
     text = "tests/test_a.py::test_x[1] PASSED   [ 50%]\ntests/test_a.py::test_y FAILED [ 60%]\n"
     text += "tests/test_a.py::test_z "
@@ -154,6 +173,7 @@ def test_the_whole_prints_the_table_and_fails_where_ours_is_wrong(tmp_path, monk
     monkeypatch.setattr(gpu_suite, "plan", lambda *arguments: [script("benchmark", "pass"), report])
     assert gpu_suite.main(["--out", str(tmp_path), "--minutes", "1", "--pack"]) == 0
     out = capsys.readouterr().out
+    assert "attention: Sample GPU; driver 1.2" in out
     assert "| 3.00× | 70% | attention-eager 8.00× (eager, as released), ≥ 6×: met" in out
     assert (tmp_path / "report.md").exists()
     with zipfile.ZipFile(tmp_path / "gpu_suite.zip") as archive:
@@ -178,6 +198,8 @@ def test_the_plan_and_a_machine_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert benchmarks == ["attention", "adaln", "merge", "split", "train", "model", "sample"]
     assert names[-2:] == ["edt tune", "report"]
     assert sum(part.share for part in parts) == pytest.approx(540)
+    assert min(part.share for part in parts if part.group == "bench") >= 3 * gpu_suite._GRACE_SECONDS
+    assert set(gpu_suite.TEST_FILES) - {""} <= {name.removeprefix("tests/").removesuffix(".py") for name in names}
     assert deadlines(parts, 540)[-1] == pytest.approx(540)
     assert "-n" in parts[0].command
     assert "-n" not in gpu_suite.plan(["tests"], tmp_path, has_xdist=False)[0].command

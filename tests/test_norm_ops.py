@@ -177,11 +177,12 @@ def test_gpu_gradients_are_bitwise_deterministic(op):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_much_memory")
 @pytest.mark.parametrize("op", OPS)
 def test_gpu_offsets_beyond_32_bits(op):
     """More than 2³¹ elements in each tensor of rows: in the second of two samples, the results of the grid's last
     two rows are those of these rows alone. Only the last row of the output has an upstream gradient, so that the
-    sums over a sample's rows are its alone too."""
+    sums over a sample's rows are its alone too. 43 GB are allocated at once."""
     if torch.cuda.mem_get_info()[1] < 64 * 2**30:
         pytest.skip("needs a device with 64 GiB")
     grid = (258, 512) if op == "token_split_concat_adaln" else (1026, 512)

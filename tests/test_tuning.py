@@ -252,7 +252,7 @@ def test_a_crash_of_the_device_is_recorded_and_avoided_by_the_next_run(table, mo
         return fault(trial)
 
     monkeypatch.setattr(tuning._Trial, "fault", crash)
-    monkeypatch.setattr(tuning, "_is_lost", lambda device: True)
+    monkeypatch.setattr(tuning, "is_lost", lambda device: True)
     with pytest.raises(RuntimeError, match=r"adaln\.forward .*'rows': 2.* crashed the device \(illegal memory"):
         tuned(table, [NORM], clock())
     forward, backward = tuned(table, [NORM], clock())["entries"]
