@@ -78,6 +78,7 @@ def run_suite(
         for implementations in rounds:
             for case in cases:
                 for row in measure_one(suite, case, implementations, device, ceilings, budget):
+                    row.quick = quick
                     stored.add([row])
                     stored.save(folder, suite)
                     if row.status == "failed" and is_lost(device):

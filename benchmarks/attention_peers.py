@@ -286,7 +286,8 @@ class BiasSDPA(_SDPA):
 
 
 class PlainSDPA(_SDPA):
-    """A lower bound where there is bias or modulation: on a GPU, flash attention takes neither."""
+    """A lower bound where there is bias or modulation: on a GPU, flash attention takes neither; cuDNN, a constant
+    bias."""
 
     def __init__(self, sdp_backend: SDPBackend):
         super().__init__(sdp_backend)
@@ -396,5 +397,6 @@ def implementations() -> list[Implementation]:
         FlexTwoPasses(),
         *(BiasSDPA(backend) for backend in (efficient, cudnn, math_)),
         PlainSDPA(flash),
+        PlainSDPA(cudnn),
         FlexBias(),
     ]

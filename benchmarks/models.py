@@ -228,7 +228,7 @@ def _distance(result: Tensor, exact: Tensor) -> float:
     return (result.double() - exact.to(result.device, torch.float64)).norm().item()
 
 
-class _Given:
+class Given:
     """What the implementations of a case share, made when the first of them needs it."""
 
     def __init__(self, case: ModelCase, device: torch.device):
@@ -275,7 +275,7 @@ def measure_case(
 ) -> Iterator[Row]:
     """A row for each implementation that applies. On a GPU one after the other, each alone in its memory; on a CPU
     in turns."""
-    given = _Given(case, device)
+    given = Given(case, device)
     rows, waiting = [], {}
     for implementation in implementations:
         if not implementation.applies(case, device):
@@ -309,15 +309,34 @@ def _with_rates(row: Row, case: ModelCase, ceilings: Ceilings) -> Row:
 
 
 def _measure(
-    row: Row, implementation: Implementation, given: _Given, ceilings: Ceilings, budget: Budget
+    row: Row, implementation: Implementation, given: Given, ceilings: Ceilings, budget: Budget
 ) -> Callable[[], object] | None:
     """Fills the row, on a GPU with times. On a CPU returns what is to be timed."""
+    row.extra["multiply_adds"] = given.multiply_adds
+    row.operations = given.case.operations(given.multiply_adds)
+    if given.device.type == "cuda":
+        row.floor_ms = 1e3 * row.operations / ceilings.operations_per_second
+    checked = checked_workload(row, implementation, given)
+    if checked is None:
+        return None
+    work, timed = checked
+    if given.device.type == "cuda":
+        _time_on_gpu(row, given.case, work, timed, budget)
+        return None
+
+    def call() -> None:
+        with implementation.settings():
+            timed()
+
+    return call
+
+
+def checked_workload(
+    row: Row, implementation: Implementation, given: Given
+) -> tuple[Workload, Callable[[], object]] | None:
+    """The implementation on the batch, and the call to time; None if it is wrong, as the row then says."""
     case, device = given.case, given.device
     row.backend = implementation.backend(device)
-    row.extra["multiply_adds"] = given.multiply_adds
-    row.operations = case.operations(given.multiply_adds)
-    if device.type == "cuda":
-        row.floor_ms = 1e3 * row.operations / ceilings.operations_per_second
     expected = given.expected
     model = implementation.build(case, device)
     work = Workload(model, given.batch, None if implementation.tf32 else case.autocast_dtype)
@@ -331,17 +350,8 @@ def _measure(
         row.status = "wrong"
         row.reason = f"{row.worst}: {row.error_over_budget:.3g} times the error allowed"
         return None
-    results.clear()
     model.zero_grad()
-    if device.type == "cuda":
-        _time_on_gpu(row, case, work, timed, budget)
-        return None
-
-    def call() -> None:
-        with implementation.settings():
-            timed()
-
-    return call
+    return work, timed
 
 
 def _time_on_gpu(row: Row, case: ModelCase, work: Workload, timed: Callable, budget: Budget) -> None:

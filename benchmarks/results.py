@@ -47,6 +47,7 @@ class Row:
     bytes: int | None = None
     operations: int | None = None
     floor_ms: float | None = None
+    quick: bool = False  # timed by the few repetitions of --quick
     extra: dict[str, float] = field(default_factory=dict)  # images_per_second, model_flop_utilisation, …
 
     @property

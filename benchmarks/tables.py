@@ -14,10 +14,10 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 
 def _milliseconds(row: Row) -> str:
-    """Of the device where there is a graph; else between events, marked with an e."""
+    """Of the device where there is a graph, else between events, marked with an e; with a q if --quick."""
     timing = row.graph_ms or row.ms
-    between = "" if row.graph_ms else " e"
-    return f"{timing.median:.4g} ({timing.p20:.4g}–{timing.p80:.4g}){between}"
+    marks = ("" if row.graph_ms else " e") + (" q" if row.quick else "")
+    return f"{timing.median:.4g} ({timing.p20:.4g}–{timing.p80:.4g}){marks}"
 
 
 def _status(row: Row) -> str:
@@ -72,8 +72,8 @@ def suite_table(results: Results) -> str:
         if bounds:
             text.append("Lower bounds, which compute less:")
         text.append(markdown(header, lines))
-    failed = [row for row in results.rows if row.status != "ok"]
-    reasons = Counter((row.implementation, _status(row), row.reason) for row in failed)
+    # Of those that ran too, why there is no time of a graph.
+    reasons = Counter((row.implementation, _status(row), row.reason) for row in results.rows if row.reason)
     if reasons:
         lines = [f"- {name}, {status} in {count} of {len(cases)}: {reason}"
                  for (name, status, reason), count in reasons.items()]  # fmt: skip

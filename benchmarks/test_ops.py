@@ -4,8 +4,7 @@
     pytest benchmarks -k ours --benchmark-compare --benchmark-compare-fail=median:10%
 
 Each is checked against float64 before it is timed. Times include the host's: each call waits for the
-device.
-On a busy machine compare ratios of a group, ours against eager, instead.
+device. On a busy machine compare ratios of a group, ours against eager, instead.
 """
 
 import pytest

@@ -204,7 +204,7 @@ def test_rates_by_hand(suite, passes):
 
 def test_multiply_adds_are_the_published_ones():
     case = ModelCase("model", "EDT-S/2", 256, 1, "float32")
-    assert round(models._Given(case, CPU).multiply_adds / 1e9, 3) == 2.667
+    assert round(models.Given(case, CPU).multiply_adds / 1e9, 3) == 2.667
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def test_the_yardstick_is_the_same_in_parts(monkeypatch):
         case, found = tiny(suite), []
         for samples in (8, 2):
             monkeypatch.setattr(models, "_SAMPLES_AT_A_TIME", samples)
-            found.append(models._Given(case, CPU).expected.exact)
+            found.append(models.Given(case, CPU).expected.exact)
         whole, parts = found
         for name in whole:
             torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-5)
