@@ -90,28 +90,37 @@ def _environment(results: Results) -> str:
 
 
 def _readme_table(devices: dict[str, dict[str, Results]], name: str) -> str:
-    """The first cases of each suite; of a CPU all is said to be of one."""
-    lines, sources = [], []
+    """Medians of the first cases of each suite; of a CPU all is said to be of one."""
+    on_cpu, lines, sources = name == "cpu", [], []
     for folder, suites in devices.items():
-        for suite, results in suites.items():
-            device = results.environment["device"]
-            if (device == "cpu") != (name == "cpu") or (name != "cpu" and (suite in _OPS) != (name == "ops-gpu")):
-                continue
-            cases = list(dict.fromkeys(row.case for row in results.rows))[:_README_CASES]
+        here = {
+            suite: results
+            for suite, results in suites.items()
+            if (results.environment["device"] == "cpu") == on_cpu
+            and (on_cpu or (suite in _OPS) == (name == "ops-gpu"))
+        }
+        for results in here.values():
+            cases = list(dict.fromkeys(row.case for row in results.rows))[: 1 if on_cpu else _README_CASES]
             for rows in groups([row for row in results.rows if row.case in cases]):
                 ours = ours_of(rows)
-                peer = fastest_peer(rows) if ours and ours.status == "ok" else ("", "")
-                lines.append(
-                    [device, rows[0].case, f"{rows[0].work}, {rows[0].dtype}", *ours_cells(ours)[:2], *peer]
-                )
-            commit = str(results.environment["commit"])[:12]
-            source = f"{suite}: [{device}, {results.environment['date']}, commit {commit}]"
-            sources.append(f"{source}(benchmarks/results/{folder}/report.md)")
+                right = ours is not None and ours.status == "ok"
+                ms, floor, _ = ours_cells(ours)
+                ms, peer = (f"{ours.time_ms:.4g}", fastest_peer(rows)) if right else (ms, ("", ""))
+                what = [rows[0].case, f"{rows[0].work}, {rows[0].dtype}", ms]
+                lines.append([*what, *peer] if on_cpu else [results.environment["device"], *what, floor, *peer])
+        if here:
+            found = dict.fromkeys(
+                f"{r.environment['device']}, {r.environment['date']}, commit {str(r.environment['commit'])[:12]}"
+                for r in here.values()
+            )
+            sources.append(f"[{'; '.join(found)}](benchmarks/results/{folder}/report.md)")
     if not lines:
-        return NOT_YET if name != "cpu" else "Not yet measured with `python -m benchmarks`."
-    ours = "reference path, ms" if name == "cpu" else "ours, ms"
-    header = ["device", "case", "work", ours, "of floor", "fastest peer", "its time over ours"]
-    return "\n\n".join([markdown(header, lines), "From " + "; ".join(sources) + "."])
+        return NOT_YET if not on_cpu else "Not yet measured with `python -m benchmarks`."
+    if on_cpu:
+        header = ["case", "work", "reference path, ms", "fastest peer", "its time over ours"]
+    else:
+        header = ["device", "case", "work", "ours, ms", "of floor", "fastest peer", "its time over ours"]
+    return "\n\n".join([markdown(header, lines), f"Medians; all cases and peers: {', '.join(sources)}."])
 
 
 def _committed(folder: Path) -> set[Path]:
