@@ -128,7 +128,7 @@ def test_page_of_a_device(tmp_path):
     assert "[static.md](static.md)" in page
     line = next(line for line in page.splitlines() if "16x16 18x52 B64, bias and modulation | forward |" in line)
     assert line.split(" | ")[3:] == [
-        "0.04382", "70 %", "29 MiB", "8.00×", "**wrong**", "3.00×", "3.50×", "3.20× |",
+        "0.04382 (0.04294–0.04601)", "70 %", "29 MiB", "8.00×", "**wrong**", "3.00×", "3.50×", "3.20× |",
     ]  # fmt: skip
     assert "- torch.compile, dynamic=False, **wrong** in 1 of 12: output 0: 9 times the error allowed" in page
     assert "missing in 6 of 6: liger-kernel is not installed" in page
