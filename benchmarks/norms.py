@@ -1,7 +1,7 @@
 """The norm-type ops against what one would write without them: suites `adaln`, `merge` and `split`.
 
 Dtypes: one of torch's for everything, or "mixed": a residual stream in float32, all else in bfloat16, as EDT
-trains under autocast.
+trains under autocast. The peers normalise in float32 in all of them, as autocast does.
 """
 
 import math

@@ -31,7 +31,15 @@ def _cell(ours: Row | None, row: Row | None) -> str:
     if row.status != "ok":
         return _status(row)
     ratio = ours and ours.status == "ok" and speedup(ours, row)
-    return f"{ratio:.2f}×" if ratio else f"{_milliseconds(row)} ms" if row.time_ms else "no time"
+    if not ratio:
+        return f"{_milliseconds(row)} ms" if row.time_ms else "no time"
+    return ", ".join([f"{ratio:.2f}×", *_first_call(row)])
+
+
+def _first_call(row: Row) -> list[str]:
+    """Where one waits for it."""
+    seconds = row.first_call_seconds or 0
+    return [f"first call {seconds:.0f} s"] if seconds >= 5 else []
 
 
 def ours_cells(row: Row | None) -> list[str]:
@@ -45,6 +53,7 @@ def ours_cells(row: Row | None) -> list[str]:
     parts = [text.format(row.extra[name]) for name, text in extra.items() if name in row.extra]
     memory = targets.peak(row)
     parts += [f"{memory / 2**20:.0f} MiB"] if memory else []
+    parts += _first_call(row)
     return [_milliseconds(row), floor, ", ".join(parts)]
 
 

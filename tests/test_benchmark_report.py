@@ -133,6 +133,8 @@ def test_page_of_a_device(tmp_path):
     assert "- torch.compile, dynamic=False, **wrong** in 1 of 12: output 0: 9 times the error allowed" in page
     assert "missing in 6 of 6: liger-kernel is not installed" in page
     assert "| 100 (98.01–105) e |" in page  # between events, for want of a graph
+    assert "| 2.00×, first call 40 s |" in page
+    assert "| 4.00× |" in page  # of one second there is nothing to say
     bounds = page[page.index("Lower bounds") :].splitlines()[2]
     assert (
         bounds
