@@ -51,33 +51,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_suite(
     suite: str,
+    cases: list,
+    implementations: list,
     device: torch.device,
     ceilings: measure.Ceilings,
     environment: dict,
     folder: Path,
-    *,
     quick: bool,
-    dtypes: list[str],
-    shapes: list[str] | None,
-    peers: list[str] | None,
 ) -> None:
     """Measures implementation by implementation; each is stored before the next begins. `quick`: what need not be
     compiled comes first, at all shapes, so that an early end leaves the most."""
-    module, measure_one = _MODULES[suite]
-    cases = selected(module.cases(suite, device, dtypes, quick), shapes, lambda case: case.name, "shapes")
-    implementations = module.implementations(suite)
-    others = [implementation for implementation in implementations if implementation.name != OURS]
-    chosen = selected(others, peers, lambda implementation: implementation.name, "peers")
-    chosen = [implementation for implementation in implementations if implementation.name == OURS] + chosen
-    rounds = [chosen]
+    measure_one = _MODULES[suite][1]
+    rounds = [implementations]
     if quick and device.type == "cuda":
-        rounds = [[one for one in chosen if one.compiled == compiled] for compiled in (False, True)]
+        rounds = [[one for one in implementations if one.compiled == compiled] for compiled in (False, True)]
     stored = results.open_results(folder, suite, environment, ceilings)
     budget = measure.QUICK if quick else measure.Budget()
     with tqdm(total=len(rounds) * len(cases), desc=suite, unit="case", disable=None) as bar:
-        for implementations in rounds:
+        for these in rounds:
             for case in cases:
-                for row in measure_one(suite, case, implementations, device, ceilings, budget):
+                for row in measure_one(suite, case, these, device, ceilings, budget):
                     row.quick = quick
                     stored.add([row])
                     stored.save(folder, suite)
@@ -121,10 +114,42 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def choose(
+    suites: tuple[str, ...],
+    device: torch.device,
+    dtypes: list[str],
+    quick: bool,
+    shapes: list[str] | None,
+    peers: list[str] | None,
+) -> tuple[dict[str, list], dict[str, list]]:
+    """By suite its cases, but for suites that have none of the shapes, and the peers to compare with.
+
+    Raises:
+        ValueError: for a shape or a peer that none of the suites has.
+    """
+    modules = {suite: _MODULES[suite][0] for suite in suites}
+    cases = [(suite, case) for suite in suites for case in modules[suite].cases(suite, device, dtypes, quick)]
+    others = [
+        (suite, one) for suite in suites for one in modules[suite].implementations(suite) if one.name != OURS
+    ]
+    chosen = (selected(items, patterns, lambda item: item[1].name, argument)
+              for items, patterns, argument in ((cases, shapes, "shapes"), (others, peers, "peers")))  # fmt: skip
+    return tuple(_by_suite(items) for items in chosen)
+
+
+def _by_suite(items: list[tuple[str, object]]) -> dict[str, list]:
+    found: dict[str, list] = {}
+    for suite, item in items:
+        found.setdefault(suite, []).append(item)
+    return found
+
+
 def measure_suites(options: argparse.Namespace) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda'; torch sees no GPU here, use cpu")
+    suites = SUITES if options.command == "all" else (options.command,)
+    cases, peers = choose(suites, device, options.dtype, options.quick, options.shapes, options.peers)
     environment = results.environment(device)
     folder = options.out or RESULTS / device_slug(environment["device"])
     print(f"{environment['device']}, torch {environment['versions']['torch']}, commit {environment['commit']}")
@@ -139,22 +164,22 @@ def measure_suites(options: argparse.Namespace) -> int:
         f"ceilings: copy {ceilings.copy_bytes_per_second / 1e9:.0f} GB/s read and written, "
         f"{ceilings.matrix_dtype} products {ceilings.operations_per_second / 1e12:.2f} TFLOP/s\nresults: {folder}"
     )
-    suites = SUITES if options.command == "all" else (options.command,)
-    for suite in suites:
-        run_suite(
-            suite, device, ceilings, environment, folder, quick=options.quick, dtypes=options.dtype,
-            shapes=options.shapes, peers=options.peers,
-        )  # fmt: skip
+    for suite in cases:
+        ours = [one for one in _MODULES[suite][0].implementations(suite) if one.name == OURS]
+        chosen = ours + peers.get(suite, [])
+        run_suite(suite, cases[suite], chosen, device, ceilings, environment, folder, options.quick)
+    faulty_kernels = False
     if options.command == "all":
         from . import report, static
 
-        static.main(["--out", str(folder / "static.json"), *(_QUICK_STATIC if options.quick else ())])
+        arguments = ["--out", str(folder / "static.json"), *(_QUICK_STATIC if options.quick else ())]
+        faulty_kernels = static.main(arguments)
         report.write_folder(folder)
-    loaded = (results.load(folder / f"{suite}.json") for suite in suites)
+    loaded = (results.load(folder / f"{suite}.json") for suite in cases)
     bad = [row for found in loaded for row in found.rows if row.role == "ours" and row.status != "ok"]
     for row in bad:
         print(f"ours {row.status}: {row.suite} {row.case}, {row.work}, {row.dtype}: {row.reason}", file=sys.stderr)
-    return bool(bad)
+    return bool(bad or faulty_kernels)
 
 
 if __name__ == "__main__":

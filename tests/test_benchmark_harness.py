@@ -174,6 +174,18 @@ def test_selection_by_name():
         harness.selected(names, ["EDT-L"], str, "shapes")
 
 
+def test_all_takes_what_any_suite_has():
+    cases, peers = command.choose(results.SUITES, CPU, [], True, ["8x8"], ["flash", "liger"])
+    assert list(cases) == ["attention", "adaln"]  # of the CPU's quick cases
+    assert {case.layer.grid for case in cases["adaln"]} == {(8, 8)}
+    assert [one.name for one in peers["attention"]] == ["SDPA flash"]
+    assert [one.name for one in peers["merge"]] == ["Liger-Kernel LayerNorm + torch"]
+    cases, peers = command.choose(results.SUITES, CPU, [], True, None, None)
+    assert list(cases) == list(peers) == list(results.SUITES)
+    with pytest.raises(ValueError, match=r"peers is 'sage', which none of these names contains: eager, as"):
+        command.choose(results.SUITES, CPU, [], True, None, ["sage"])
+
+
 def test_turns_are_counted_and_reversed():
     order = []
     timings = measure.time_in_turn(
