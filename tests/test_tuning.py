@@ -20,7 +20,8 @@ from edt_kernels.tuning import Shape
 
 CPU = torch.device("cpu")
 NORM = Shape("adaln", (2, 4), 16, batch_size=1, dtype=torch.float16)
-ATTENTION = Shape("amm_attention", (1, 2), 16, batch_size=1, heads=1, dtype=torch.float16)
+# Of a few numbers the error scatters more than the budget allows.
+ATTENTION = Shape("amm_attention", (2, 3), 32, batch_size=2, heads=2, dtype=torch.float16)
 ALL_OPS = [
     Shape(op, (2, 2), 32, batch_size=2, heads=2, dtype=torch.float16, modulation=op == "amm_attention")
     for op in _tiles.OPS
