@@ -33,7 +33,7 @@ static: $(READY)
 
 # Everything against what one would use instead, on the GPU or the CPU; results and a page in benchmarks/results.
 bench: $(READY)
-	$(BIN)/python -m benchmarks all --quick
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks all --quick  # waking threads would be most of a small op's time
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@
     python -m benchmarks model | train | sample               EDT
     python -m benchmarks static                               what the compiler makes of the kernels; needs no GPU
     python -m benchmarks all [--quick]                        all of these, and the report of them
+    python -m benchmarks compare FOLDER                       does this machine agree with the committed tables
     python -m benchmarks report                               pages and plots of committed results, README's tables
 
 Every implementation is first checked, ops against float64, EDT against float32: one that is wrong is reported as
@@ -11,16 +12,22 @@ wrong and not timed. Without a GPU, `edt_kernels` takes its reference path, and 
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+
+try:
+    from tqdm import tqdm
+except ImportError:  # which a bare PyTorch image may be without: no bar, but all else
+    tqdm = None
 
 from edt_kernels._tiles import device_slug
 from edt_kernels.testing import is_lost
 
 from . import attention, measure, models, norms, results
+from .compare import compare
 from .harness import measure_case, selected, table
 from .results import OURS, RESULTS, SUITES
 
@@ -43,6 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     static = commands.add_parser("static", help="compile every kernel; see python -m benchmarks.static --help")
     static.add_argument("arguments", nargs=argparse.REMAINDER)
+    agreement = commands.add_parser("compare", help="results of this machine against the committed ones")
+    agreement.add_argument("folder", type=Path, help="what --out named")
+    agreement.add_argument("--tables", type=Path, help="folder to compare with; default: results/<device>")
+    agreement.add_argument(
+        "--tolerance", type=float, default=0.1, help="how much longer ours may take: 0.1 is 10 %%"
+    )
     page = commands.add_parser("report", help="pages and plots of committed results, and README's tables")
     page.add_argument("--results", type=Path, default=RESULTS, help="folder of folders of results")
     page.add_argument("--readme", type=Path, default=RESULTS.parents[1] / "README.md")
@@ -67,7 +80,9 @@ def run_suite(
         rounds = [[one for one in implementations if one.compiled == compiled] for compiled in (False, True)]
     stored = results.open_results(folder, suite, environment, ceilings)
     budget = measure.QUICK if quick else measure.Budget()
-    with tqdm(total=len(rounds) * len(cases), desc=suite, unit="case", disable=None) as bar:
+    total = len(rounds) * len(cases)
+    progress = tqdm(total=total, desc=suite, unit="case", disable=None) if tqdm else contextlib.nullcontext()
+    with progress as bar:
         for these in rounds:
             for case in cases:
                 for row in measure_one(suite, case, these, device, ceilings, budget):
@@ -79,9 +94,10 @@ def run_suite(
                             f"benchmarks: error: the GPU is lost since {row.implementation}, {row.case}, "
                             f"{row.work}: {row.reason}; what comes after cannot be measured in this process"
                         )
-                bar.update()
+                if bar is not None:
+                    bar.update()
                 group = (case.name, case.work, case.dtype)
-                tqdm.write(table([row for row in stored.rows if row.group == group]))
+                (tqdm.write if tqdm else print)(table([row for row in stored.rows if row.group == group]))
 
 
 # What the static report takes a minute for: EDT-S on Hopper.
@@ -101,6 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
             from . import static  # needs Triton
 
             return static.main(options.arguments)
+        if options.command == "compare":
+            return compare(options.folder, options.tables or _tables_of_this_device(), options.tolerance)
         if options.command == "report":
             from . import report
 
@@ -112,6 +130,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nbenchmarks: interrupted; the cases that were finished are stored", file=sys.stderr)
         return 130
+
+
+def _tables_of_this_device() -> Path:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    folder = RESULTS / device_slug(name)
+    if not folder.is_dir():
+        raise ValueError(f"tables: there are none of {name!r} in {RESULTS}; name a folder with --tables")
+    return folder
 
 
 def choose(

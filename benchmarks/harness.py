@@ -229,7 +229,7 @@ def _check(suite, case, implementation, sets, references, device, ceilings) -> _
         floor_ms=ceilings.floor_ms(cost.bytes, cost.operations) if device.type == "cuda" else None,
     )  # fmt: skip
     calls = []
-    with _recorded(row):
+    with recorded(row):
         implementation.check(case, device)
         row.backend = implementation.backend  # some learn it from the device
         computed = implementation.computes(case)
@@ -256,7 +256,7 @@ def _check(suite, case, implementation, sets, references, device, ceilings) -> _
 
 def _time_on_gpu(candidate: _Candidate, budget: Budget) -> None:
     row = candidate.row
-    with _recorded(row):
+    with recorded(row):
         row.ms = measure.time_events(candidate.calls, budget)
         try:
             row.graph_ms = measure.time_graph(candidate.calls, budget)
@@ -266,7 +266,7 @@ def _time_on_gpu(candidate: _Candidate, budget: Budget) -> None:
     gc.collect()
 
 
-class _recorded:  # noqa: N801
+class recorded:  # noqa: N801
     """Turns what an implementation raises into its row's status."""
 
     def __init__(self, row: Row):

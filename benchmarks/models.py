@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from . import measure
-from .harness import UnavailableError, _recorded, kernels_backend
+from .harness import UnavailableError, kernels_backend, recorded
 from .measure import Budget, Ceilings, Timing
 from .model_workloads import (
     Batch,
@@ -159,9 +159,9 @@ def cases(suite: str, device: torch.device, dtypes: list[str], quick: bool) -> l
         }[suite]
         sampling_steps = 10 if suite == "sample" else 0
     else:
-        batches = {"model": (64, 1, 256, 8), "train": (256, 64), "sample": (64, 1)}[suite]
+        batches = {"model": (64, 1, 256, 8), "train": (256, 64, 8, 1), "sample": (64, 1, 8, 256)}[suite]
         # Where 256 is too much for EDT-XL, for one or for all, the largest that fits is among these.
-        batches_xl = (256, 128, 64) if suite == "train" else batches
+        batches_xl = (256, 128, 64, 8, 1) if suite == "train" else batches
         shapes = [
             (preset, resolution, batch_size)
             for resolution in (256, 512)
@@ -281,7 +281,7 @@ def measure_case(
         if not implementation.applies(case, device):
             continue
         row = Row(suite, case.name, case.work, case.dtype, case.shape, implementation.name, implementation.role)
-        with _recorded(row), _failures_named(), implementation.settings():
+        with recorded(row), _failures_named(), implementation.settings():
             call = _measure(row, implementation, given, ceilings, budget)
             if call is not None:
                 waiting[row.implementation] = call

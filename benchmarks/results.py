@@ -189,6 +189,7 @@ def environment(device: torch.device) -> dict[str, object]:
             "memory_gib": math.floor(properties.total_memory / 2**30),
         }
     else:
+        found["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY")
         found["capability"] = torch.backends.cpu.get_cpu_capability()
     return found
 

@@ -221,6 +221,14 @@ def test_the_command_measures_what_is_asked_for(tmp_path, capsys, monkeypatch):
     assert "peers is 'FlashLayerNorm'" in capsys.readouterr().err
 
 
+def test_a_bare_image_measures_without_a_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "tqdm", None)
+    monkeypatch.setattr(measure, "QUICK", SHORT)
+    arguments = ["adaln", "--quick", "--device", "cpu", "--out", str(tmp_path), "--peers"]
+    assert command.main([*arguments, "--shapes", "gated_residual_adaln EDT-S/2 4x4"]) == 0
+    assert "gated_residual_adaln EDT-S/2 4x4 C520 B4 · forward · float32" in capsys.readouterr().out
+
+
 def test_a_wrong_kernel_fails_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measure, "QUICK", SHORT)
     monkeypatch.setattr(norms, "Ours", WrongOutput)

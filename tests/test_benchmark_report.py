@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 import sample_results as sample
 
+from benchmarks import __main__ as command
 from benchmarks import plots, report, results, tables
+from benchmarks.measure import Timing
 from benchmarks.verdicts import Verdict, evaluate
 
 
@@ -316,3 +318,47 @@ def test_results_that_git_does_not_know(tmp_path):
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match="git knows nothing"):
         report.write_committed(tmp_path, tmp_path / "README.md")
+
+
+def slower(rows, role: str, factor: float):
+    """The rows, those of a role by so much slower."""
+
+    def scale(timing):
+        return timing and Timing(*(factor * value for value in (timing.median, timing.p20, timing.p80)))
+
+    return [
+        replace(row, ms=scale(row.ms), graph_ms=scale(row.graph_ms)) if row.role == role else row for row in rows
+    ]
+
+
+def test_a_machine_agrees_with_the_tables_or_not(tmp_path, capsys):
+    def run(rows, tolerance="0.1", **environment) -> tuple[int, str, str]:
+        sample.results(rows, **environment).save(tmp_path / "here", "adaln")
+        folders = [str(tmp_path / "here"), "--tables", str(tmp_path / "there")]
+        status = command.main(["compare", *folders, "--tolerance", tolerance])
+        return status, *capsys.readouterr()
+
+    rows = sample.norm_rows()
+    sample.results(rows).save(tmp_path / "there", "adaln")
+    status, out, _ = run(rows)
+    assert status == 0
+    assert "  1.00×  " in out
+    assert ", 0 disagreements" in out
+
+    status, out, _ = run(slower(rows, "ours", 1.3))
+    assert status == 1
+    assert "  1.30×  " in out
+    assert "ours: 1.30 times as long here, tolerated is 1.10" in out
+    assert run(slower(rows, "ours", 1.3), "0.5")[0] == 0
+    assert run(slower(rows, "ours", 0.5))[0] == 0
+    assert run(slower(rows, "peer", 2.0))[0] == 0  # is not ours to answer for, but shown
+
+    status, out, _ = run(
+        [sample.without_times(rows[0], "wrong", "output 0: 9 times the error allowed"), *rows[1:]]
+    )
+    assert status == 1
+    assert "ours: wrong here: output 0: 9 times the error allowed" in out
+
+    status, _, err = run(rows, device="Another GPU")
+    assert status == 2
+    assert "have no case of one device in common" in err
