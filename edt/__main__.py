@@ -1,4 +1,4 @@
-"""`python -m edt` is `edt`."""
+"""`python -m edt …` and `accelerate launch -m edt …` are the command `edt`."""
 
 import sys
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 try:
     import tyro
@@ -20,53 +18,20 @@ except ImportError as error:
 
 from edt_kernels._tiles import OPS
 
-from . import ablate, demo, plots, train_config
+from . import ablate, demo, train_config
 from .ablate import AblateOptions
-from .checkpoint import load_checkpoint, weights_folder
+from .checkpoint import weights_folder
 from .complexity import OPTIMIZER_BUFFERS, cost_table, estimate_memory, meta_model
 from .config import PRESETS
-from .demo import DemoOptions, check_guidance_scale
-from .devices import torch_device
-from .diffusion import NUM_TRAIN_TIMESTEPS
-from .digits import to_uint8
+from .demo import DemoOptions
 from .extract import ExtractOptions, extract, summary
 from .interrupt import stop_on_interrupt
 from .model import EDTTransformer2DModel
 from .run_plots import plot_runs
-from .sampling import sample
+from .sample_set import SampleOptions, draw_samples
 from .train_config import TrainConfig
 
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Draws images from a checkpoint: samples.npz (arr_0 uint8 N×H×W×C, labels) and a labelled grid."""
-
-    checkpoint: Path
-    """A run of edt train, one of its checkpoints, or a folder written by save_pretrained."""
-    labels: tuple[int, ...] = ()
-    """Classes to draw, such as 3 7."""
-    classes: Literal["all"] | None = None
-    """Instead of --labels: every class of the model."""
-    num_per_class: int = 10
-    """Images of each class; for an unconditional model, images."""
-    steps: int = 250
-    """Denoising steps, evenly spaced over the 1000 of training."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance; 1 is none."""
-    guidance_channels: int | None = None
-    """How many of the channels guidance acts on; by default 3, or all where there are fewer."""
-    amm: bool = True
-    """Attention modulation in the blocks that the checkpoint names."""
-    seed: int = 0
-    """Of the noise."""
-    output: Path = Path("outputs/samples")
-    """Folder for samples.npz and samples.png."""
-    batch_size: int = 250
-    """Images drawn at a time."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cuda or cpu; by default the GPU if there is one."""
 
 
 @dataclass(frozen=True)
@@ -113,68 +78,17 @@ class Tune:
     """Only candidates that differ from the static choice in one number."""
 
 
-def run_sample(options: Sample) -> None:
-    for name in ("num_per_class", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} is {getattr(options, name)}; it must be at least 1")
-    if not 1 <= options.steps <= NUM_TRAIN_TIMESTEPS:
-        raise ValueError(f"steps is {options.steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}")
-    check_guidance_scale(options.guidance_scale)
-    device = torch_device(options.device)
-    model = load_checkpoint(options.checkpoint).to(device)
-    if not options.amm:
-        model.set_amm_blocks(())
-    config = model.config
-    labels = np.repeat(_chosen_labels(options, config.num_classes), options.num_per_class)
-    generator = torch.Generator().manual_seed(options.seed)
-    batches = torch.from_numpy(labels).split(options.batch_size)
-    latents = []
-    with tqdm(total=len(batches) * options.steps, desc="sampling", unit="step") as bar:
-        for batch in batches:
-            drawn = sample(
-                model,
-                batch if config.num_classes > 0 else None,
-                batch_size=len(batch),
-                num_inference_steps=options.steps,
-                guidance_scale=options.guidance_scale,
-                guidance_channels=options.guidance_channels,
-                generator=generator,
-                progress=False,
-                on_step=lambda step, latents: bar.update(),
-            )
-            latents.append(drawn.cpu().numpy())
-    latents = np.concatenate(latents)
-
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / "samples.npz"
-    if config.in_channels not in (1, 3):
-        np.savez_compressed(file, latents=latents, labels=labels)
-        print(
-            f"{len(latents)} latents {latents.shape[1:]} in {file} (latents, labels); this model draws latents, "
-            "not pixels, and pictures of them need the VAE it was trained with"
-        )
-        return
-    images = to_uint8(latents)
-    np.savez_compressed(file, arr_0=images, labels=labels)
-    picture = options.output / "samples.png"
-    plots.save_label_grid(picture, images, labels, f"AMM {'on' if options.amm else 'off'}, "
-                          f"guidance {options.guidance_scale:g}, {options.steps} steps")  # fmt: skip
-    print(f"{len(images)} images {images.shape[1:]} in {file} (arr_0, labels), a grid of them in {picture}")
-
-
-def _chosen_labels(options: Sample, num_classes: int) -> np.ndarray:
-    if num_classes == 0:
-        if options.labels or options.classes:
-            raise ValueError("labels were given for an unconditional model; leave out --labels and --classes")
-        return np.zeros(1, dtype=np.int64)
-    if bool(options.labels) == bool(options.classes):
-        raise ValueError("labels: give either --labels, such as --labels 3 7, or --classes all")
-    if options.classes:
-        return np.arange(num_classes)
-    wrong = [label for label in options.labels if not 0 <= label < num_classes]
-    if wrong:
-        raise ValueError(f"labels has {wrong}; this model has classes 0 to {num_classes - 1}")
-    return np.array(options.labels, dtype=np.int64)
+def run_sample(options: SampleOptions) -> int:
+    with stop_on_interrupt() as stop:
+        drawn = draw_samples(options, stop)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+    if stop:
+        if first:
+            print(f"\ninterrupted after {drawn} images; the same command goes on from there", file=sys.stderr)
+        return _INTERRUPTED
+    if first:
+        print(f"{drawn} images in {options.output}: images/, samples.npz (arr_0, labels), a grid in samples.png")
+    return 0
 
 
 def run_plot(options: Plot) -> None:
@@ -357,7 +271,7 @@ _COMMANDS = {
     "extract": (ExtractOptions, run_extract),
     "train": (TrainConfig, run_train),
     "plot": (Plot, run_plot),
-    "sample": (Sample, run_sample),
+    "sample": (SampleOptions, run_sample),
     "ablate": (AblateOptions, run_ablate),
     "info": (Info, run_info),
     "tune": (Tune, run_tune),

@@ -69,3 +69,14 @@ def published_amm_blocks(preset: str, guidance_scale: float) -> tuple[int, ...]:
     if preset in ("EDT-S/2", "EDT-B/2") and guidance_scale >= 1.75:
         return AMM_PLACEMENTS["EDT-S,B/2 guidance 2-"]
     return PRESETS[preset]["amm_blocks"]
+
+
+def recognize_preset(config) -> str | None:
+    """The preset of a model's configuration, by channels, depths and sample size; None where there is none."""
+
+    def key(values) -> tuple:
+        size = values.get("sample_size", 32)
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return tuple(values["hidden_sizes"]), tuple(values["depths"]), sides
+
+    return next((name for name, preset in PRESETS.items() if key(preset) == key(config)), None)

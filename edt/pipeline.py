@@ -11,7 +11,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .diffusion import NUM_TRAIN_TIMESTEPS
+from .checkpoint import load_checkpoint
+from .diffusion import NUM_TRAIN_TIMESTEPS, make_scheduler
 from .model import EDTTransformer2DModel
 from .sampling import (
     check_guidance,
@@ -21,7 +22,8 @@ from .sampling import (
     scheduler_step,
     takes_learned_variance,
 )
-from .vae import check_latent_channels, decode
+from .train_config import CONFIG_FILE, load_config
+from .vae import check_latent_channels, decode, load_decoder
 
 # `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` loads a folder that brings its classes. These two
 # files name the installed ones.
@@ -29,6 +31,7 @@ _CODE = {
     "pipeline.py": "from edt.pipeline import EDTPipeline  # noqa: F401 (pip install edt-kernels)\n",
     "transformer/edt_transformer.py": "from edt.model import EDTTransformer2DModel  # noqa: F401\n",
 }
+_INDEX = "model_index.json"
 _CLASS_IN_FOLDER = ["pipeline", "EDTPipeline"]
 _TRANSFORMER_IN_FOLDER = ["edt_transformer", "EDTTransformer2DModel"]
 _TRANSFORMER = ["edt.model", "EDTTransformer2DModel"]  # diffusers looks for ModelMixin in the same module
@@ -297,6 +300,35 @@ class EDTPipeline(DiffusionPipeline):
         index = json.loads(super().to_json_string())
         index["_class_name"], index["transformer"] = _CLASS_IN_FOLDER, _TRANSFORMER_IN_FOLDER
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def load_pipeline(
+    folder: str | Path, vae: str | None = None, torch_dtype: torch.dtype = torch.float32
+) -> EDTPipeline:
+    """The pipeline of a folder that `EDTPipeline.save_pretrained` wrote; of any other checkpoint for `load_checkpoint`,
+    its model with the released scheduler.
+
+    Args:
+        vae: AutoencoderKL by name or folder, in place of the folder's; of a run of training, by default the one
+            that decodes its grids.
+        torch_dtype: of the transformer; the VAE is in float32.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_checkpoint`, or for a VAE that does not fit.
+    """
+    folder = Path(folder)
+    saved = (folder / _INDEX).is_file()
+    model = load_checkpoint(folder / "transformer" if saved else folder, torch_dtype=torch_dtype)
+    config_file = folder / CONFIG_FILE
+    if vae is None and config_file.is_file():
+        vae = load_config(config_file).vae
+    parts = {} if vae is None else {"vae": load_decoder(vae, model.config.in_channels)}
+    if not saved:
+        return EDTPipeline(model, make_scheduler(), **parts)
+    try:
+        return EDTPipeline.from_pretrained(folder, transformer=model, local_files_only=True, **parts)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {folder} is no complete pipeline: {error}") from error
 
 
 def _check_names(id2label, num_classes: int) -> dict[int, str]:

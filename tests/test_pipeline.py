@@ -87,17 +87,15 @@ def released_procedure(model, noise, labels, steps, guidance_scale, random):
 def test_twenty_steps_are_the_released_procedure(guidance_scale):
     pipe = make_pipeline()
     labels = torch.tensor([1, 7])
-    drawn = pipe(
-        labels, guidance_scale, num_inference_steps=20, generator=generator(), output_type="latent"
-    ).images
+    options = {"guidance_scale": guidance_scale, "num_inference_steps": 20}
+    drawn = pipe(labels, generator=generator(), output_type="latent", **options).images
     random = generator()
     noise = torch.randn(2, 4, 16, 16, generator=random)
     expected = released_procedure(pipe.transformer, noise, labels, 20, guidance_scale, random)
     assert relative_error(drawn.double(), expected) <= 1e-4
     # the plain function is the same procedure
-    assert torch.equal(
-        drawn, edt.sample(pipe.transformer, labels, generator=generator(), progress=False, **options)
-    )
+    plain = edt.sample(pipe.transformer, labels, generator=generator(), progress=False, **options)
+    assert torch.equal(drawn, plain)
 
 
 @pytest.mark.parametrize("row", range(6))

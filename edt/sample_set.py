@@ -1,0 +1,344 @@
+"""A set of drawn images in a folder: `edt sample`, resumable and spread over processes."""
+
+import json
+import math
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from . import plots
+from .checkpoint import weights_folder
+from .config import published_amm_blocks, recognize_preset
+from .devices import torch_device
+from .diffusion import NUM_TRAIN_TIMESTEPS
+from .interrupt import StopRequest
+from .model import EDTTransformer2DModel
+from .pipeline import EDTPipeline, load_pipeline
+from .randomness import keyed_generator
+from .sampling import check_guidance
+from .shards import sha256
+
+SCHEDULERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
+SETTINGS = "samples.json"
+_GRID_ROWS = _GRID_COLUMNS = 20
+_TOKENS_PER_CALL = 1024  # on a CPU; more are not faster
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Draws images from a checkpoint: a folder of PNGs, all of them in samples.npz (arr_0, labels), a grid.
+
+    The same command goes on where it was stopped. Started by accelerate launch or torchrun (-m edt sample …),
+    several processes share the work. Every image has its own noise, whatever the batch size and the number of
+    processes.
+    """
+
+    checkpoint: Path
+    """A pipeline's folder, a run of edt train, one of its checkpoints, or a folder written by save_pretrained."""
+    labels: tuple[str, ...] = ()
+    """Classes to draw: numbers, ranges such as 0-9, or names that the pipeline knows."""
+    classes: Literal["all"] | None = None
+    """Instead of --labels: every class of the model."""
+    num_per_class: int = 10
+    """Images of each class; for an unconditional model, images."""
+    num_images: int | None = None
+    """Instead of --num-per-class: images in all, of the classes in turn."""
+    steps: int = 250
+    """Denoising steps, spread over the 1000 of training."""
+    scheduler: Literal["ddpm", "ddim", "dpm++", "unipc", "euler"] = "ddpm"
+    """ddpm is the released one; the others need fewer steps."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 is none."""
+    guidance_channels: int | None = None
+    """How many of the channels guidance acts on; by default 3, or all where there are fewer."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels (low, high) between which guidance acts; by default at all, 0.01 to 157."""
+    amm: bool = True
+    """Attention modulation."""
+    amm_blocks: tuple[int, ...] | None = None
+    """Blocks with attention modulation; by default those published for the model and guidance scale, or the
+    checkpoint's own."""
+    vae: str | None = None
+    """AutoencoderKL by name or folder, for latents of a checkpoint that has none; by default that of the run."""
+    seed: int = 0
+    """Of the noise."""
+    output: Path = Path("outputs/samples")
+    """Folder for images, samples.npz and samples.png."""
+    overwrite: bool = False
+    """Remove what another command drew into output."""
+    batch_size: int = 250
+    """Images drawn at a time."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the transformer's weights; the VAE is in float32."""
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    """cuda or cpu; by default the GPU if there is one."""
+
+    def check(self) -> None:
+        """Raises ValueError for an option that cannot work with any model."""
+        for name in ("num_per_class", "num_images", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 1 <= self.steps <= NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"steps is {self.steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be finite and not negative")
+        if self.amm_blocks is not None and not self.amm:
+            raise ValueError("amm_blocks was given with --no-amm; leave out one of them")
+        torch_device(self.device)
+
+
+def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
+    """Draws the images that are not there yet, then writes samples.npz and samples.png.
+
+    Returns:
+        The number of images; less than asked for where `stop` came first.
+
+    Raises:
+        ValueError: for options that do not fit the checkpoint, or an output that has another command's images.
+        FileNotFoundError, OSError: where the checkpoint cannot be read or the output not be written.
+    """
+    options.check()
+    device = torch_device(options.device)
+    # Of several processes one may finish hours before the others.
+    processes = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=2))
+    rank, num_processes = processes.process_index, processes.num_processes
+    if device.type == "cuda" and num_processes > 1:
+        device = torch.device("cuda", processes.local_process_index)
+
+    pipe = prepare_pipeline(options)
+    classes = chosen_classes(options, pipe)
+    num_images = options.num_images or options.num_per_class * len(classes)
+    labels = np.resize(classes, num_images)
+    settings = _settings(options, pipe.transformer, classes, num_images)
+    if rank == 0:
+        _open_folder(options, settings)
+    processes.wait_for_everyone()
+
+    pipe.to(device)
+    own = [i for i in range(rank, num_images, num_processes) if not _image_file(options.output, i).is_file()]
+    size = _images_per_call(pipe.transformer, options.batch_size, num_images, device)
+    calls = [part for batch in _split(own, options.batch_size) for part in _split(batch, size)]
+    with tqdm(total=len(calls) * options.steps, desc="sampling", unit="step", disable=rank > 0) as bar:
+        for call in calls:
+            if stop:
+                break
+            # On a CPU all calls are of one size; the last image stands in for what is missing.
+            filled = call + call[-1:] * (size - len(call)) if device.type == "cpu" else call
+            images = _draw(pipe, options, filled, labels[filled], device, stop, bar)
+            for i, image in zip(call, images):
+                _replace(_image_file(options.output, i), lambda path, image=image: image.save(path, format="PNG"))
+
+    processes.wait_for_everyone()
+    drawn = sum(_image_file(options.output, i).is_file() for i in range(num_images))
+    if rank == 0 and drawn == num_images:
+        _write_npz(options.output, labels)
+        _write_grid(options, pipe, classes, num_images)
+    if num_processes > 1:
+        processes.wait_for_everyone()
+        processes.destroy_process_group()
+    return drawn
+
+
+def prepare_pipeline(options: SampleOptions) -> EDTPipeline:
+    """The checkpoint's pipeline with the scheduler and the AMM blocks of the options."""
+    pipe = load_pipeline(options.checkpoint, options.vae, getattr(torch, options.dtype))
+    config = pipe.transformer.config
+    check_guidance(config, options.guidance_scale, options.guidance_channels)
+    if pipe.vae is not None:
+        pipe.vae.enable_slicing()  # the activations of one image are large
+    elif config.in_channels not in (1, 3):
+        raise ValueError(
+            f"vae is None; the checkpoint draws latents of {config.in_channels} channels, which need the "
+            "AutoencoderKL that they were made with, such as --vae stabilityai/sd-vae-ft-ema"
+        )
+    scheduler = getattr(diffusers, SCHEDULERS[options.scheduler])
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)  # one bar for all
+    if options.amm_blocks is not None or not options.amm:
+        blocks = options.amm_blocks or ()
+    else:
+        blocks = amm_placement(config, options.guidance_scale)
+    pipe.transformer.set_amm_blocks(blocks)
+    return pipe
+
+
+def amm_placement(config, guidance_scale: float) -> tuple[int, ...]:
+    """The blocks with AMM: of a published model those published for the guidance scale, else the configuration's.
+
+    A published model that was given other blocks than any published ones keeps them.
+    """
+    own, preset = tuple(config.amm_blocks), recognize_preset(config)
+    if preset is None or own not in [published_amm_blocks(preset, scale) for scale in (1.0, 2.0)]:
+        return own
+    return published_amm_blocks(preset, guidance_scale)
+
+
+def chosen_classes(options: SampleOptions, pipe: EDTPipeline) -> list[int]:
+    """The classes of --labels or --classes, in their order; [0] for an unconditional model."""
+    num_classes = pipe.transformer.config.num_classes
+    if num_classes == 0:
+        if options.labels or options.classes:
+            raise ValueError("labels were given for an unconditional model; leave out --labels and --classes")
+        return [0]
+    if bool(options.labels) == bool(options.classes):
+        raise ValueError("labels: give either --labels, such as --labels 3 7 or 0-9, or --classes all")
+    if options.classes:
+        return list(range(num_classes))
+    numbers = []
+    for label in options.labels:
+        span = re.fullmatch(r"(-?\d+)(?:-(\d+))?", label)
+        if span is None and label not in pipe.labels:
+            known = (
+                f"or one of its names, such as {next(iter(pipe.labels))!r}" if pipe.labels else "it has no names"
+            )
+            raise ValueError(f"labels has {label!r}; it must be a number, a range such as 0-9, {known}")
+        first, last = (int(span[1]), int(span[2] or span[1])) if span else [pipe.labels[label]] * 2
+        numbers += range(first, last + 1) or [first]
+        if not 0 <= first <= last < num_classes:
+            raise ValueError(f"labels has {label}; this model has classes 0 to {num_classes - 1}")
+    return numbers
+
+
+def _settings(options: SampleOptions, model: EDTTransformer2DModel, classes: list[int], num_images: int) -> dict:
+    """All that the images depend on; what was drawn with other settings does not belong to the set."""
+    kept = (
+        "steps",
+        "scheduler",
+        "guidance_scale",
+        "guidance_channels",
+        "guidance_interval",
+        "vae",
+        "seed",
+        "dtype",
+    )
+    weights = sorted(weights_folder(options.checkpoint).glob("*.safetensors"))
+    settings = {
+        "checkpoint": str(options.checkpoint),
+        "weights": {file.name: sha256(file) for file in weights},
+        "classes": classes,
+        "num_images": num_images,
+        **{name: value for name, value in asdict(options).items() if name in kept},
+        "amm_blocks": list(model.config.amm_blocks),
+        "device": torch_device(options.device).type,
+    }
+    return json.loads(json.dumps(settings))  # as it will be read again
+
+
+def _open_folder(options: SampleOptions, settings: dict) -> None:
+    folder, file = options.output, options.output / SETTINGS
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file; it must be a folder, or not there yet")
+    if file.is_file() and (drawn_with := json.loads(file.read_text())) != settings:
+        if not options.overwrite:
+            changed = [name for name in settings if drawn_with.get(name) != settings[name]]
+            raise ValueError(
+                f"output {folder} has images drawn with other settings ({', '.join(changed)}); give another "
+                "output, or --overwrite"
+            )
+        for drawn in (*folder.glob("images/*.png"), folder / "samples.npz", folder / "samples.png"):
+            drawn.unlink(missing_ok=True)
+    _image_file(folder, 0).parent.mkdir(parents=True, exist_ok=True)
+    _replace(file, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+
+
+def _split(items: list[int], size: int) -> list[list[int]]:
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+def _images_per_call(model: EDTTransformer2DModel, batch_size: int, num_images: int, device: torch.device) -> int:
+    """How many images the network gets at once: on a GPU the batch.
+
+    On a CPU a number that does not depend on the batch, because the rounding of its matrix products depends on how
+    many rows they have; and no larger batch is faster there.
+    """
+    if device.type != "cpu":
+        return batch_size
+    num_tokens = math.prod(model.latent_size) // model.config.patch_size**2
+    return min(num_images, max(8, _TOKENS_PER_CALL // num_tokens))
+
+
+def _draw(pipe, options, numbers: list[int], labels: np.ndarray, device, stop: StopRequest, bar: tqdm) -> list:
+    """The images of these numbers, as PIL has them; none where `stop` came first."""
+    conditional = pipe.transformer.config.num_classes > 0
+
+    def on_step(pipe, step, timestep, tensors):
+        pipe._interrupt = bool(stop)
+        bar.update()
+        return tensors
+
+    images = pipe(
+        torch.from_numpy(labels) if conditional else None,
+        guidance_scale=options.guidance_scale,
+        num_inference_steps=options.steps,
+        num_images_per_prompt=1 if conditional else len(numbers),
+        generator=[keyed_generator(device, options.seed, i) for i in numbers],
+        guidance_channels=options.guidance_channels,
+        guidance_interval=options.guidance_interval,
+        callback_on_step_end=on_step,
+    ).images
+    return [] if pipe.interrupt else images
+
+
+def _image_file(folder: Path, number: int) -> Path:
+    return folder / "images" / f"{number:06}.png"
+
+
+def _read(folder: Path, number: int) -> np.ndarray:
+    """(H, W, C) uint8."""
+    with Image.open(_image_file(folder, number)) as image:
+        pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """A file is there whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def _write_npz(folder: Path, labels: np.ndarray) -> None:
+    """arr_0 (N, H, W, C) uint8 and labels (N,), as np.savez would; only one image is in memory."""
+    shape = (len(labels), *_read(folder, 0).shape)
+
+    def write(path: Path) -> None:
+        with zipfile.ZipFile(path, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for i in tqdm(range(len(labels)), desc="samples.npz", unit="image", disable=len(labels) < 1000):
+                    file.write(_read(folder, i).tobytes())
+            with archive.open("labels.npy", "w") as file:
+                np.lib.format.write_array(file, labels)
+
+    _replace(folder / "samples.npz", write)
+
+
+def _write_grid(options: SampleOptions, pipe: EDTPipeline, classes: list[int], num_images: int) -> None:
+    """The first images of the first classes."""
+    numbers = [i for i in range(min(num_images, len(classes) * _GRID_COLUMNS)) if i % len(classes) < _GRID_ROWS]
+    images = np.stack([_read(options.output, i) for i in numbers])
+    labels = np.array([classes[i % len(classes)] for i in numbers])
+    title = f"AMM {'on' if pipe.transformer.config.amm_blocks else 'off'}, guidance {options.guidance_scale:g}, "
+    title += f"{options.steps} steps" + ("" if options.scheduler == "ddpm" else f" of {options.scheduler}")
+    plots.save_label_grid(options.output / "samples.png", images, labels, title)
