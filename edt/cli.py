@@ -25,6 +25,7 @@ from .ablate import AblateOptions
 from .checkpoint import load_checkpoint, weights_folder
 from .complexity import OPTIMIZER_BUFFERS, cost_table, estimate_memory, meta_model
 from .config import PRESETS
+from .convert import ConvertOptions, convert
 from .demo import DemoOptions, check_guidance_scale
 from .devices import torch_device
 from .diffusion import NUM_TRAIN_TIMESTEPS
@@ -44,7 +45,7 @@ class Sample:
     """Draws images from a checkpoint: samples.npz (arr_0 uint8 N×H×W×C, labels) and a labelled grid."""
 
     checkpoint: Path
-    """A run of edt train, one of its checkpoints, or a folder written by save_pretrained."""
+    """A run of edt train, one of its checkpoints, or a folder written by save_pretrained, of a pipeline too."""
     labels: tuple[int, ...] = ()
     """Classes to draw, such as 3 7."""
     classes: Literal["all"] | None = None
@@ -175,6 +176,10 @@ def _chosen_labels(options: Sample, num_classes: int) -> np.ndarray:
     if wrong:
         raise ValueError(f"labels has {wrong}; this model has classes 0 to {num_classes - 1}")
     return np.array(options.labels, dtype=np.int64)
+
+
+def run_convert(options: ConvertOptions) -> None:
+    print(convert(options))
 
 
 def run_plot(options: Plot) -> None:
@@ -358,6 +363,7 @@ _COMMANDS = {
     "train": (TrainConfig, run_train),
     "plot": (Plot, run_plot),
     "sample": (Sample, run_sample),
+    "convert": (ConvertOptions, run_convert),
     "ablate": (AblateOptions, run_ablate),
     "info": (Info, run_info),
     "tune": (Tune, run_tune),
