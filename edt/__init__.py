@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from .config import AMM_PLACEMENTS, PRESETS, published_amm_blocks
     from .diffusion import LossSecondMomentSampler, make_scheduler, training_losses
     from .model import EDTTransformer2DModel, load_preset
+    from .pipeline import EDTPipeline
     from .sampling import sample
 
 _MODULES = {
     "AMM_PLACEMENTS": "config",
     "PRESETS": "config",
+    "EDTPipeline": "pipeline",
     "EDTTransformer2DModel": "model",
     "LossSecondMomentSampler": "diffusion",
     "initialize_from": "checkpoint",
@@ -30,6 +32,7 @@ _MODULES = {
 __all__ = [
     "AMM_PLACEMENTS",
     "PRESETS",
+    "EDTPipeline",
     "EDTTransformer2DModel",
     "LossSecondMomentSampler",
     "initialize_from",

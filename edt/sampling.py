@@ -1,14 +1,88 @@
 """Drawing latents from a model."""
 
+import inspect
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
-from torch import Tensor
+from diffusers import DDPMScheduler, SchedulerMixin
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .diffusion import guide, make_scheduler
 from .model import EDTTransformer2DModel
+
+
+def predict(
+    model: nn.Module,
+    latents: Tensor,
+    timestep: Tensor,
+    class_labels: Tensor | None,
+    guidance_scale: float = 1.0,
+    guidance_channels: int = 3,
+) -> Tensor:
+    """The model's output for latents (B, C, H, W), guided by `edt.diffusion.guide`; both passes are one batch of 2B,
+    the conditional first. Scale 1 is one pass."""
+    latents = latents.to(model.dtype)
+    if guidance_scale == 1:
+        return model(latents, timestep, class_labels).sample
+    labels = torch.cat([class_labels, torch.full_like(class_labels, model.config.num_classes)])
+    both = model(latents.repeat(2, 1, 1, 1), timestep, labels).sample
+    return guide(*both.chunk(2), guidance_scale, guidance_channels)
+
+
+def scheduler_step(
+    scheduler: SchedulerMixin,
+    output: Tensor,
+    timestep: Tensor,
+    latents: Tensor,
+    generator: torch.Generator | list[torch.Generator] | None,
+) -> Tensor:
+    """x_t → x_{t−1} by any diffusers scheduler, in float32; one that takes no learned variance gets the noise."""
+    output = output.float()
+    if not takes_learned_variance(scheduler):
+        output = output[:, : latents.shape[1]]
+    randomness = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    return scheduler.step(output, timestep, latents, **randomness).prev_sample
+
+
+def takes_learned_variance(scheduler: SchedulerMixin) -> bool:
+    return isinstance(scheduler, DDPMScheduler) and scheduler.variance_type == "learned_range"
+
+
+def noise_level(scheduler: SchedulerMixin, timestep: Tensor) -> float:
+    """σ = √((1 − ᾱ_t)/ᾱ_t): 0.01 at the first of EDT's 1000 timesteps, 157 at the last."""
+    alpha = scheduler.alphas_cumprod[round(float(timestep))].item()
+    return math.sqrt((1 - alpha) / alpha)
+
+
+def check_guidance(config, guidance_scale: float, guidance_channels: int | None) -> int:
+    """The number of guided channels, by default 3 or all where there are fewer.
+
+    Raises:
+        TypeError, ValueError: for a scale or channels that do not fit the model of this configuration.
+    """
+    if not isinstance(guidance_scale, Real):
+        raise TypeError(f"guidance_scale is {guidance_scale!r}; it must be a number, 1 is no guidance")
+    if guidance_scale != 1 and config.num_classes == 0:
+        raise ValueError(f"guidance_scale is {guidance_scale}; an unconditional model has no guidance, use 1")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite")
+    if guidance_channels is None:
+        return min(3, config.in_channels)
+    if type(guidance_channels) is not int or not 0 < guidance_channels <= config.in_channels:
+        raise ValueError(f"guidance_channels is {guidance_channels}; this model needs 1 to {config.in_channels}")
+    return guidance_channels
+
+
+def check_labels(class_labels: Tensor, num_classes: int) -> None:
+    """Raises ValueError for labels that are no class of the model; the null class is none to draw."""
+    if len(class_labels) and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < num_classes:
+        raise ValueError(
+            f"class_labels has values from {int(class_labels.min())} to {int(class_labels.max())}; they must "
+            f"be 0 to {num_classes - 1}"
+        )
 
 
 @torch.no_grad()
@@ -55,21 +129,10 @@ def sample(
             f"model has {config.out_channels} out_channels for {config.in_channels} in_channels; sampling needs "
             "twice as many, for the learned variance"
         )
-    if guidance_scale != 1 and config.num_classes == 0:
-        raise ValueError(f"guidance_scale is {guidance_scale}; an unconditional model has no guidance, use 1")
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite")
-    if guidance_channels is None:
-        guidance_channels = min(3, config.in_channels)
-    if not 0 < guidance_channels <= config.in_channels:
-        raise ValueError(f"guidance_channels is {guidance_channels}; this model needs 1 to {config.in_channels}")
+    guidance_channels = check_guidance(config, guidance_scale, guidance_channels)
     device = model.device
     if class_labels is not None:
-        if len(class_labels) and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < config.num_classes:
-            raise ValueError(
-                f"class_labels has values from {int(class_labels.min())} to {int(class_labels.max())}; they must "
-                f"be 0 to {config.num_classes - 1}"
-            )
+        check_labels(class_labels, config.num_classes)
         class_labels = class_labels.to(device)
         if batch_size not in (None, len(class_labels)):
             raise ValueError(f"batch_size is {batch_size} for {len(class_labels)} class_labels; leave it out")
@@ -79,13 +142,8 @@ def sample(
     latents = torch.randn(shape, generator=generator, device=noise_device).to(device)
     scheduler = make_scheduler(num_inference_steps)
     for i, timestep in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress)):
-        if guidance_scale == 1:
-            output = model(latents.to(model.dtype), timestep, class_labels).sample
-        else:
-            labels = torch.cat([class_labels, torch.full_like(class_labels, config.num_classes)])
-            both = model(latents.to(model.dtype).repeat(2, 1, 1, 1), timestep, labels).sample
-            output = guide(*both.chunk(2), guidance_scale, guidance_channels)
-        latents = scheduler.step(output.float(), timestep, latents, generator=generator).prev_sample
+        output = predict(model, latents, timestep, class_labels, guidance_scale, guidance_channels)
+        latents = scheduler_step(scheduler, output, timestep, latents, generator)
         if on_step is not None:
             on_step(i, latents)
     return latents

@@ -11,6 +11,7 @@ from .digits import to_uint8
 from .model import EDTTransformer2DModel
 from .sampling import sample
 from .train_config import TrainConfig
+from .vae import decode
 
 
 def draw_grid(
@@ -31,31 +32,11 @@ def draw_grid(
     return latents, labels
 
 
-def load_decoder(vae: str, channels: int) -> nn.Module:
-    """The AutoencoderKL of a name or a folder, on the CPU.
-
-    Raises:
-        ValueError: where there is none, or its latents have another number of channels.
-    """
-    from diffusers import AutoencoderKL
-
-    try:
-        decoder = AutoencoderKL.from_pretrained(vae)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"vae is {vae!r}, which cannot be loaded: {reason}") from error
-    if decoder.config.latent_channels != channels:
-        raise ValueError(
-            f"vae {vae!r} has latents of {decoder.config.latent_channels} channels; the data's have {channels}"
-        )
-    return decoder.eval().requires_grad_(False)
-
-
 def save_grid(path: Path, latents: Tensor, labels: np.ndarray, title: str, vae: nn.Module | None) -> None:
     """A picture of pixels, of latents decoded with `vae`, or else of three of their channels, and says which."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if vae is not None:
-        pixels = decode(latents, vae)
+        pixels = _decode(latents, vae)
     elif latents.shape[1] in (1, 3):
         pixels = latents
     else:
@@ -69,14 +50,10 @@ def save_grid(path: Path, latents: Tensor, labels: np.ndarray, title: str, vae: 
 
 
 @torch.no_grad()
-def decode(latents: Tensor, vae: nn.Module) -> Tensor:
-    """Latents → pictures (B, 3, H, W) on the scale −1 to 1; the VAE is on their device for the time of it.
-
-    One at a time: a VAE's activations are large, and those of training are not there to be exceeded.
-    """
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    unscaled = latents / vae.config.scaling_factor + shift
+def _decode(latents: Tensor, vae: nn.Module) -> Tensor:
+    """One at a time, and the VAE is on the latents' device for the time of it: its activations are large, and
+    training has left little memory."""
     vae.to(latents.device)
-    pictures = torch.cat([vae.decode(one[None]).sample.cpu() for one in unscaled])
+    pictures = torch.cat([decode(one[None], vae).cpu() for one in latents])
     vae.to("cpu")
     return pictures

@@ -7,7 +7,8 @@ from matplotlib.image import imread
 from edt import EDTTransformer2DModel, plots
 from edt.randomness import keyed_generator
 from edt.train_config import TrainConfig
-from edt.train_preview import decode, draw_grid, load_decoder, save_grid
+from edt.train_preview import draw_grid, save_grid
+from edt.vae import decode, load_decoder
 
 SMALL = {
     "hidden_sizes": (16, 16, 16, 16, 16),
@@ -52,7 +53,7 @@ def test_decode_undoes_the_scaling(vae):
 def test_load_decoder(tmp_path, vae):
     _, folder = vae
     assert not load_decoder(str(folder), 4).training
-    with pytest.raises(ValueError, match="has latents of 4 channels; the data's have 3"):
+    with pytest.raises(ValueError, match="has latents of 4 channels; 3 are needed here"):
         load_decoder(str(folder), 3)
     with pytest.raises(ValueError, match=r"vae is '.*nowhere', which cannot be loaded"):
         load_decoder(str(tmp_path / "nowhere"), 4)

@@ -1,0 +1,314 @@
+"""`EDTPipeline`: class labels → images, as a diffusers pipeline."""
+
+import json
+from collections.abc import Callable, Sequence
+from numbers import Real
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .diffusion import NUM_TRAIN_TIMESTEPS
+from .model import EDTTransformer2DModel
+from .sampling import (
+    check_guidance,
+    check_labels,
+    noise_level,
+    predict,
+    scheduler_step,
+    takes_learned_variance,
+)
+from .vae import check_latent_channels, decode
+
+# A folder loads by `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` if it brings its classes. These
+# two files name the installed ones.
+_CODE = {
+    "pipeline.py": "from edt.pipeline import EDTPipeline  # noqa: F401 (pip install edt-kernels)\n",
+    "transformer/edt_transformer.py": "from edt.model import EDTTransformer2DModel  # noqa: F401\n",
+}
+_CLASS_IN_FOLDER = ["pipeline", "EDTPipeline"]
+_TRANSFORMER_IN_FOLDER = ["edt_transformer", "EDTTransformer2DModel"]
+_TRANSFORMER = ["edt.model", "EDTTransformer2DModel"]  # diffusers looks for ModelMixin in the same module
+
+Label = int | str
+Generators = torch.Generator | list[torch.Generator]
+
+
+class EDTPipeline(DiffusionPipeline):
+    """Class labels → images by an `EDTTransformer2DModel`.
+
+    Args:
+        transformer: predicts noise and, where out_channels is twice in_channels, the variance; AMM acts in its
+            `amm_blocks`.
+        scheduler: as released, `edt.make_scheduler()`. Others fit by
+            `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`, such as DDIM, UniPC and Euler; the
+            learned variance, which only `DDPMScheduler` takes, is split off for them.
+        vae: the autoencoder of the latents; None for models that draw pixels (1 or 3 channels).
+        id2label: names of the classes, saved with the pipeline; of "a, b" either name will do.
+
+    `save_pretrained` writes a folder that `EDTPipeline.from_pretrained` loads, and that
+    `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` loads, from a Hub too, where this package is
+    installed.
+
+    Raises:
+        ValueError: for a VAE or names that do not fit the transformer.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 (diffusers' own type)
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: EDTTransformer2DModel,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+    ):
+        super().__init__()
+        config = transformer.config
+        if vae is not None:
+            check_latent_channels(vae, type(vae).__name__, config.in_channels)
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.id2label = _check_names(id2label, config.num_classes)
+        self.register_to_config(id2label=self.id2label)
+        factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Name → class, each of the names of a class that are separated by commas."""
+        return {name.strip(): i for i, names in self.id2label.items() for name in (names, *names.split(","))}
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to skip the steps that are left."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Label | Sequence[Label] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 250,
+        num_images_per_prompt: int = 1,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        guidance_channels: int | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        callback_on_step_end: Callable[["EDTPipeline", int, Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Draws `num_images_per_prompt` images of each label.
+
+        Args:
+            class_labels: numbers, names of `id2label`, or a tensor (B,); None for unconditional models.
+            guidance_scale: s of unconditional + s·(conditional − unconditional); 1 is no guidance and runs no
+                unconditional pass.
+            num_inference_steps: denoising steps; 250 as released.
+            generator: of the noise, on any device; a list has one for each image, which then does not depend on
+                the others of its batch.
+            latents: the noise to begin with, N(0, 1), (B, in_channels, height, width).
+            output_type: "pil", "np" (B, height, width, channels), "pt" (B, channels, height, width), both 0 to 1,
+                or "latent".
+            return_dict: False for a plain tuple.
+            guidance_channels: how many of the first channels are guided; by default 3, or all where there are
+                fewer, as the released sampler does.
+            guidance_interval: (low, high): guidance acts only at noise levels low < σ ≤ high, σ = √((1−ᾱ)/ᾱ), 0.01
+                to 157; elsewhere one pass is run instead of two. Source: arXiv 2404.07724.
+            callback_on_step_end: called with the pipeline, the step's number, the timestep and a dict of
+                `callback_on_step_end_tensor_inputs`; what it returns under "latents" takes their place.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or (images,).
+
+        Raises:
+            ValueError, TypeError: for an argument that does not fit the model, the scheduler or the VAE.
+        """
+        config = self.transformer.config
+        device = self._execution_device
+        labels = self._class_numbers(class_labels, num_images_per_prompt, device)
+        guidance_channels = check_guidance(config, guidance_scale, guidance_channels)
+        self._check_call(num_inference_steps, output_type, guidance_interval, callback_on_step_end_tensor_inputs)
+        self._fit_scheduler()
+        self.scheduler.set_timesteps(num_inference_steps)
+        timesteps = self.scheduler.timesteps  # on the CPU, where the schedulers' arithmetic is
+        latents = self._noise(latents, generator, len(labels), device)
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
+
+        for i, timestep in enumerate(self.progress_bar(timesteps)):
+            if self.interrupt:
+                continue
+            scale = guidance_scale
+            if guidance_interval is not None:
+                low, high = guidance_interval
+                scale = guidance_scale if low < noise_level(self.scheduler, timestep) <= high else 1.0
+            scaled = self.scheduler.scale_model_input(latents, timestep)
+            output = predict(
+                self.transformer,
+                scaled,
+                timestep,
+                labels if config.num_classes else None,
+                scale,
+                guidance_channels,
+            )
+            latents = scheduler_step(self.scheduler, output, timestep, latents, generator)
+            if callback_on_step_end is not None:
+                known = {"latents": latents}
+                given = {name: known[name] for name in callback_on_step_end_tensor_inputs}
+                latents = (callback_on_step_end(self, i, timestep, given) or {}).get("latents", latents)
+
+        if output_type == "latent":
+            images = latents
+        else:
+            pixels = latents if self.vae is None else decode(latents, self.vae)
+            images = self.image_processor.postprocess(pixels, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _class_numbers(self, class_labels, num_images_per_prompt: int, device: torch.device) -> Tensor:
+        """(B,) int64 on the device; zeros for an unconditional model."""
+        if type(num_images_per_prompt) is not int or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}; it must be a positive integer")
+        num_classes = self.transformer.config.num_classes
+        if num_classes == 0:
+            if class_labels is not None:
+                raise ValueError("class_labels was given to an unconditional model; it must be None")
+            return torch.zeros(num_images_per_prompt, dtype=torch.int64, device=device)
+        if class_labels is None:
+            raise ValueError(f"class_labels is None; a model of {num_classes} classes needs labels or names")
+        if isinstance(class_labels, Tensor):
+            if class_labels.ndim != 1 or class_labels.is_floating_point() or class_labels.dtype == torch.bool:
+                raise TypeError(
+                    f"class_labels is {class_labels.dtype} of shape {tuple(class_labels.shape)}; it must be "
+                    "integers (B,)"
+                )
+            numbers = class_labels.to(torch.int64)
+        else:
+            if isinstance(class_labels, (int, str)):
+                class_labels = [class_labels]
+            numbers = torch.tensor([self._class_number(label) for label in class_labels], dtype=torch.int64)
+        check_labels(numbers, num_classes)
+        return numbers.repeat_interleave(num_images_per_prompt).to(device)
+
+    def _class_number(self, label: Label) -> int:
+        if isinstance(label, str):
+            if label not in self.labels:
+                known = ", ".join(list(self.labels)[:10]) or "none: it has no id2label"
+                raise ValueError(f"class_labels has {label!r}; this pipeline knows the names {known}")
+            return self.labels[label]
+        try:
+            return label.__index__()  # NumPy's integers too
+        except AttributeError:
+            raise TypeError(f"class_labels has {label!r}; it must have integers or names") from None
+
+    def _check_call(self, num_inference_steps, output_type, guidance_interval, tensor_inputs) -> None:
+        config = self.transformer.config
+        if self.transformer.training:
+            raise ValueError("transformer is in training mode; call pipe.transformer.eval() first")
+        if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= NUM_TRAIN_TIMESTEPS:
+            raise ValueError(
+                f"num_inference_steps is {num_inference_steps!r}; it must be 1 to {NUM_TRAIN_TIMESTEPS}"
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'")
+        if self.vae is None and config.in_channels not in (1, 3) and output_type != "latent":
+            raise ValueError(
+                f"output_type is {output_type!r}, but this pipeline has no vae for its latents of "
+                f"{config.in_channels} channels; give it one or take 'latent'"
+            )
+        if guidance_interval is not None and not (
+            isinstance(guidance_interval, Sequence)
+            and len(guidance_interval) == 2
+            and all(isinstance(bound, Real) for bound in guidance_interval)
+            and 0 <= guidance_interval[0] < guidance_interval[1]
+        ):
+            raise ValueError(
+                f"guidance_interval is {guidance_interval!r}; it must be None or noise levels (low, high), "
+                "0 ≤ low < high"
+            )
+        if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; it takes {self._callback_tensor_inputs}"
+            )
+
+    def _fit_scheduler(self) -> None:
+        """Raises ValueError for a scheduler that does not fit the model."""
+        config, scheduler = self.transformer.config, self.scheduler.config
+        if scheduler.get("prediction_type", "epsilon") != "epsilon":
+            raise ValueError(
+                f"scheduler has prediction_type {scheduler['prediction_type']!r}; EDT predicts epsilon"
+            )
+        if scheduler["num_train_timesteps"] != NUM_TRAIN_TIMESTEPS:
+            raise ValueError(
+                f"scheduler has num_train_timesteps {scheduler['num_train_timesteps']}; EDT has {NUM_TRAIN_TIMESTEPS}"
+            )
+        variance = scheduler.get("variance_type")
+        if isinstance(self.scheduler, DDPMScheduler):
+            if variance == "learned":
+                raise ValueError("scheduler has variance_type 'learned'; EDT's variance is 'learned_range'")
+            if takes_learned_variance(self.scheduler) and config.out_channels != 2 * config.in_channels:
+                raise ValueError(
+                    f"scheduler has variance_type 'learned_range', but the transformer's {config.out_channels} "
+                    f"out_channels for {config.in_channels} in_channels have no variance; take 'fixed_small'"
+                )
+        elif variance in ("learned", "learned_range"):
+            # `scheduler_step` splits the variance off; DPM-Solver would do it again, after 3 channels.
+            self.scheduler.register_to_config(variance_type=None)
+
+    def _noise(self, latents, generator, batch_size: int, device: torch.device) -> Tensor:
+        shape = (batch_size, self.transformer.config.in_channels, *self.transformer.latent_size)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"generator has {len(generator)} generators for {batch_size} images")
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be {shape}")
+        return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """The folder's model_index.json, with the installed classes for those that the folder brings."""
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        if index.get("_class_name") == _CLASS_IN_FOLDER:
+            index["_class_name"] = cls.__name__
+            index["transformer"] = _TRANSFORMER
+        return loaded
+
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        super().save_config(save_directory, push_to_hub, **kwargs)
+        for name, code in _CODE.items():
+            (Path(save_directory) / name).write_text(code)
+
+    def to_json_string(self) -> str:
+        index = {**json.loads(super().to_json_string())}
+        index["_class_name"], index["transformer"] = _CLASS_IN_FOLDER, _TRANSFORMER_IN_FOLDER
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _check_names(id2label, num_classes: int) -> dict[int, str]:
+    """With integer keys, which JSON turns into strings."""
+    if id2label is None:
+        return {}
+    try:
+        names = {int(key): name for key, name in id2label.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise TypeError(f"id2label is {id2label!r}; it must be a dict of class numbers and names") from None
+    wrong = [(key, name) for key, name in names.items() if not 0 <= key < num_classes or not isinstance(name, str)]
+    if wrong:
+        raise ValueError(f"id2label has {wrong[:3]}; it must have names of classes 0 to {num_classes - 1}")
+    return names
