@@ -166,7 +166,7 @@ def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:
         )
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint {folder} is truncated or not a safetensors checkpoint: {error}") from error
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"checkpoint {folder} has weights or a config that do not fit: {error}") from error
     missing, unexpected = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     if missing or unexpected:  # diffusers only warns, and leaves what is missing at random

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from .checkpoint import (
@@ -32,6 +32,7 @@ from .checkpoint import (
 from .config import AMM_PLACEMENTS, PRESETS
 from .diffusion import make_scheduler
 from .model import NUM_STAGES, EDTTransformer2DModel
+from .vae import load_decoder
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # in safetensors
@@ -123,7 +124,7 @@ def _to_pipeline(options: ConvertOptions) -> str:
     pipeline = EDTPipeline(
         model.eval(),
         make_scheduler(),
-        vae=None if options.vae is None else _load_vae(options.vae),
+        vae=None if options.vae is None else load_decoder(options.vae, config["in_channels"]),
         id2label=None if options.labels is None else read_labels(options.labels, config["num_classes"]),
     )
     with _replacing(output) as temporary:
@@ -262,14 +263,14 @@ def recognize_config(state_dict: dict[str, Tensor]) -> dict:
         return rows, width, heads, shape(f"blocks.{i}.mlp.fc1.weight", 2)[0]
 
     num_blocks = 1 + max(
-        (int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, state_dict) if m), default=0
+        (int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, state_dict) if m), default=-1
     )
     stages = [(key, len(list(run))) for key, run in itertools.groupby(map(block_shape, range(num_blocks)))]
     if len(stages) != NUM_STAGES:
         raise ValueError(f"its {num_blocks} blocks are {len(stages)} runs of one shape, not {NUM_STAGES} stages")
     rows, widths, heads, hidden = zip(*(key for key, _ in stages))
     _, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
-    H, W = _grid(state_dict["pos_embed"], shape("pos_embed", 3)[1], rows[0])
+    H, W = _grid(shape("pos_embed", 3)[1], rows[0], state_dict["pos_embed"])
     conditional = "y_embedder.embedding_table.weight" in state_dict
     config = {
         "sample_size": H * patch_size if H == W else (H * patch_size, W * patch_size),
@@ -296,7 +297,7 @@ def recognize_config(state_dict: dict[str, Tensor]) -> dict:
     return config
 
 
-def _grid(table: Tensor, num_tokens: int, bias_rows: int) -> tuple[int, int]:
+def _grid(num_tokens: int, bias_rows: int, table: Tensor) -> tuple[int, int]:
     """H and W of H·W = num_tokens and (2H−1)(2W−1) = bias_rows, the larger W unless the values of `table`, the
     position table (1, N, C), say otherwise."""
     # (2H−1)(2W−1) = 4·H·W − 2·(H + W) + 1, so the sides are the roots of s² − (H + W)·s + H·W.
@@ -376,15 +377,6 @@ def _cast(checkpoint: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Te
     if not cast.isfinite().all():
         raise ValueError(f"checkpoint {checkpoint} has values in {name} that are not finite in {_name(dtype)}")
     return cast
-
-
-def _load_vae(name: str):
-    from diffusers import AutoencoderKL
-
-    try:
-        return AutoencoderKL.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"vae {name} cannot be loaded: {error}") from error
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def assert_same(actual, expected):
 def load_as_released(file):
     """What the released code's loader makes of a file."""
     content = torch.load(file, map_location=lambda storage, location: storage)
-    return content["ema"] if "ema" in content else content
+    return content.get("ema", content)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -82,8 +82,9 @@ def test_round_trip_of_a_folder_is_bitwise(tmp_path, overrides):
     assert ("has no model for them" in summary) == bool(overrides)
     back = converted(tmp_path / "model.pt")
     assert_same(back.state_dict(), model.state_dict())
-    given = {name: back.config[name] for name in ("sample_size", "num_classes", "hidden_sizes", "depths")}
-    assert given == {name: model.config[name] for name in given}
+    assert back.latent_size == model.latent_size
+    for name in ("patch_size", "in_channels", "out_channels", "num_classes", "mlp_ratio"):
+        assert back.config[name] == model.config[name], name
 
 
 def test_a_run_gives_its_averages(tmp_path):
@@ -123,8 +124,11 @@ def test_the_pipeline_loads_by_its_class(tmp_path, file):
     loaded = edt.EDTPipeline.from_pretrained(tmp_path / "pipeline")
     assert isinstance(loaded.transformer, edt.EDTTransformer2DModel)
     assert_same(loaded.vae.state_dict(), vae.state_dict())
-    assert dict(loaded.scheduler.config) == dict(loaded.scheduler.config) | dict(edt.make_scheduler().config)
-    assert {int(i): name for i, name in loaded.config.id2label.items()} == {i: f"number {i}" for i in range(10)}
+    schedulers = [json.loads(each.to_json_string()) for each in (loaded.scheduler, edt.make_scheduler())]
+    assert schedulers[0] == schedulers[1]
+    assert loaded.id2label == {i: f"number {i}" for i in range(10)}
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded("number 3", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
 def test_averaged_or_raw_weights(tmp_path, state):
@@ -346,16 +350,16 @@ TABLE = "concat_blocks.1.pos_embed"
             write("t.pt", lambda s: {n: t.double() for n, t in s.items()}),
             "has weights of float64; choose one of .* by",
         ),
-        (write("t.pt", lambda s: {**s, BIAS: s[BIAS] / 0}), f"{'patch_embedding.proj.bias'} that are not finite"),
+        (write("t.pt", lambda s: {**s, BIAS: s[BIAS] / 0}), "in patch_embedding.proj.bias that are not finite"),
         (write("t.pt", lambda s: without(s, TABLE)), f"is not one of the released EDT: .* missing {TABLE}"),
         (write("t.pt", lambda s: {**s, TABLE: s[TABLE].flip(1)}), f"the released EDT: .* position table {TABLE}"),
         (write("t.pt", lambda s: {**s, "extra": s[BIAS]}), "the released EDT: .* unexpected extra"),
         (
             write("DiT.pt", lambda s: {n: t for n, t in s.items() if "rel_pos" not in n and "down" not in n}),
-            r"DiT.pt is not one of the released EDT: blocks\.0\.\S+bias_table, a tensor of 2 dim.* is missing among",
+            r"DiT.pt is not one of the released EDT: blocks\.0\.\S+bias_table, .* is missing among",
         ),
         (lambda folder, state: folder / "nowhere.pt", "nowhere.pt: there is no such file or folder"),
-        (lambda folder, state: folder / "source", r"needs a config\.json written by save_pretrained"),
+        (lambda folder, state: folder, r"needs a config\.json written by save_pretrained"),
     ],
 )
 def test_other_files_are_one_line_of_error(tmp_path, state, capsys, make, message):
@@ -385,7 +389,7 @@ def test_pickled_code_does_not_run(tmp_path, state):
     ("options", "message"),
     [
         ({"weights": "ema"}, "tiny.pt has one set of weights, not ema; leave out --weights"),
-        ({"vae": "vae"}, "vae .*vae cannot be loaded"),
+        ({"vae": "vae"}, "vae is .*vae.* cannot be loaded"),
         (
             {"labels": "labels"},
             "labels .*labels has 2 names, for 0, 1; the model needs one for each class, 0 to 9",
@@ -403,10 +407,8 @@ def test_options_of_a_pipeline_that_do_not_fit(tmp_path, file, options, message)
     (tmp_path / "list").write_text(json.dumps({str(i): ["n01440764", "tench"] for i in range(10)}))
     (tmp_path / "gap").write_text("\n".join("abc efghij"))
     (tmp_path / "others").write_text(json.dumps({str(i): "tench" for i in range(1, 11)}))
-    for name in ("vae", "labels"):
-        if name in options:
-            options = {name: (str if name == "vae" else pathlib.Path)(tmp_path / options[name])}
-    with pytest.raises(ValueError, match=message.replace("gap has for class 3 ''", "gap has for class 3 ''")):
+    options = {name: value if name == "weights" else tmp_path / value for name, value in options.items()}
+    with pytest.raises(ValueError, match=message):
         convert(ConvertOptions(file, tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
 
