@@ -23,8 +23,8 @@ from .sampling import (
 )
 from .vae import check_latent_channels, decode
 
-# A folder loads by `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` if it brings its classes. These
-# two files name the installed ones.
+# `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` loads a folder that brings its classes. These two
+# files name the installed ones.
 _CODE = {
     "pipeline.py": "from edt.pipeline import EDTPipeline  # noqa: F401 (pip install edt-kernels)\n",
     "transformer/edt_transformer.py": "from edt.model import EDTTransformer2DModel  # noqa: F401\n",
@@ -242,7 +242,8 @@ class EDTPipeline(DiffusionPipeline):
             )
         if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; it takes {self._callback_tensor_inputs}"
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; it takes "
+                f"{self._callback_tensor_inputs}"
             )
 
     def _fit_scheduler(self) -> None:
@@ -252,10 +253,8 @@ class EDTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"scheduler has prediction_type {scheduler['prediction_type']!r}; EDT predicts epsilon"
             )
-        if scheduler["num_train_timesteps"] != NUM_TRAIN_TIMESTEPS:
-            raise ValueError(
-                f"scheduler has num_train_timesteps {scheduler['num_train_timesteps']}; EDT has {NUM_TRAIN_TIMESTEPS}"
-            )
+        if (steps := scheduler["num_train_timesteps"]) != NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"scheduler has num_train_timesteps {steps}; EDT has {NUM_TRAIN_TIMESTEPS}")
         variance = scheduler.get("variance_type")
         if isinstance(self.scheduler, DDPMScheduler):
             if variance == "learned":
@@ -295,7 +294,7 @@ class EDTPipeline(DiffusionPipeline):
             (Path(save_directory) / name).write_text(code)
 
     def to_json_string(self) -> str:
-        index = {**json.loads(super().to_json_string())}
+        index = json.loads(super().to_json_string())
         index["_class_name"], index["transformer"] = _CLASS_IN_FOLDER, _TRANSFORMER_IN_FOLDER
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 

@@ -22,8 +22,8 @@ def predict(
     guidance_scale: float = 1.0,
     guidance_channels: int = 3,
 ) -> Tensor:
-    """The model's output for latents (B, C, H, W), guided by `edt.diffusion.guide`; both passes are one batch of 2B,
-    the conditional first. Scale 1 is one pass."""
+    """The model's output for latents (B, C, H, W), guided by `edt.diffusion.guide`. Scale 1 is one pass;
+    others are two in one batch of 2B, the conditional first."""
     latents = latents.to(model.dtype)
     if guidance_scale == 1:
         return model(latents, timestep, class_labels).sample

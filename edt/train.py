@@ -40,8 +40,8 @@ from .run_log import RunLog, peak_memory, peak_operations
 from .shards import MANIFEST
 from .train_config import CONFIG_FILE, TrainConfig, plain
 from .train_preview import draw_grid, save_grid
-from .vae import load_decoder
 from .train_state import TrainState, names_not_finite, steps_of
+from .vae import load_decoder
 
 # Fields that change nothing in the weights of a step.
 _WITHOUT_EFFECT = {

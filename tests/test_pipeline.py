@@ -1,0 +1,409 @@
+"""`EDTPipeline` against the released sampling procedure written out, and as diffusers' users know pipelines."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from released import fixture, relative_error, tiny_model
+
+import edt
+from edt import EDTPipeline, make_scheduler
+from edt.digits import to_uint8
+
+SCHEDULERS = [
+    DDPMScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+    EulerDiscreteScheduler,
+]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_pipeline(vae=None, id2label=None, **overrides):
+    return quiet(EDTPipeline(tiny_model(**overrides).eval(), make_scheduler(), vae, id2label))
+
+
+def grey_pipeline(**overrides):
+    return make_pipeline(**{"in_channels": 1, "out_channels": 2, **overrides})
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return AutoencoderKL(block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
+                         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=2, latent_channels=4,
+                         scaling_factor=0.18215).eval()  # fmt: skip
+
+
+def released_procedure(model, noise, labels, steps, guidance_scale, random):
+    """Ancestral sampling on evenly respaced steps, from spec.md's and improved diffusion's formulas, in float64
+    but for the network."""
+    betas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
+    alphas_bar = torch.cumprod(1 - betas, 0)
+    used = [round(i * 999 / (steps - 1)) for i in range(steps)]
+    x = noise.double()
+    for i in reversed(range(steps)):
+        bar, previous = alphas_bar[used[i]], alphas_bar[used[i - 1]] if i else torch.ones((), dtype=torch.float64)
+        beta = 1 - bar / previous
+        timestep = torch.full((len(x),), used[i])
+        output = model(x.float(), timestep, labels).sample.double()
+        epsilon, v = output[:, :4], output[:, 4:]
+        if guidance_scale != 1:
+            null = model(x.float(), timestep, torch.full_like(labels, 10)).sample.double()[:, :3]
+            epsilon = torch.cat([null + guidance_scale * (epsilon[:, :3] - null), epsilon[:, 3:]], 1)
+        start = (x - (1 - bar).sqrt() * epsilon) / bar.sqrt()
+        mean = beta * previous.sqrt() / (1 - bar) * start + (1 - previous) * (1 - beta).sqrt() / (1 - bar) * x
+        if i == 0:
+            return mean
+        posterior = beta * (1 - previous) / (1 - bar)
+        log_variance = (v + 1) / 2 * beta.log() + (1 - v) / 2 * posterior.log()
+        draw = torch.randn(x.shape, generator=random)
+        x = mean + (0.5 * log_variance).exp() * draw
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_twenty_steps_are_the_released_procedure(guidance_scale):
+    pipe = make_pipeline()
+    labels = torch.tensor([1, 7])
+    drawn = pipe(
+        labels, guidance_scale, num_inference_steps=20, generator=generator(), output_type="latent"
+    ).images
+    random = generator()
+    noise = torch.randn(2, 4, 16, 16, generator=random)
+    expected = released_procedure(pipe.transformer, noise, labels, 20, guidance_scale, random)
+    assert relative_error(drawn.double(), expected) <= 1e-4
+    # the plain function is the same procedure
+    assert torch.equal(
+        drawn, edt.sample(pipe.transformer, labels, generator=generator(), progress=False, **options)
+    )
+
+
+@pytest.mark.parametrize("row", range(6))
+def test_single_steps_are_the_released_ones(monkeypatch, row):
+    """A network that returns the fixture's output, set down at the fixture's latents and timestep."""
+    released = fixture("diffusion")
+    x_t, output = released["train.x0"][row][None], released["train.model_output"][row][None]
+    step = 19 - int(released["sample20.index"][row])
+    pipe = make_pipeline(sample_size=x_t.shape[-1])
+    monkeypatch.setattr(pipe.transformer, "forward", lambda *a: type("Output", (), {"sample": output}))
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: torch.zeros_like(x_t))
+    seen = []
+
+    def set_down(pipe, i, timestep, tensors):
+        seen.append((int(timestep), tensors["latents"]))
+        return {"latents": x_t} if i == step - 1 else {}
+
+    pipe([0], num_inference_steps=20, latents=x_t, output_type="latent", callback_on_step_end=set_down)
+    timestep, mean = seen[step]
+    assert timestep == released["sample20.timestep"][row]
+    assert relative_error(mean[0], released["sample20.mean"][row]) <= 1e-4
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("out_channels", [4, 8])
+def test_schedulers(scheduler, out_channels):
+    """From the released one's configuration, as users switch; with a learned variance, and without."""
+    pipe = make_pipeline(out_channels=out_channels)
+    variance = {"variance_type": "fixed_small"} if out_channels == 4 and scheduler is DDPMScheduler else {}
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **variance)
+    draws = [
+        pipe([1, 2], 2.0, num_inference_steps=4, generator=generator(seed), output_type="latent").images
+        for seed in (0, 0, 1)
+    ]
+    assert draws[0].shape == (2, 4, 16, 16)
+    assert draws[0].isfinite().all()
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS[1:])
+def test_solvers_reach_what_the_noise_says(scheduler, monkeypatch):
+    """A perfect network, whose noise leads to one picture from wherever it is: every scheduler must find it."""
+    pipe = make_pipeline()
+    target = torch.randn(1, 4, 16, 16, generator=generator(5))
+    alphas_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)
+
+    def forward(x, timestep, labels):
+        bar = alphas_bar[round(float(timestep))].float()
+        noise = (x - bar.sqrt() * target) / (1 - bar).sqrt()
+        return type("Output", (), {"sample": torch.cat([noise, noise], 1)})
+
+    monkeypatch.setattr(pipe.transformer, "forward", forward)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    drawn = pipe([0], num_inference_steps=25, generator=generator(), output_type="latent").images
+    assert relative_error(drawn, target) <= 0.02
+
+
+def test_images_of_every_kind():
+    pipe = grey_pipeline()
+    options = {"num_inference_steps": 2, "latents": torch.randn(2, 1, 16, 16, generator=generator(1))}
+
+    def draw(kind, **more):
+        return pipe([3, 4], output_type=kind, generator=generator(), **options, **more)
+
+    latents, pt, array, pil = (draw(kind).images for kind in ("latent", "pt", "np", "pil"))
+    torch.testing.assert_close(pt, (latents / 2 + 0.5).clamp(0, 1))
+    assert np.array_equal(array, pt.numpy().transpose(0, 2, 3, 1))
+    assert [image.size for image in pil] == [(16, 16)] * 2
+    assert np.array_equal(np.stack([np.asarray(image) for image in pil])[..., None], to_uint8(latents.numpy()))
+    assert torch.equal(draw("latent", return_dict=False)[0], latents)
+
+
+def test_latents_are_decoded(vae):
+    pipe = make_pipeline(vae)
+    options = {"num_inference_steps": 2, "num_images_per_prompt": 3}
+    latents = pipe(7, generator=generator(), output_type="latent", **options).images
+    images = pipe(7, generator=generator(), output_type="pt", **options).images
+    with torch.no_grad():
+        expected = (vae.decode(latents / 0.18215).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(images, expected)
+    pipe.vae.enable_slicing()
+    torch.testing.assert_close(pipe(7, generator=generator(), output_type="pt", **options).images, images)
+    pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 8, 16
+    pipe.vae.enable_tiling()
+    assert pipe(7, generator=generator(), output_type="pt", **options).images.shape == images.shape
+    pipe.vae.disable_tiling()
+    pipe.vae.disable_slicing()
+
+
+def test_rectangular_and_unconditional():
+    pipe = grey_pipeline(sample_size=(16, 32), num_classes=0)
+    images = pipe(num_inference_steps=2, num_images_per_prompt=3, generator=generator(), output_type="np").images
+    assert images.shape == (3, 16, 32, 1)
+
+
+def test_a_generator_for_each_image():
+    """An image then depends on its own generator alone."""
+    pipe = grey_pipeline()
+    options = {"num_inference_steps": 3, "output_type": "latent"}
+    together = pipe([1, 2, 3], 1.5, generator=[generator(s) for s in (5, 6, 7)], **options).images
+    alone = pipe([2], 1.5, generator=[generator(6)], **options).images
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(together[0], together[1])
+
+
+def test_the_order_of_images_per_prompt():
+    pipe = grey_pipeline()
+    noise = torch.randn(4, 1, 16, 16, generator=generator())
+    options = {"num_inference_steps": 2, "output_type": "latent", "latents": noise}
+    twice = pipe([3, 8], num_images_per_prompt=2, generator=generator(), **options).images
+    assert torch.equal(twice, pipe([3, 3, 8, 8], generator=generator(), **options).images)
+
+
+def test_guidance_interval():
+    """Guided exactly at the noise levels inside, which save the second pass elsewhere."""
+    pipe = make_pipeline()
+    batches = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    pipe([1], 3.0, num_inference_steps=20, guidance_interval=(0.3, 10.0), output_type="latent")
+    hook.remove()
+    alphas_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)
+    levels = ((1 - alphas_bar) / alphas_bar).sqrt()[make_scheduler(20).timesteps]
+    assert batches == [2 if 0.3 < level <= 10 else 1 for level in levels.tolist()]
+    assert {1, 2} == set(batches)
+
+
+def test_guidance_of_the_first_channels():
+    pipe = make_pipeline()
+    one = {"num_inference_steps": 1, "output_type": "latent", "generator": generator()}
+    draws = {c: pipe([1], 4.0, **{**one, "generator": generator()}, guidance_channels=c).images for c in (1, 3, 4)}
+    plain = pipe([1], 1.0, **{**one, "generator": generator()}).images
+    for channels, drawn in draws.items():
+        guided = [not torch.allclose(drawn[:, c], plain[:, c], atol=1e-4) for c in range(4)]
+        assert guided == [c < channels for c in range(4)]
+    default = pipe([1], 4.0, **{**one, "generator": generator()}).images
+    assert torch.equal(default, draws[3])
+
+
+def test_callbacks_and_interruption():
+    pipe = grey_pipeline()
+    seen = []
+
+    def stop_after_three(pipe, i, timestep, tensors):
+        seen.append((i, int(timestep), tuple(tensors["latents"].shape)))
+        pipe._interrupt = i == 2
+        return {"latents": tensors["latents"].clamp(-1, 1)}
+
+    images = pipe([1], num_inference_steps=5, callback_on_step_end=stop_after_three, output_type="latent").images
+    assert [i for i, *_ in seen] == [0, 1, 2]
+    assert [t for _, t, _ in seen] == make_scheduler(5).timesteps[:3].tolist()
+    assert images.abs().max() <= 1
+    assert pipe.num_timesteps == 5
+    assert pipe.guidance_scale == 1
+
+
+def test_names_of_classes(tmp_path):
+    names = {0: "zero, nought", 3: "three"}
+    pipe = grey_pipeline(id2label=names)
+    assert pipe.labels == {"zero, nought": 0, "zero": 0, "nought": 0, "three": 3}
+    options = {"num_inference_steps": 2, "output_type": "latent"}
+    by_name = pipe(["three", "nought", np.int64(5)], generator=generator(), **options).images
+    assert torch.equal(by_name, pipe([3, 0, 5], generator=generator(), **options).images)
+    pipe.save_pretrained(tmp_path)
+    assert EDTPipeline.from_pretrained(tmp_path).id2label == names
+
+
+@pytest.mark.parametrize("kind", ["own class", "any pipeline", "shards", "variant", "with a VAE"])
+def test_saved_pipelines_draw_the_same_pixels(tmp_path, monkeypatch, vae, kind):
+    pipe = make_pipeline(vae) if kind == "with a VAE" else grey_pipeline(id2label={3: "three"})
+    variant = {"variant": "fp16"} if kind == "variant" else {}
+    pipe.save_pretrained(tmp_path / "pipe", max_shard_size="100kB" if kind == "shards" else None, **variant)
+    files = [file.name for file in (tmp_path / "pipe" / "transformer").glob("*.safetensors")]
+    assert not list((tmp_path / "pipe").rglob("*.bin"))
+    assert len(files) > 1 if kind == "shards" else len(files) == 1
+    assert all(("fp16" in file) == (kind == "variant") for file in files)
+    if kind == "any pipeline":
+        monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            DiffusionPipeline.from_pretrained(tmp_path / "pipe")
+        loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipe", trust_remote_code=True)
+    else:
+        loaded = EDTPipeline.from_pretrained(tmp_path / "pipe", **variant)
+    assert type(loaded) is EDTPipeline
+    assert type(loaded.transformer) is edt.EDTTransformer2DModel
+    assert loaded.id2label == pipe.id2label
+    images = [
+        each([3, 5], 2.0, num_inference_steps=3, generator=generator(), output_type="np").images
+        for each in (pipe, quiet(loaded))
+    ]
+    assert np.array_equal(*images)
+
+
+def test_what_a_folder_says_of_itself(tmp_path):
+    """The installed classes load without running code of the folder; others are told where its code is."""
+    grey_pipeline().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "EDTPipeline"]
+    assert index["transformer"] == ["edt_transformer", "EDTTransformer2DModel"]
+    (tmp_path / "pipeline.py").write_text("raise RuntimeError('run')")
+    (tmp_path / "transformer" / "edt_transformer.py").unlink()
+    EDTPipeline.from_pretrained(tmp_path)
+
+
+def test_casting_the_whole_pipeline(vae):
+    """The latents stay float32."""
+    pipe = make_pipeline(vae).to(torch.bfloat16)
+    try:
+        latents = pipe([1], num_inference_steps=2, output_type="latent", generator=generator()).images
+        images = pipe([1], num_inference_steps=2, output_type="pt", generator=generator()).images
+    finally:
+        vae.float()
+    assert latents.dtype == torch.float32
+    assert (images.dtype, images.isfinite().all()) == (torch.bfloat16, True)
+
+
+def test_progress_bar(capsys):
+    pipe = grey_pipeline()
+    pipe.set_progress_bar_config(desc="drawing")
+    pipe([1], num_inference_steps=3, output_type="latent")
+    assert "drawing: 100%" in capsys.readouterr().err
+
+
+def foreign(scheduler=DDIMScheduler, **config):
+    pipe = grey_pipeline()
+    pipe.scheduler = scheduler(**config)
+    return pipe
+
+
+BAD = {
+    "no label": (grey_pipeline, {"class_labels": None}, ValueError, "class_labels is None"),
+    "null label": (grey_pipeline, {"class_labels": [10]}, ValueError, "from 10 to 10; they must be 0 to 9"),
+    "float label": (grey_pipeline, {"class_labels": [1.5]}, TypeError, r"class_labels has 1\.5"),
+    "float labels": (grey_pipeline, {"class_labels": torch.rand(2)}, TypeError, "class_labels is torch.float32"),
+    "unknown name": (grey_pipeline, {"class_labels": "cat"}, ValueError, "'cat'.*it has no id2label"),
+    "scale": (grey_pipeline, {"guidance_scale": math.nan}, ValueError, "guidance_scale is nan"),
+    "word for a scale": (grey_pipeline, {"guidance_scale": "4"}, TypeError, "guidance_scale is '4'"),
+    "channels": (grey_pipeline, {"guidance_channels": 3}, ValueError, "guidance_channels is 3; .* 1 to 1"),
+    "steps": (grey_pipeline, {"num_inference_steps": 1001}, ValueError, "num_inference_steps is 1001"),
+    "images": (grey_pipeline, {"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt is 0"),
+    "output": (grey_pipeline, {"output_type": "jpeg"}, ValueError, "output_type is 'jpeg'"),
+    "interval": (grey_pipeline, {"guidance_interval": (3, 1)}, ValueError, r"guidance_interval is \(3, 1\)"),
+    "generators": (grey_pipeline, {"generator": [generator()] * 2}, ValueError, "2 generators for 1 images"),
+    "noise": (grey_pipeline, {"latents": torch.zeros(1, 4, 16, 16)}, ValueError, "latents has shape"),
+    "callback": (
+        grey_pipeline,
+        {"callback_on_step_end_tensor_inputs": ["prompt"]},
+        ValueError,
+        r"has \['prompt'\]; it takes \['latents'\]",
+    ),
+    "latents without a VAE": (make_pipeline, {}, ValueError, "no vae for its latents of 4 channels"),
+    "guided unconditional": (
+        lambda: grey_pipeline(num_classes=0),
+        {"class_labels": None, "guidance_scale": 2.0},
+        ValueError,
+        "guidance_scale is 2.0; an unconditional",
+    ),
+    "labelled unconditional": (lambda: grey_pipeline(num_classes=0), {}, ValueError, "class_labels was given"),
+    "prediction": (lambda: foreign(prediction_type="v_prediction"), {}, ValueError, "'v_prediction'"),
+    "timesteps": (lambda: foreign(num_train_timesteps=500), {}, ValueError, "num_train_timesteps 500"),
+    "variance": (lambda: foreign(DDPMScheduler, variance_type="learned"), {}, ValueError, "'learned_range'"),
+    "no variance": (lambda: grey_pipeline(out_channels=1), {}, ValueError, "take 'fixed_small'"),
+    "training": (
+        lambda: quiet(EDTPipeline(tiny_model().train(), make_scheduler())),
+        {},
+        ValueError,
+        "transformer is in training mode",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_calls(name):
+    make, arguments, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        make()(**{"class_labels": [1], "num_inference_steps": 2, **arguments})
+
+
+def test_bad_parts(vae):
+    for names, error in (({10: "ten"}, ValueError), ({0: 5}, ValueError), (["zero"], TypeError)):
+        with pytest.raises(error, match="id2label"):
+            grey_pipeline(id2label=names)
+    with pytest.raises(ValueError, match="latents of 4 channels; 1 are needed"):
+        grey_pipeline(vae=vae)
+
+
+@pytest.mark.gpu
+def test_model_offload(vae):
+    """The transformer on the GPU, then the VAE; the same pixels as with both there."""
+    pipe = make_pipeline(vae).to("cuda")
+    options = {"num_inference_steps": 3, "output_type": "np"}
+    expected = pipe([1], generator=generator(), **options).images
+    offloaded = make_pipeline(vae.cpu())
+    offloaded.enable_model_cpu_offload()
+    assert np.array_equal(offloaded([1], generator=generator(), **options).images, expected)
+    assert {p.device.type for p in itertools.chain(vae.parameters(), offloaded.transformer.parameters())} == {
+        "cpu"
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers_on_a_gpu(scheduler):
+    pipe = make_pipeline().to("cuda")
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    options = {"num_inference_steps": 4, "output_type": "latent"}
+    drawn = pipe([1, 2], 2.0, generator=generator(), **options).images.cpu()
+    pipe.to("cpu")
+    assert relative_error(drawn, pipe([1, 2], 2.0, generator=generator(), **options).images) <= 1e-2
