@@ -99,7 +99,7 @@ def convert(options: ConvertOptions) -> str:
 
 
 def _to_pipeline(options: ConvertOptions) -> str:
-    from .pipeline import EDTPipeline
+    from .pipeline import EDTPipeline  # takes seconds, which other commands need not wait for
 
     file, output = options.checkpoint, options.output
     if output.exists() and not output.is_dir():
