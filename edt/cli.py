@@ -23,6 +23,7 @@ from .ablate import AblateOptions
 from .checkpoint import weights_folder
 from .complexity import OPTIMIZER_BUFFERS, cost_table, estimate_memory, meta_model
 from .config import PRESETS
+from .convert import ConvertOptions, convert
 from .demo import DemoOptions
 from .extract import ExtractOptions, extract, summary
 from .interrupt import stop_on_interrupt
@@ -89,6 +90,10 @@ def run_sample(options: SampleOptions) -> int:
     if first:
         print(f"{drawn} images in {options.output}: images/, samples.npz (arr_0, labels), a grid in samples.png")
     return 0
+
+
+def run_convert(options: ConvertOptions) -> None:
+    print(convert(options))
 
 
 def run_plot(options: Plot) -> None:
@@ -271,6 +276,7 @@ _COMMANDS = {
     "extract": (ExtractOptions, run_extract),
     "train": (TrainConfig, run_train),
     "plot": (Plot, run_plot),
+    "convert": (ConvertOptions, run_convert),
     "sample": (SampleOptions, run_sample),
     "ablate": (AblateOptions, run_ablate),
     "info": (Info, run_info),

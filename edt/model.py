@@ -190,6 +190,16 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
         self.set_amm_blocks(amm_blocks)
         self.initialize_weights()
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As any diffusers model's; with `torch_dtype` the model is what `.to(torch_dtype)` would make of it."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():  # diffusers casts what it loads, which the position tables are not
+            if isinstance(module, PositionEmbedding):
+                module.to(model.dtype)
+        return loaded
+
     def set_amm_blocks(self, blocks: tuple[int, ...]) -> None:
         """Places AMM in these blocks, 0-based over all stages; () switches it off. Kept by `save_pretrained`."""
         depths = self.config.depths

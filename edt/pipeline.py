@@ -11,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .checkpoint import load_checkpoint
+from .checkpoint import PIPELINE_INDEX, load_checkpoint
 from .diffusion import NUM_TRAIN_TIMESTEPS, make_scheduler
 from .model import EDTTransformer2DModel
 from .sampling import (
@@ -31,7 +31,6 @@ _CODE = {
     "pipeline.py": "from edt.pipeline import EDTPipeline  # noqa: F401 (pip install edt-kernels)\n",
     "transformer/edt_transformer.py": "from edt.model import EDTTransformer2DModel  # noqa: F401\n",
 }
-_INDEX = "model_index.json"
 _CLASS_IN_FOLDER = ["pipeline", "EDTPipeline"]
 _TRANSFORMER_IN_FOLDER = ["edt_transformer", "EDTTransformer2DModel"]
 _TRANSFORMER = ["edt.model", "EDTTransformer2DModel"]  # diffusers looks for ModelMixin in the same module
@@ -305,8 +304,8 @@ class EDTPipeline(DiffusionPipeline):
 def load_pipeline(
     folder: str | Path, vae: str | None = None, torch_dtype: torch.dtype = torch.float32
 ) -> EDTPipeline:
-    """The pipeline of a folder that `EDTPipeline.save_pretrained` wrote; of any other checkpoint for `load_checkpoint`,
-    its model with the released scheduler.
+    """The pipeline of a folder that `EDTPipeline.save_pretrained` wrote; of other checkpoints, the model that
+    `load_checkpoint` finds with the released scheduler.
 
     Args:
         vae: AutoencoderKL by name or folder, in place of the folder's; of a run of training, by default the one
@@ -317,8 +316,8 @@ def load_pipeline(
         FileNotFoundError, ValueError: as `load_checkpoint`, or for a VAE that does not fit.
     """
     folder = Path(folder)
-    saved = (folder / _INDEX).is_file()
-    model = load_checkpoint(folder / "transformer" if saved else folder, torch_dtype=torch_dtype)
+    saved = (folder / PIPELINE_INDEX).is_file()
+    model = load_checkpoint(folder, torch_dtype=torch_dtype)
     config_file = folder / CONFIG_FILE
     if vae is None and config_file.is_file():
         vae = load_config(config_file).vae

@@ -102,6 +102,10 @@ class SampleOptions:
             raise ValueError(f"seed is {self.seed}; it must not be negative")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be finite and not negative")
+        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
+            raise ValueError(
+                f"guidance_interval is {self.guidance_interval}; it must be (low, high), 0 ≤ low < high"
+            )
         if self.amm_blocks is not None and not self.amm:
             raise ValueError("amm_blocks was given with --no-amm; leave out one of them")
         torch_device(self.device)

@@ -174,6 +174,11 @@ def add_tensor(path):
         (lambda f: truncate(f / WEIGHTS, 0), ValueError, "is truncated or not a safetensors"),
         (lambda f: (f / WEIGHTS).write_bytes(b"\x80\x04" * 500), ValueError, "is truncated or not a safetensors"),
         (lambda f: (f / "config.json").write_text("{"), ValueError, "checkpoint .* config"),
+        (
+            lambda f: (f / "config.json").write_text('{"_class_name": "DiT", "out_channels": null}'),
+            ValueError,
+            "checkpoint .* config that do not fit: out_channels is None",
+        ),
         (lambda f: drop_tensor(f / WEIGHTS), ValueError, r"missing merges\.1\.reduction\.weight"),
         (lambda f: add_tensor(f / WEIGHTS), ValueError, r"unexpected stages\.5\.weight"),
     ],

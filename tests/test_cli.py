@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 
 from edt import EDTTransformer2DModel, load_preset
@@ -33,71 +32,6 @@ def checkpoints(tmp_path_factory):
 
 def run_sample(checkpoint, output, *args) -> int:
     return main(["sample", "--checkpoint", str(checkpoint), "--output", str(output), "--steps", "3", *args])
-
-
-def test_sample_draws_the_labels(checkpoints, tmp_path, capsys):
-    assert run_sample(checkpoints / "digits", tmp_path, "--labels", "3", "7", "--num-per-class", "4") == 0
-    saved = np.load(tmp_path / "samples.npz")
-    assert (saved["arr_0"].shape, saved["arr_0"].dtype) == ((8, 8, 8, 1), np.uint8)
-    assert saved["labels"].tolist() == [3] * 4 + [7] * 4
-    assert (tmp_path / "samples.png").read_bytes()[:4] == b"\x89PNG"
-    assert str(tmp_path / "samples.png") in capsys.readouterr().out
-
-
-def test_sample_all_classes_in_batches_with_guidance(checkpoints, tmp_path):
-    args = ["--classes", "all", "--num-per-class", "2", "--guidance-scale", "2", "--no-amm", "--batch-size", "3"]
-    assert run_sample(checkpoints / "colour", tmp_path, *args) == 0
-    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (4, 8, 16, 3)
-
-
-def test_sample_repeats_with_the_seed(checkpoints, tmp_path):
-    draws = []
-    for i, seed in enumerate(("1", "1", "2")):
-        assert run_sample(checkpoints / "digits", tmp_path / str(i), "--labels", "3", "--seed", seed) == 0
-        draws.append(np.load(tmp_path / str(i) / "samples.npz")["arr_0"])
-    assert (draws[0] == draws[1]).all()
-    assert (draws[0] != draws[2]).any()
-
-
-def test_sample_unconditional(checkpoints, tmp_path):
-    assert run_sample(checkpoints / "unconditional", tmp_path, "--num-per-class", "3") == 0
-    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (3, 8, 8, 1)
-
-
-def test_sample_latents(checkpoints, tmp_path, capsys):
-    assert run_sample(checkpoints / "latent", tmp_path, "--labels", "0", "--num-per-class", "2") == 0
-    saved = np.load(tmp_path / "samples.npz")
-    assert (saved["latents"].shape, saved["latents"].dtype) == ((2, 4, 8, 8), np.float32)
-    assert "VAE" in capsys.readouterr().out
-    assert not (tmp_path / "samples.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "args", "message"),
-    [
-        ("nowhere", ["--labels", "3"], "there is no such folder"),
-        ("digits", ["--labels", "3", "10"], r"labels has [10]; this model has classes 0 to 9"),
-        ("digits", ["--labels", "-1"], "labels has [-1]"),
-        ("digits", [], "--labels"),
-        ("digits", ["--labels", "3", "--classes", "all"], "--labels"),
-        ("digits", ["--labels", "3", "--guidance-scale", "nan"], "guidance_scale is nan"),
-        ("digits", ["--labels", "3", "--guidance-scale", "-2"], "guidance_scale is -2"),
-        ("digits", ["--labels", "3", "--guidance-channels", "2"], "guidance_channels is 2"),
-        ("digits", ["--labels", "3", "--num-per-class", "0"], "num_per_class is 0"),
-        ("digits", ["--labels", "3", "--batch-size", "0"], "batch_size is 0"),
-        ("digits", ["--labels", "3", "--steps", "1001"], "steps is 1001"),
-        ("digits", ["--labels", "3", "--device", "abacus"], "device is 'abacus'"),
-        ("unconditional", ["--labels", "3"], "unconditional"),
-        ("unconditional", ["--guidance-scale", "2"], "unconditional"),
-    ],
-)
-def test_sample_errors_are_one_line(checkpoints, tmp_path, capsys, checkpoint, args, message):
-    assert run_sample(checkpoints / checkpoint, tmp_path / "out", *args) == 2
-    error = capsys.readouterr().err.splitlines()
-    assert message in error[-1]
-    assert error[-1].startswith("edt: error: ")
-    assert not any("Traceback" in line for line in error)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no weights", "no configuration", "broken configuration"])

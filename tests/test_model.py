@@ -712,3 +712,17 @@ def test_the_timestep_sinusoid_stays_exact_in_low_precision():
     expected = tiny_model().timestep_embedding.omega_bits
     assert torch.equal(model.timestep_embedding.omega_bits, expected)
     assert expected.view(torch.float32)[0] == 1.0
+
+
+def test_loading_in_16_bits_is_loading_and_casting(inputs, tmp_path):
+    """The position tables, which are in no file, too."""
+    latents, timestep, labels = inputs
+    tiny_model().save_pretrained(tmp_path)
+    loaded = edt.EDTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    cast = tiny_model().eval().to(torch.bfloat16)
+    assert {name: b.dtype for name, b in loaded.named_buffers()} == {
+        name: b.dtype for name, b in cast.named_buffers()
+    }
+    with torch.no_grad():
+        outputs = [model(latents.bfloat16(), timestep, labels).sample for model in (loaded, cast)]
+    assert torch.equal(*outputs)

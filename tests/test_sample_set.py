@@ -1,0 +1,335 @@
+"""`edt sample`: which images, and that they are the same in any batches, on any processes, after a kill."""
+
+import io
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from matplotlib.image import imread
+from PIL import Image
+from released import tiny_model
+from training_runs import forked, fresh, run_to_end
+
+from edt import EDTPipeline, EDTTransformer2DModel, load_preset, make_scheduler, sample_set
+from edt.cli import main
+from edt.interrupt import StopRequest
+from edt.sample_set import SampleOptions, amm_placement, draw_samples
+
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
+
+@pytest.fixture(scope="module")
+def _one_thread():
+    """As in forked processes: sums in another order differ in the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Models of random weights, by name."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    grey = {"in_channels": 1, "out_channels": 2, "depths": (1, 1, 1, 1, 1), "amm_blocks": (3,)}
+    tiny_model(**grey).save_pretrained(folder / "grey")
+    tiny_model(in_channels=3, out_channels=6, num_classes=2, sample_size=(8, 16)).save_pretrained(
+        folder / "colour"
+    )
+    tiny_model(**grey, num_classes=0).save_pretrained(folder / "unconditional")
+    tiny_model().save_pretrained(folder / "latent")
+    names = {i: f"digit {i}, {word}" for i, word in enumerate(("nought", "ace", "deuce"))}
+    EDTPipeline(tiny_model(**grey), make_scheduler(), id2label=names).save_pretrained(folder / "named")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(**blocks, block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4)
+    vae.save_pretrained(folder / "vae")
+    EDTPipeline(tiny_model(), make_scheduler(), vae).save_pretrained(folder / "decoded")
+    return folder
+
+
+def arguments(checkpoint, output, *more) -> list[str]:
+    steps = () if "--steps" in more else ("--steps", "3")
+    return ["sample", "--checkpoint", str(checkpoint), "--output", str(output), *steps, *map(str, more)]
+
+
+def draw(checkpoint, output, *more) -> dict[str, np.ndarray]:
+    assert main(arguments(checkpoint, output, *more)) == 0
+    return dict(np.load(output / "samples.npz"))
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((folder / "images").glob("*.png"))}
+
+
+SET = ("--classes", "all", "--num-images", 64, "--guidance-scale", 1.5, "--steps", 4)
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoints, tmp_path_factory, _one_thread) -> Path:
+    """The 64 images of SET, drawn as one batch."""
+    folder = tmp_path_factory.mktemp("whole") / "set"
+    draw(checkpoints / "grey", folder, *SET, "--batch-size", 64)
+    assert len(set(pictures(folder).values())) == 64
+    return folder
+
+
+@pytest.mark.parametrize("batch_size", [7, 33])
+def test_the_same_images_in_other_batches(checkpoints, whole, tmp_path, batch_size):
+    draw(checkpoints / "grey", tmp_path, *SET, "--batch-size", batch_size)
+    assert pictures(tmp_path) == pictures(whole)
+    assert (tmp_path / "samples.npz").read_bytes()[:4] == b"PK\x03\x04"
+    for name, array in np.load(whole / "samples.npz").items():
+        assert np.array_equal(np.load(tmp_path / "samples.npz")[name], array)
+
+
+def test_the_same_images_on_two_processes(checkpoints, whole, tmp_path):
+    said = run_to_end(arguments(checkpoints / "grey", tmp_path / "set", *SET), tmp_path / "log", processes=2)
+    assert said.count("64 images in") == 1
+    assert pictures(tmp_path / "set") == pictures(whole)
+
+
+def test_the_same_images_as_launched_by_users(checkpoints, whole, tmp_path):
+    """On two processes, killed, and on one."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "edt"]
+    set_of_small_batches = arguments(checkpoints / "grey", tmp_path / "set", *SET, "--batch-size", 4)
+    with fresh([*command, *set_of_small_batches], tmp_path / "log") as run:
+        run.wait_for(lambda: len(pictures(tmp_path / "set")) >= 8)
+        run.kill()
+    assert 8 <= len(pictures(tmp_path / "set")) < 64
+    draw(checkpoints / "grey", tmp_path / "set", *SET)
+    assert pictures(tmp_path / "set") == pictures(whole)
+
+
+def test_killed_and_resumed(checkpoints, whole, tmp_path):
+    """By SIGKILL, twice; what lies there half written is no image."""
+    output, log = tmp_path / "set", tmp_path / "log"
+    small_batches = arguments(checkpoints / "grey", output, *SET, "--batch-size", 3)
+    for count in (6, 30):
+        with forked(small_batches, log) as run:
+            run.wait_for(lambda count=count: len(pictures(output)) >= count)
+            run.kill()
+        assert count <= len(pictures(output)) < 64
+    (output / "images" / "000063.tmp").write_bytes(b"half")
+    kept = {file: file.stat().st_mtime_ns for file in (output / "images").glob("*.png")}
+    assert not (output / "samples.npz").exists()
+    run_to_end(small_batches, log)
+    assert pictures(output) == pictures(whole)
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
+
+
+def test_interrupted_and_resumed(checkpoints, whole, tmp_path):
+    output, log = tmp_path / "set", tmp_path / "log"
+    small_batches = arguments(checkpoints / "grey", output, *SET, "--batch-size", 3)
+    with forked(small_batches, log) as run:
+        run.wait_for(lambda: len(pictures(output)) >= 6)
+        run.signal(signal.SIGINT)
+        assert run.wait() == [130]
+        drawn = len(pictures(output))
+        assert f"interrupted after {drawn} images; the same command goes on" in run.text()
+    draw(checkpoints / "grey", output, *SET)
+    assert pictures(output) == pictures(whole)
+
+
+def test_a_request_to_stop_ends_the_call_it_comes_in(checkpoints, tmp_path):
+    stop = StopRequest()
+    stop.requested = True
+    options = SampleOptions(checkpoints / "grey", labels=("1",), output=tmp_path, device="cpu")
+    assert draw_samples(options, stop) == 0
+    assert pictures(tmp_path) == {}
+
+
+def test_a_missing_image_is_drawn_again(checkpoints, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "set")
+    (tmp_path / "set" / "images" / "000017.png").unlink()
+    draw(checkpoints / "grey", tmp_path / "set", *SET)
+    assert pictures(tmp_path / "set") == pictures(whole)
+
+
+def test_a_longer_set_begins_with_the_same_images(checkpoints, whole, tmp_path):
+    draw(checkpoints / "grey", tmp_path, *SET[:2], "--num-images", 80, *SET[4:])
+    first, longer = (np.load(folder / "samples.npz")["arr_0"] for folder in (whole, tmp_path))
+    assert np.array_equal(longer[:64], first)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (("--labels", 3, 7), [3, 7]),
+        (("--labels", "2-4", 9), [2, 3, 4, 9]),
+        (("--labels", "ace", "0"), [1, 0]),
+        (("--labels", "digit 2, deuce"), [2]),
+        (("--classes", "all"), list(range(10))),
+    ],
+)
+def test_labels(checkpoints, tmp_path, labels, expected):
+    saved = draw(checkpoints / "named", tmp_path, *labels, "--num-per-class", 2, "--steps", 1)
+    assert saved["labels"].tolist() == 2 * expected  # in turn
+    assert saved["arr_0"].shape == (2 * len(expected), 16, 16, 1)
+
+
+def test_files(checkpoints, tmp_path, capsys):
+    saved = draw(checkpoints / "colour", tmp_path, "--labels", 1, "--num-images", 3)
+    assert sorted(saved) == ["arr_0", "labels"]
+    assert (saved["arr_0"].shape, saved["arr_0"].dtype) == ((3, 8, 16, 3), np.uint8)
+    read = [np.asarray(Image.open(io.BytesIO(picture))) for picture in pictures(tmp_path).values()]
+    assert np.array_equal(np.stack(read), saved["arr_0"])
+    assert imread(tmp_path / "samples.png").std() > 0.05
+    assert str(tmp_path) in capsys.readouterr().out
+    assert list(pictures(tmp_path)) == ["000000.png", "000001.png", "000002.png"]
+
+
+def test_the_images_are_the_pipelines(checkpoints, tmp_path):
+    saved = draw(checkpoints / "named", tmp_path, "--labels", 5, "--num-images", 2, "--guidance-scale", 3)
+    pipe = EDTPipeline.from_pretrained(checkpoints / "named")
+    generators = [sample_set.keyed_generator("cpu", 0, i) for i in range(2)]
+    images = pipe([5, 5], 3.0, num_inference_steps=3, generator=generators).images
+    assert np.array_equal(np.stack([np.asarray(image) for image in images])[..., None], saved["arr_0"])
+
+
+def test_decoded_latents(checkpoints, tmp_path):
+    """By the pipeline's VAE, or one that is given."""
+    own = draw(checkpoints / "decoded", tmp_path / "own", "--labels", 1, "--num-images", 2)
+    given = draw(checkpoints / "latent", tmp_path / "given", "--labels", 1, "--num-images", 2, "--vae",
+                 checkpoints / "vae")  # fmt: skip
+    assert own["arr_0"].shape == (2, 32, 32, 3)
+    assert np.array_equal(own["arr_0"], given["arr_0"])
+
+
+def test_the_vae_of_a_run(checkpoints, tmp_path):
+    """A run's configuration names the one that decodes its grids."""
+    shutil.copytree(checkpoints / "latent", tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(f"data: data\nvae: {checkpoints / 'vae'}\n")
+    saved = draw(tmp_path / "run", tmp_path / "out", "--labels", 1, "--num-images", 1)
+    assert saved["arr_0"].shape == (1, 32, 32, 3)
+
+
+def test_other_options_draw_other_images(checkpoints, tmp_path):
+    variants = {
+        "plain": (),
+        "again": (),
+        "seed": ("--seed", 1),
+        "guided": ("--guidance-scale", 3),
+        "guided in an interval": ("--guidance-scale", 3, "--guidance-interval", 0.5, 5),
+        "without AMM": ("--no-amm",),
+        "other AMM": ("--amm-blocks", 4),
+        **{scheduler: ("--scheduler", scheduler) for scheduler in sample_set.SCHEDULERS if scheduler != "ddpm"},
+        "bfloat16": ("--dtype", "bfloat16"),
+    }
+    drawn = {
+        name: draw(checkpoints / "grey", tmp_path / name, "--labels", 3, "--num-images", 2, *more)[
+            "arr_0"
+        ].tobytes()
+        for name, more in variants.items()
+    }
+    assert drawn["plain"] == drawn["again"]
+    assert len(set(drawn.values())) == len(drawn) - 1
+
+
+def test_without_classes(checkpoints, tmp_path):
+    saved = draw(checkpoints / "unconditional", tmp_path, "--num-per-class", 3)
+    assert saved["arr_0"].shape == (3, 16, 16, 1)
+    assert saved["labels"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("preset", "guidance_scale", "expected"),
+    [
+        ("EDT-S/2", 1.0, (7, 10)),
+        ("EDT-S/2", 1.5, (7, 10)),
+        ("EDT-B/2", 2.0, (8,)),
+        ("EDT-B/2", 4.0, (8,)),
+        ("EDT-S/2-512", 4.0, (10,)),
+        ("EDT-XL/2", 1.0, (23, 25)),
+        ("EDT-XL/2", 4.0, (23, 25)),
+        ("EDT-digits", 4.0, (3, 5)),
+    ],
+)
+def test_published_placement(preset, guidance_scale, expected):
+    with torch.device("meta"):
+        config = load_preset(preset).config
+    assert amm_placement(config, guidance_scale) == expected
+
+
+def test_placements_that_are_not_published_stay():
+    with torch.device("meta"):
+        for blocks in ((), (3, 4)):
+            assert amm_placement(load_preset("EDT-S/2", amm_blocks=blocks).config, 4.0) == blocks
+        assert amm_placement(load_preset("EDT-S/2", amm_blocks=(8,)).config, 1.0) == (7, 10)
+        assert amm_placement(EDTTransformer2DModel(amm_blocks=(1,), depths=(1, 1, 1, 1, 1)).config, 4.0) == (1,)
+
+
+def test_a_set_takes_no_images_of_another(checkpoints, tmp_path, capsys):
+    draw(checkpoints / "grey", tmp_path, "--labels", 3, "--num-images", 3)
+    before = pictures(tmp_path)
+    assert main(arguments(checkpoints / "grey", tmp_path, "--labels", 4, "--num-images", 2, "--seed", 1)) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "drawn with other settings (classes, num_images, seed); give another output, or --overwrite" in message
+    assert pictures(tmp_path) == before
+    draw(checkpoints / "grey", tmp_path, "--labels", 4, "--num-images", 2, "--overwrite")
+    assert len(pictures(tmp_path)) == 2
+    shutil.copytree(checkpoints / "grey", tmp_path / "other")
+    assert json.loads((tmp_path / "samples.json").read_text())["weights"]
+    tiny_model(in_channels=1, out_channels=2, amm_blocks=()).save_pretrained(tmp_path / "other")
+    assert main(arguments(tmp_path / "other", tmp_path, "--labels", 4, "--num-images", 2)) == 2
+    assert "(checkpoint, weights, amm_blocks)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "args", "message"),
+    [
+        ("nowhere", ["--labels", "3"], "there is no such folder"),
+        ("grey", ["--labels", "3", "10"], "labels has 10; this model has classes 0 to 9"),
+        ("grey", ["--labels", "7-12"], "labels has 7-12; this model has classes 0 to 9"),
+        ("grey", ["--labels", "4-2"], "labels has 4-2"),
+        ("grey", ["--labels", "-1"], "labels has -1"),
+        (
+            "grey",
+            ["--labels", "cat"],
+            "labels has 'cat'; it must be a number, a range such as 0-9, it has no names",
+        ),
+        ("named", ["--labels", "cat"], "or one of its names, such as 'digit 0, nought'"),
+        ("grey", [], "--labels"),
+        ("grey", ["--labels", "3", "--classes", "all"], "--labels"),
+        ("grey", ["--labels", "3", "--guidance-scale", "nan"], "guidance_scale is nan"),
+        ("grey", ["--labels", "3", "--guidance-scale", "-2"], "guidance_scale is -2"),
+        ("grey", ["--labels", "3", "--guidance-channels", "2"], "guidance_channels is 2"),
+        ("grey", ["--labels", "3", "--guidance-interval", "5", "1"], "guidance_interval is (5.0, 1.0)"),
+        ("grey", ["--labels", "3", "--num-per-class", "0"], "num_per_class is 0"),
+        ("grey", ["--labels", "3", "--num-images", "0"], "num_images is 0"),
+        ("grey", ["--labels", "3", "--batch-size", "0"], "batch_size is 0"),
+        ("grey", ["--labels", "3", "--steps", "1001"], "steps is 1001"),
+        ("grey", ["--labels", "3", "--seed", "-1"], "seed is -1"),
+        ("grey", ["--labels", "3", "--amm-blocks", "99"], "blocks is (99,)"),
+        ("grey", ["--labels", "3", "--no-amm", "--amm-blocks", "9"], "amm_blocks was given with --no-amm"),
+        ("grey", ["--labels", "3", "--device", "abacus"], "device is 'abacus'"),
+        ("grey", ["--labels", "3", "--vae", "nowhere/at/all"], "vae is 'nowhere/at/all'"),
+        ("latent", ["--labels", "3"], "vae is None; the checkpoint draws latents of 4 channels"),
+        ("unconditional", ["--labels", "3"], "unconditional"),
+        ("unconditional", ["--guidance-scale", "2"], "unconditional"),
+    ],
+)
+def test_errors_are_one_line(checkpoints, tmp_path, capsys, checkpoint, args, message):
+    assert main(arguments(checkpoints / checkpoint, tmp_path / "out", *args)) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert message in error[-1]
+    assert error[-1].startswith("edt: error: ")
+    assert not any("Traceback" in line for line in error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_incomplete_pipeline(checkpoints, tmp_path, capsys):
+    shutil.copytree(checkpoints / "decoded", tmp_path / "pipe")
+    shutil.rmtree(tmp_path / "pipe" / "vae")
+    assert main(arguments(tmp_path / "pipe", tmp_path / "out", "--labels", "3")) == 2
+    assert "is no complete pipeline" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_output_that_is_a_file(checkpoints, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert main(arguments(checkpoints / "grey", tmp_path / "out", "--labels", "3")) == 2
+    assert "is a file; it must be a folder" in capsys.readouterr().err
