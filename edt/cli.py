@@ -29,6 +29,7 @@ from .demo import DemoOptions, check_guidance_scale
 from .devices import torch_device
 from .diffusion import NUM_TRAIN_TIMESTEPS
 from .digits import to_uint8
+from .evaluate import EvaluateOptions, evaluate, format_report
 from .extract import ExtractOptions, extract, summary
 from .interrupt import stop_on_interrupt
 from .model import EDTTransformer2DModel
@@ -261,6 +262,16 @@ def run_extract(options: ExtractOptions) -> int:
     return 0
 
 
+def run_evaluate(options: EvaluateOptions) -> int:
+    try:
+        report = evaluate(options)
+    except KeyboardInterrupt:
+        print("\nedt: interrupted; nothing was written", file=sys.stderr)
+        return _INTERRUPTED
+    print(format_report(report))
+    return 0
+
+
 def run_tune(options: Tune) -> int:
     if options.batch_size < 1:
         raise ValueError(f"batch_size is {options.batch_size}; it must be at least 1")
@@ -358,6 +369,7 @@ _COMMANDS = {
     "train": (TrainConfig, run_train),
     "plot": (Plot, run_plot),
     "sample": (Sample, run_sample),
+    "evaluate": (EvaluateOptions, run_evaluate),
     "ablate": (AblateOptions, run_ablate),
     "info": (Info, run_info),
     "tune": (Tune, run_tune),
