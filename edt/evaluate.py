@@ -147,11 +147,11 @@ class ExportedModel:
     """A model that torch.export.save wrote."""
 
     def __init__(self, path: Path, device: torch.device):
-        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-        if path.suffix != ".pt2" or not any(name.endswith("/archive_format") for name in names):
+        if path.suffix != ".pt2" or not _is_exported(path):
             raise ValueError(f"feature_model {path} is not a .pt2 file of torch.export.save")
-        program = torch.export.passes.move_to_device_pass(torch.export.load(path), str(device))
-        self.path, self.model = path, program.module()
+        from torch.export.passes import move_to_device_pass  # takes a second, which others need not wait for
+
+        self.path, self.model = path, move_to_device_pass(torch.export.load(path), str(device)).module()
         self.label = {"name": "feature model", "path": str(path), "sha256": sha256(path)}
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -165,6 +165,13 @@ class ExportedModel:
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"feature_model {self.path} returns {shape}; it must return ({len(images)}, F)")
         return {"pool": features.float()}
+
+
+def _is_exported(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/archive_format") for name in archive.namelist())
 
 
 class Pixels:
@@ -249,6 +256,10 @@ def evaluate(options: EvaluateOptions) -> dict:
     if options.feature_model is None:
         extractor = Inception(options.inception_weights, device)
     elif options.feature_model == "pixels":
+        if samples.shape != reference.shape:
+            raise ValueError(
+                f"samples are {_size(samples)}, the reference is {_size(reference)}; pixels need one shape"
+            )
         extractor = Pixels()
     else:
         extractor = ExportedModel(Path(options.feature_model), device)
@@ -310,6 +321,10 @@ def _described(images: NpzImages | FolderImages) -> dict:
     return {"path": str(images.path), "kind": images.kind, "images": images.count, "shape": list(images.shape)}
 
 
+def _size(images: NpzImages | FolderImages) -> str:
+    return "×".join(map(str, images.shape))
+
+
 def _notes(samples, reference, statistics, drawn: Measured, real: Measured | None, options) -> list[str]:
     notes = []
     if statistics:
@@ -329,8 +344,7 @@ def _notes(samples, reference, statistics, drawn: Measured, real: Measured | Non
                 "Fréchet distances far from those of many images."
             )
     if reference is not None and samples.shape != reference.shape:
-        sizes = ["×".join(map(str, images.shape)) for images in (samples, reference)]
-        notes.append(f"The samples are {sizes[0]}, the reference is {sizes[1]}.")
+        notes.append(f"The samples are {_size(samples)}, the reference is {_size(reference)}.")
     return notes
 
 
