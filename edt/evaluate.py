@@ -253,16 +253,11 @@ def evaluate(options: EvaluateOptions) -> dict:
     reference = None if only_statistics else open_images("reference", options.reference)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-    if options.feature_model is None:
-        extractor = Inception(options.inception_weights, device)
-    elif options.feature_model == "pixels":
-        if samples.shape != reference.shape:
-            raise ValueError(
-                f"samples are {_size(samples)}, the reference is {_size(reference)}; pixels need one shape"
-            )
-        extractor = Pixels()
-    else:
-        extractor = ExportedModel(Path(options.feature_model), device)
+    if options.feature_model == "pixels" and samples.shape != reference.shape:
+        raise ValueError(
+            f"samples are {_size(samples)}, the reference is {_size(reference)}; pixels need one shape"
+        )
+    extractor = _make_extractor(options, device)
 
     omitted = {}
     if reference is None:
@@ -282,7 +277,7 @@ def evaluate(options: EvaluateOptions) -> dict:
         elif real is not None:
             other, source = real.gaussians[kind], "the reference's images"
         else:
-            omitted[metric] = "the reference has neither mu_s, sigma_s nor images"
+            omitted[metric] = f"the reference has neither statistics of {kind} features nor images"
             continue
         other = Gaussian(other.mean.to(device), other.covariance.to(device))
         value = frechet_distance(drawn.gaussians[kind], other)
@@ -315,6 +310,12 @@ def evaluate(options: EvaluateOptions) -> dict:
     if options.output is not None:
         options.output.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
+
+
+def _make_extractor(options: EvaluateOptions, device: torch.device) -> Inception | ExportedModel | Pixels:
+    if options.feature_model is None:
+        return Inception(options.inception_weights, device)
+    return Pixels() if options.feature_model == "pixels" else ExportedModel(Path(options.feature_model), device)
 
 
 def _described(images: NpzImages | FolderImages) -> dict:

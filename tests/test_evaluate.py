@@ -517,7 +517,7 @@ def test_what_is_not_computed_is_said(weights, sets, tmp_path, capsys, monkeypat
     assert report["not_computed"] == {
         "precision": "the reference has statistics alone, no images",
         "recall": "the reference has statistics alone, no images",
-        "sfid": "the reference has neither mu_s, sigma_s nor images",
+        "sfid": "the reference has neither statistics of spatial features nor images",
         "inception_score": "10 splits need as many images",
     }
     assert "Grey samples: InceptionV3 saw them repeated to three channels." in report["notes"]
