@@ -25,6 +25,7 @@ from .complexity import OPTIMIZER_BUFFERS, cost_table, estimate_memory, meta_mod
 from .config import PRESETS
 from .convert import ConvertOptions, convert
 from .demo import DemoOptions
+from .evaluate import EvaluateOptions, evaluate, format_report
 from .extract import ExtractOptions, extract, summary
 from .interrupt import stop_on_interrupt
 from .model import EDTTransformer2DModel
@@ -180,6 +181,16 @@ def run_extract(options: ExtractOptions) -> int:
     return 0
 
 
+def run_evaluate(options: EvaluateOptions) -> int:
+    try:
+        report = evaluate(options)
+    except KeyboardInterrupt:
+        print("\nedt: interrupted; nothing was written", file=sys.stderr)
+        return _INTERRUPTED
+    print(format_report(report))
+    return 0
+
+
 def run_tune(options: Tune) -> int:
     if options.batch_size < 1:
         raise ValueError(f"batch_size is {options.batch_size}; it must be at least 1")
@@ -278,6 +289,7 @@ _COMMANDS = {
     "plot": (Plot, run_plot),
     "convert": (ConvertOptions, run_convert),
     "sample": (SampleOptions, run_sample),
+    "evaluate": (EvaluateOptions, run_evaluate),
     "ablate": (AblateOptions, run_ablate),
     "info": (Info, run_info),
     "tune": (Tune, run_tune),

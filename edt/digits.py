@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy import ndarray
+
+from . import metrics
+from .metrics import gaussian
 
 NUM_CLASSES = 10
 _LEVELS = 16  # the scans have grey levels 0 to 16
@@ -103,15 +107,8 @@ class Judge:
 
 
 def frechet_distance(images: ndarray, others: ndarray) -> float:
-    """‖μ − μ'‖² + tr(C + C' − 2·(C·C')^½) of the pixels' means and covariances: FID without a network.
-
-    tr (C·C')^½ is the sum of the square roots of the eigenvalues of C·C', which are not negative; a matrix square
-    root of these singular matrices would not be as exact.
-    """
-    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (images, others))
-    C, D = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = np.sqrt(np.linalg.eigvals(C @ D).real.clip(min=0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(C) + np.trace(D) - 2 * root)
+    """Of the pixels' means and covariances: FID without a network."""
+    return metrics.frechet_distance(*(gaussian(torch.from_numpy(x).flatten(1)) for x in (images, others)))
 
 
 def to_uint8(images: ndarray) -> ndarray:

@@ -1,0 +1,166 @@
+"""What `edt evaluate` reads: sets of images of one size, batch by batch; and statistics of features.
+
+A set of images has `path`, `kind`, `count`, `shape` (H, W, C) and `batches(batch_size)`, which yields uint8 arrays
+(B, H, W, C). Of its images one batch is held at a time.
+"""
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy import ndarray
+from PIL import Image
+
+from .metrics import Gaussian
+
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+# ADM's names for means and covariances of InceptionV3's pooled and spatial features.
+_STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+class NpzImages:
+    """`arr_0` of an .npz, uint8 (N, H, W, C), read as a stream: compressed or not, it is never held as a whole."""
+
+    kind = "npz"
+
+    def __init__(self, path: Path):
+        self.path = path
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
+            shape, fortran, dtype = _read_header(stream)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+            raise ValueError(f"arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, C) with C 1 or 3")
+        if fortran:
+            raise ValueError("arr_0 is stored in Fortran order; save numpy.ascontiguousarray of it")
+        self.count, self.shape = shape[0], shape[1:]
+
+    def batches(self, batch_size: int) -> Iterator[ndarray]:
+        with _named_errors(self.path), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
+            _read_header(stream)
+            for start in range(0, self.count, batch_size):
+                batch = np.empty((min(batch_size, self.count - start), *self.shape), np.uint8)
+                if stream.readinto(batch.reshape(-1)) < batch.nbytes:
+                    raise EOFError(f"arr_0 ends before {self.count} images")
+                yield batch
+
+
+def _read_header(stream) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, dtype; leaves the stream at the first element."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(stream)
+
+
+class FolderImages:
+    """Every PNG and JPEG below a folder, ordered by path; hidden files and others are passed over.
+
+    The first image decides on size and channels (grey is one). Grey images among coloured ones are repeated to
+    three channels.
+    """
+
+    kind = "folder"
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file()
+        )
+        self.count = len(self.files)
+        if not self.files:
+            raise ValueError(f"there are no images in it ({', '.join(_SUFFIXES)})")
+        with Image.open(self.files[0]) as image:
+            self.shape = image.height, image.width, 1 if _is_grey(image) else 3
+
+    def batches(self, batch_size: int) -> Iterator[ndarray]:
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:  # decoders run without Python's lock
+            for start in range(0, self.count, batch_size):
+                yield np.stack(list(pool.map(self._load, self.files[start : start + batch_size])))
+
+    def _load(self, file: Path) -> ndarray:
+        with _named_errors(file), Image.open(file) as image:
+            H, W, C = self.shape
+            if (image.height, image.width) != (H, W):
+                raise ValueError(
+                    f"has {image.height}×{image.width} pixels, {self.files[0].name} has {H}×{W}; all images must "
+                    "be of one size"
+                )
+            if image.mode[0] in "IF":  # PIL would clip 16-bit levels at 255
+                raise ValueError(f"has mode {image.mode}; levels of more than 8 bits are not read")
+            if image.has_transparency_data:
+                raise ValueError("is transparent; put it on a background first")
+            if C == 1 and not _is_grey(image):
+                raise ValueError(f"has colours, {self.files[0].name} is grey; convert the one or the other")
+            return np.asarray(image.convert("L" if C == 1 else "RGB")).reshape(H, W, C)
+
+
+def _is_grey(image: Image.Image) -> bool:
+    return image.mode in ("1", "L")
+
+
+def open_images(name: str, path: Path) -> NpzImages | FolderImages:
+    """A set of at least two images; `name` says in errors, all of them ValueError, whose path it is."""
+    with _named_errors(f"{name} {path}"):
+        if not has_images(path):
+            raise ValueError(f"there is no arr_0, uint8 (N, H, W, C), in it, but {', '.join(_members(path))}")
+        images = FolderImages(path) if path.is_dir() else NpzImages(path)
+        if images.count < 2:
+            raise ValueError("there is one image in it; at least 2 are needed")
+    return images
+
+
+def has_images(path: Path) -> bool:
+    """Whether it is a folder, or an .npz with arr_0 rather than with statistics alone."""
+    names = _members(path)
+    return names is None or "arr_0" in names
+
+
+def read_statistics(name: str, path: Path) -> dict[str, Gaussian]:
+    """Means and covariances in an .npz under ADM's names: of "pool" mu, sigma, of "spatial" mu_s, sigma_s.
+
+    Empty for a folder and for an .npz of images alone.
+    """
+    found = {}
+    with _named_errors(f"{name} {path}"):
+        names = _members(path) or ()
+        for features, pair in _STATISTICS.items():
+            missing = [member for member in pair if member not in names]
+            if len(missing) == 1:
+                raise ValueError(f"there is no {missing[0]} in it beside {', '.join(names)}")
+            if missing:
+                continue
+            with np.load(path) as arrays:
+                mean, covariance = (arrays[member] for member in pair)
+            if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+                raise ValueError(
+                    f"{pair[0]} is {mean.shape}, {pair[1]} is {covariance.shape}; they must be (F,) and (F, F)"
+                )
+            if not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in (mean, covariance)):
+                raise ValueError(f"{pair[0]} and {pair[1]} must be finite floats")
+            found[features] = Gaussian(*(torch.from_numpy(x.astype(np.float64)) for x in (mean, covariance)))
+    return found
+
+
+def _members(path: Path) -> list[str] | None:
+    """Names of the arrays in an .npz; None for a folder."""
+    if path.is_dir():
+        return None
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is neither an .npz nor a folder")
+    with zipfile.ZipFile(path) as archive:
+        return [member.removesuffix(".npy") for member in archive.namelist()]
+
+
+@contextmanager
+def _named_errors(what: str | Path) -> Iterator[None]:
+    """Whatever a reader raises for bad content, as a ValueError that begins with `what`."""
+    try:
+        yield
+    except (ValueError, OSError, SyntaxError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{what}: {error}") from error
