@@ -110,9 +110,9 @@ def format_table(report: dict) -> str:
               "class accuracy, %", "Fréchet distance"]  # fmt: skip
     return "\n\n".join([
         markdown(header, lines),
-        f"EDT-digits on {found['device']}, threads: {found['threads']}, torch {found['versions']['torch']}, commit "
-        f"{found['commit'][:12]}: {settings['num_images']} images of each row from the same noise, AMM on, no "
-        f"guidance, batches of {settings['batch_size']}; faster by the median over batches, taking turns.",
+        f"EDT-digits on {found['device']}, threads: {found['threads']}, torch {found['versions']['torch']}, "
+        f"commit {found['commit'][:12]}: {settings['num_images']} images of each row from the same noise, AMM on, "
+        f"no guidance, batches of {settings['batch_size']}; faster by the median over batches, taking turns.",
     ])  # fmt: skip
 
 
