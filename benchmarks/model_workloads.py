@@ -90,6 +90,9 @@ class _Wrapper(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def reset_cache(self) -> None:
+        """What `edt.sample` asks; nothing is cached."""
+
 
 class Released(_Wrapper):
     """`PlainEDT` under the interface of our model."""

@@ -15,7 +15,7 @@ from .tables import case_table, fastest_peer, markdown, ours_cells, suite_table,
 from .targets import groups, ours_of
 
 NOT_YET = "Not yet measured on a GPU."
-_NAMES = ("ops-gpu", "model-gpu", "cpu", "ablation")
+_NAMES = ("ops-gpu", "model-gpu", "cpu", "ablation", "step-cache")
 _OPS = SUITES[:4]
 _MARKER = re.compile(r"<!-- (/?)benchmarks:(\S+) -->")
 _ON_CPU = "CPU times of the reference path"
@@ -141,6 +141,15 @@ def _ablation(results_root: Path, committed: set[Path]) -> str:
     return path.read_text().strip() if path.resolve() in committed else "Not yet measured with `edt ablate`."
 
 
+def _step_cache(results_root: Path, committed: set[Path]) -> str:
+    from .step_cache import FILE, format_table
+
+    path = results_root / FILE
+    if path.resolve() not in committed:
+        return "Not yet measured with `python -m benchmarks.step_cache`."
+    return format_table(json.loads(path.read_text()))
+
+
 def _committed(folder: Path) -> set[Path]:
     """Files under it that are as they were committed; others with results are named. Raises ValueError."""
 
@@ -174,8 +183,9 @@ def write_committed(results_root: Path, readme: Path) -> int:
         if suites := read_folder(folder, committed):
             devices[folder.name] = suites
             _write(folder, suites)
+    tables = {"ablation": _ablation, "step-cache": _step_cache}
     for name, (start, end) in sorted(spans.items(), key=lambda item: -item[1][0]):
-        table = _ablation(results_root, committed) if name == "ablation" else _readme_table(devices, name)
+        table = tables[name](results_root, committed) if name in tables else _readme_table(devices, name)
         text = f"{text[:start]}\n{table}\n{text[end:]}"
     readme.write_text(text)
     return 0

@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .checkpoint import initialize_from, load_checkpoint, load_released_state_dict
     from .config import AMM_PLACEMENTS, PRESETS, published_amm_blocks
+    from .cuda_graph import GraphedStep
     from .diffusion import LossSecondMomentSampler, make_scheduler, training_losses
     from .model import EDTTransformer2DModel, load_preset
     from .pipeline import EDTPipeline
     from .sampling import sample
+    from .step_cache import StepCacheConfig
 
 _MODULES = {
     "AMM_PLACEMENTS": "config",
     "PRESETS": "config",
     "EDTPipeline": "pipeline",
     "EDTTransformer2DModel": "model",
+    "GraphedStep": "cuda_graph",
     "LossSecondMomentSampler": "diffusion",
+    "StepCacheConfig": "step_cache",
     "initialize_from": "checkpoint",
     "load_checkpoint": "checkpoint",
     "load_preset": "model",
@@ -34,7 +38,9 @@ __all__ = [
     "PRESETS",
     "EDTPipeline",
     "EDTTransformer2DModel",
+    "GraphedStep",
     "LossSecondMomentSampler",
+    "StepCacheConfig",
     "initialize_from",
     "load_checkpoint",
     "load_preset",

@@ -21,7 +21,7 @@ from edt_kernels._tiles import OPS
 from . import ablate, demo, train_config
 from .ablate import AblateOptions
 from .checkpoint import weights_folder
-from .complexity import OPTIMIZER_BUFFERS, cost_table, estimate_memory, meta_model
+from .complexity import OPTIMIZER_BUFFERS, cost_table, estimate_memory, meta_model, sampling_multiply_adds
 from .config import PRESETS
 from .convert import ConvertOptions, convert
 from .demo import DemoOptions
@@ -31,9 +31,11 @@ from .interrupt import stop_on_interrupt
 from .model import EDTTransformer2DModel
 from .run_plots import plot_runs
 from .sample_set import SampleOptions, draw_samples
+from .step_cache import REUSES, StepCacheConfig
 from .train_config import TrainConfig
 
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+_CACHED_STEPS, _CACHE_INTERVALS = 250, (2, 3, 5)  # what edt info counts
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def run_info(options: Info) -> None:
         raise ValueError(
             f"model is {options.model!r}; it must be a checkpoint folder or one of {', '.join(PRESETS)}"
         )
-    parts = cost_table(meta_model(config))
+    model = meta_model(config)
+    parts = cost_table(model)
     memory = estimate_memory(
         config,
         options.batch_size,
@@ -146,6 +149,15 @@ def run_info(options: Info) -> None:
         "In training, attention without its kernel keeps matrices of "
         f"{memory.attention_matrices / 2**30:.2f} GiB more."
     )
+
+    full = sampling_multiply_adds(model, _CACHED_STEPS)
+    print(f"\nstep caching, every n-th of {_CACHED_STEPS} steps in full: times fewer multiply-adds")
+    print(f"{'':28}" + "".join(f"{f'n = {n}':>8}" for n in _CACHE_INTERVALS))
+    for reuse in REUSES:
+        cached = (
+            sampling_multiply_adds(model, _CACHED_STEPS, StepCacheConfig(n, reuse=reuse)) for n in _CACHE_INTERVALS
+        )
+        print(f"{f'{reuse} features reused':28}" + "".join(f"{full / cost:>7.2f}×" for cost in cached))
 
 
 def _spaced(number: int) -> str:

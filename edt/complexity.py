@@ -7,6 +7,7 @@ from torch import nn
 
 from .layers import Modulation, TimestepEmbedding
 from .model import EDTTransformer2DModel
+from .step_cache import StepCacheConfig
 
 # Tensors of the weights' size that optimisers keep; Adan's are three moments and the previous gradient.
 OPTIMIZER_BUFFERS = {"adan": 4, "adamw": 2}
@@ -87,8 +88,8 @@ def cost_table(model: EDTTransformer2DModel) -> list[Part]:
 
     def split(i: int) -> Part:
         s = i + 2  # the stage whose tokens are split
-        C, C_out, N, N_out = sizes[s], sizes[s + 1], tokens[s], tokens[s + 1]
-        macs = 4 * C * C_out * N + 2 * C_out**2 * N_out + 4 * C_out * C0
+        C_out, N_out = sizes[s + 1], tokens[s + 1]
+        macs = _expand_multiply_adds(model, i) + 2 * C_out**2 * N_out + 4 * C_out * C0
         return _part(f"split {i}", model.splits[i], grids[s + 1], C_out, macs)
 
     embedding = patch * config.in_channels * C0 * tokens[0]
@@ -102,6 +103,31 @@ def cost_table(model: EDTTransformer2DModel) -> list[Part]:
         stage(0), merge(0), stage(1), merge(1), stage(2), split(0), stage(3), split(1), stage(4),
         _part("final layer", model.final_layer, grids[-1], config.out_channels, final),
     ]  # fmt: skip
+
+
+def step_multiply_adds(model: EDTTransformer2DModel) -> dict[str, int]:
+    """Of a denoising step of one image without guidance: "full", and what reuses "deep" or "encoder" features.
+
+    See `StepCacheConfig`. Both compute the embeddings, the last split without its first Linear, the last stage
+    and the final layer; reusing the encoder, also that Linear, stage 3 and the split before it.
+    """
+    parts = {part.name: part.multiply_adds for part in cost_table(model)}
+    expand = _expand_multiply_adds(model, 1)
+    deep = (
+        sum(parts[name] for name in ("patch embedding", "timestep", "split 1", "stage 4", "final layer")) - expand
+    )
+    encoder = deep + expand + parts["stage 3"] + parts["split 0"]
+    return {"full": sum(parts.values()), "deep": deep, "encoder": encoder}
+
+
+def sampling_multiply_adds(
+    model: EDTTransformer2DModel, num_steps: int, config: StepCacheConfig | None = None
+) -> int:
+    """Of all steps of sampling one image without guidance, with a step cache or without."""
+    costs = step_multiply_adds(model)
+    if config is None:
+        return num_steps * costs["full"]
+    return sum(costs["full" if config.is_full(step) else config.reuse] for step in range(num_steps))
 
 
 def estimate_memory(
@@ -175,6 +201,12 @@ def block_grid(stage: nn.Module) -> tuple[int, int]:
 def _num_tokens(stage: nn.Module) -> int:
     H, W = block_grid(stage)
     return H * W
+
+
+def _expand_multiply_adds(model: EDTTransformer2DModel, i: int) -> int:
+    """Of a split's first Linear, C → 4·C'."""
+    C, C_out = model.config.hidden_sizes[i + 2 : i + 4]
+    return 4 * C * C_out * _num_tokens(model.stages[i + 2])
 
 
 def _part(name, module, grid, channels, multiply_adds, blocks=0) -> Part:

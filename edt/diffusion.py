@@ -261,3 +261,24 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, guidance_cha
         raise ValueError(f"guidance_channels is {guidance_channels}; it must be 1 to {conditional.shape[1]}")
     guided = torch.lerp(unconditional[:, :guidance_channels], conditional[:, :guidance_channels], scale)
     return torch.cat([guided, conditional[:, guidance_channels:]], dim=1)
+
+
+def predict(
+    model,
+    latents: Tensor,
+    timestep: Tensor | float,
+    class_labels: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    guidance_channels: int = 3,
+) -> Tensor:
+    """The model's output (B, out_channels, H, W) for latents (B, in_channels, H, W), guided.
+
+    With guidance both passes are one batch of 2B, for which the timestep must be a scalar; a scale of 1 runs no
+    unconditional pass. Raises as the model and `guide`.
+    """
+    latents = latents.to(model.dtype)
+    if guidance_scale == 1:
+        return model(latents, timestep, class_labels).sample
+    labels = torch.cat([class_labels, torch.full_like(class_labels, model.config.num_classes)])
+    both = model(latents.repeat(2, 1, 1, 1), timestep, labels).sample
+    return guide(*both.chunk(2), guidance_scale, guidance_channels)

@@ -220,9 +220,23 @@ class TokenSplitConcat(nn.Module):
         self.fuse = nn.Linear(2 * out_channels, out_channels)
         self.position = PositionEmbedding(out_channels, (grid[0] * 2, grid[1] * 2))
 
-    def forward(self, x: Tensor, skip: Tensor, cond: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, skip: Tensor, cond: Tensor, expanded: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: (B, N, C).
+            skip: (B, 4N, C').
+            cond: (B, C0).
+            expanded: what to take in place of `expand`'s output (B, N, 4C'); x is not read then.
+
+        Returns:
+            The tokens (B, 4N, C'), and `expand`'s output.
+        """
+        if expanded is None:
+            expanded = self.expand(x)
         shift, scale = self.modulation(cond).unbind(1)
-        return self.position(self.fuse(self.split(self.expand(x), skip, shift, scale)))  # (B, 4N, C')
+        return self.position(self.fuse(self.split(expanded, skip, shift, scale))), expanded
 
 
 class FinalLayer(nn.Module):

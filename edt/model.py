@@ -24,6 +24,7 @@ from .layers import (
     TokenSplitConcat,
 )
 from .masking import draw_keep_mask
+from .step_cache import NOTHING, Features, StepCache, StepCacheConfig
 from .task_routing import check_task_routing, routing_mask
 
 NUM_STAGES = 5
@@ -155,6 +156,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
         task_routing: tuple[float, float] | None = None,
     ):
         super().__init__()
+        self._step_cache: StepCache | None = None
         _check_config(self.config)
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self.latent_size = (height, width)
@@ -300,33 +302,91 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
         """
         self._check_inputs(hidden_states, timestep, class_labels, keep_masks, label_drops)
         batch_size = hidden_states.shape[0]
+        middle, skip, expanded = self._reused_features(hidden_states, keep_masks, return_hidden)
         keep_masks = [None] * NUM_MERGES if keep_masks is None else list(keep_masks)
         mid_keep = keep_masks.pop(0) if len(keep_masks) > NUM_MERGES else None
 
         cond = self._embed_conditioning(timestep, class_labels, batch_size, hidden_states.device, label_drops)
         cond = F.silu(cond)  # (B, C0), once for all modulations
         routing = self._routing_masks(timestep, batch_size, hidden_states.device)  # a stage: (B, 1, C) or None
-        x = self.position(self.patch_embedding(hidden_states))  # (B, N, C0)
+        tokens = x = self.position(self.patch_embedding(hidden_states))  # (B, N, C0)
 
-        skips = []
-        for stage, merge, keep in zip(self.stages[:2], self.merges, keep_masks, strict=True):
-            skips.append(x)
-            if stage is self.stages[0]:
-                x = stage(x, cond, mid_keep, replacement=self.position.table, routing=routing[0])
-            else:
-                x = stage(x, cond, routing=routing[1])
-            x = merge(x, cond, keep)
-
-        hidden = x = self.stages[2](x, cond, routing=routing[2])
-
-        for split, stage, mask in zip(self.splits, self.stages[3:], routing[3:], strict=True):
-            x = split(x, skips.pop(), cond)
-            x = stage(x, cond, routing=mask)
+        if middle is None and expanded is None:
+            x = self.stages[0](x, cond, mid_keep, replacement=self.position.table, routing=routing[0])
+            skip = x = self.merges[0](x, cond, keep_masks[0])  # (B, N/4, C1)
+            x = self.stages[1](x, cond, routing=routing[1])
+            x = self.merges[1](x, cond, keep_masks[1])  # (B, N/16, C2)
+            middle = self.stages[2](x, cond, routing=routing[2])
+        if expanded is None:
+            x, _ = self.splits[0](middle, skip, cond)  # (B, N/4, C3)
+            x = self.stages[3](x, cond, routing=routing[3])
+        x, expanded = self.splits[1](x, tokens, cond, expanded)  # (B, N, C4)
+        if self._step_cache is not None:
+            self._step_cache.store(middle, skip, expanded)
+        del tokens, skip, expanded  # not to be held through the last stage, which takes the most memory
+        x = self.stages[4](x, cond, routing=routing[4])
 
         sample = self.final_layer(x, cond)
         if return_hidden:
-            return EDTOutput(sample=sample, hidden=hidden) if return_dict else (sample, hidden)
+            return EDTOutput(sample=sample, hidden=middle) if return_dict else (sample, middle)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def enable_cache(self, config: StepCacheConfig) -> None:
+        """Faster sampling: from now on calls are the denoising steps of a sampling, and only some are full.
+
+        One call is one step: guidance runs both passes as one batch. `reset_cache` begins a new sampling, as
+        `edt.sample` does. A step whose batch size, dtype or device is another than that of the stored features is
+        computed in full, and the schedule goes on. The features live until the next full step, `reset_cache` or
+        `disable_cache`; they are part of no checkpoint.
+
+        Only sampling can be cached: until `disable_cache`, the model raises ValueError in training mode, with
+        gradients enabled, with keep_masks and with return_hidden. `torch.compile` compiles a graph for full steps
+        and one for the others, so fullgraph=True, and mode="reduce-overhead", which reuses its outputs' memory,
+        need the cache disabled; for CUDA graphs of cached steps there is `edt.GraphedStep`.
+
+        Raises:
+            TypeError: for a config of another class.
+            ValueError: if a cache is enabled already.
+        """
+        if not isinstance(config, StepCacheConfig):
+            raise TypeError(f"config is a {type(config).__name__}; it must be an edt.StepCacheConfig")
+        if self._step_cache is not None:
+            raise ValueError(f"a cache is enabled, {self._step_cache.config}; call disable_cache() first")
+        self._step_cache = StepCache(config)
+
+    def disable_cache(self) -> None:
+        """Computes every call in full again, and lets go of stored features; nothing where none is enabled."""
+        self._step_cache = None
+
+    @property
+    def is_cache_enabled(self) -> bool:
+        return self._step_cache is not None
+
+    def reset_cache(self) -> None:
+        """Begins a new sampling: the next call is step 0, and stored features are let go."""
+        if self._step_cache is not None:
+            self._step_cache.reset()
+
+    def _reset_stateful_cache(self) -> None:
+        """By this name diffusers' pipelines reset a model's cache when they are done."""
+        self.reset_cache()
+
+    def _reused_features(self, hidden_states: Tensor, keep_masks, return_hidden: bool) -> Features:
+        """Begins a step of the cache, where one is enabled."""
+        if self._step_cache is None:
+            return NOTHING
+        for fault, name in (
+            (self.training, "training mode"),
+            (torch.is_grad_enabled(), "gradients enabled"),
+            (keep_masks is not None, "keep_masks"),
+            (return_hidden, "return_hidden"),
+        ):
+            if fault:
+                raise ValueError(
+                    f"a step cache is enabled, and the model is called with {name}; only sampling can be cached, "
+                    "call disable_cache() first"
+                )
+        return self._step_cache.begin_step((hidden_states.shape, hidden_states.dtype, hidden_states.device))
 
     def _embed_conditioning(
         self, timestep, class_labels, batch_size: int, device, label_drops: Tensor | None = None

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from pathlib import Path
 
@@ -12,13 +13,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .checkpoint import PIPELINE_INDEX, load_checkpoint
-from .diffusion import NUM_TRAIN_TIMESTEPS, make_scheduler
+from .cuda_graph import GraphedStep
+from .diffusion import NUM_TRAIN_TIMESTEPS, make_scheduler, predict
 from .model import EDTTransformer2DModel
 from .sampling import (
     check_guidance,
     check_labels,
     noise_level,
-    predict,
     scheduler_step,
     takes_learned_variance,
 )
@@ -113,6 +114,7 @@ class EDTPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] | None = None,
         callback_on_step_end: Callable[["EDTPipeline", int, Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        cuda_graph: bool = False,
     ) -> ImagePipelineOutput | tuple:
         """Draws `num_images_per_prompt` images of each label.
 
@@ -133,6 +135,10 @@ class EDTPipeline(DiffusionPipeline):
                 to 157; elsewhere one pass is run instead of two. Source: arXiv 2404.07724.
             callback_on_step_end: called with the pipeline, the step's number, the timestep and a dict of
                 `callback_on_step_end_tensor_inputs`; what it returns under "latents" takes their place.
+            cuda_graph: replays the transformer's launches from CUDA graphs, captured in this call: see
+                `edt.GraphedStep`.
+
+        After `pipe.transformer.enable_cache(edt.StepCacheConfig(interval=3))` only every third step is full.
 
         Returns:
             `ImagePipelineOutput` with `images`, or (images,).
@@ -148,8 +154,11 @@ class EDTPipeline(DiffusionPipeline):
         self._fit_scheduler()
         self.scheduler.set_timesteps(num_inference_steps)
         timesteps = self.scheduler.timesteps  # on the CPU, where the schedulers' arithmetic is
-        latents = self._noise(latents, generator, len(labels), device)
+        batch_size = num_images_per_prompt if labels is None else len(labels)
+        latents = self._noise(latents, generator, batch_size, device)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
+        step = GraphedStep(self.transformer) if cuda_graph else partial(predict, self.transformer)
+        self.transformer.reset_cache()
 
         for i, timestep in enumerate(self.progress_bar(timesteps)):
             if self.interrupt:
@@ -159,14 +168,7 @@ class EDTPipeline(DiffusionPipeline):
                 low, high = guidance_interval
                 scale = guidance_scale if low < noise_level(self.scheduler, timestep) <= high else 1.0
             scaled = self.scheduler.scale_model_input(latents, timestep)
-            output = predict(
-                self.transformer,
-                scaled,
-                timestep,
-                labels if config.num_classes else None,
-                scale,
-                guidance_channels,
-            )
+            output = step(scaled, timestep, labels, scale, guidance_channels)
             latents = scheduler_step(self.scheduler, output, timestep, latents, generator)
             if callback_on_step_end is not None:
                 known = {"latents": latents}
@@ -181,15 +183,15 @@ class EDTPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _class_numbers(self, class_labels, num_images_per_prompt: int, device: torch.device) -> Tensor:
-        """(B,) int64 on the device; zeros for an unconditional model."""
+    def _class_numbers(self, class_labels, num_images_per_prompt: int, device: torch.device) -> Tensor | None:
+        """(B,) int64 on the device; None for an unconditional model."""
         if type(num_images_per_prompt) is not int or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}; it must be a positive integer")
         num_classes = self.transformer.config.num_classes
         if num_classes == 0:
             if class_labels is not None:
                 raise ValueError("class_labels was given to an unconditional model; it must be None")
-            return torch.zeros(num_images_per_prompt, dtype=torch.int64, device=device)
+            return None
         if class_labels is None:
             raise ValueError(f"class_labels is None; a model of {num_classes} classes needs labels or names")
         if isinstance(class_labels, Tensor):

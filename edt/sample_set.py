@@ -29,6 +29,7 @@ from .pipeline import EDTPipeline, load_pipeline
 from .randomness import keyed_generator
 from .sampling import check_guidance
 from .shards import sha256
+from .step_cache import StepCacheConfig
 
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -71,6 +72,10 @@ class SampleOptions:
     """How many of the channels guidance acts on; by default 3, or all where there are fewer."""
     guidance_interval: tuple[float, float] | None = None
     """Noise levels (low, high) between which guidance acts; by default at all, 0.01 to 157."""
+    cache_interval: int | None = None
+    """Faster: of so many steps one is full, the others reuse features of it. None computes every step in full."""
+    cache_reuse: Literal["deep", "encoder"] = "deep"
+    """What they reuse: all before the last stage, or the encoder."""
     amm: bool = True
     """Attention modulation."""
     amm_blocks: tuple[int, ...] | None = None
@@ -90,6 +95,8 @@ class SampleOptions:
     """Of the transformer's weights; the VAE is in float32."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     """cuda or cpu; by default the GPU if there is one."""
+    cuda_graph: bool = False
+    """On a GPU: replay the network's launches from CUDA graphs."""
 
     def check(self) -> None:
         """Raises ValueError for an option that cannot work with any model."""
@@ -108,6 +115,8 @@ class SampleOptions:
             )
         if self.amm_blocks is not None and not self.amm:
             raise ValueError("amm_blocks was given with --no-amm; leave out one of them")
+        if self.cuda_graph and torch_device(self.device).type == "cpu":
+            raise ValueError("cuda_graph is for a GPU; leave it out, or take --device cuda")
         torch_device(self.device)
 
 
@@ -183,6 +192,8 @@ def prepare_pipeline(options: SampleOptions) -> EDTPipeline:
     else:
         blocks = amm_placement(config, options.guidance_scale)
     pipe.transformer.set_amm_blocks(blocks)
+    if options.cache_interval is not None:
+        pipe.transformer.enable_cache(StepCacheConfig(options.cache_interval, reuse=options.cache_reuse))
     return pipe
 
 
@@ -299,6 +310,7 @@ def _draw(pipe, options, numbers: list[int], labels: np.ndarray, device, stop: S
         guidance_channels=options.guidance_channels,
         guidance_interval=options.guidance_interval,
         callback_on_step_end=on_step,
+        cuda_graph=options.cuda_graph,
     ).images
     return [] if pipe.interrupt else images
 

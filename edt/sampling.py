@@ -3,33 +3,17 @@
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from .diffusion import guide, make_scheduler
+from .cuda_graph import GraphedStep
+from .diffusion import make_scheduler, predict
 from .model import EDTTransformer2DModel
-
-
-def predict(
-    model: nn.Module,
-    latents: Tensor,
-    timestep: Tensor,
-    class_labels: Tensor | None,
-    guidance_scale: float = 1.0,
-    guidance_channels: int = 3,
-) -> Tensor:
-    """The model's output for latents (B, C, H, W), guided by `edt.diffusion.guide`. Scale 1 is one pass;
-    others are two in one batch of 2B, the conditional first."""
-    latents = latents.to(model.dtype)
-    if guidance_scale == 1:
-        return model(latents, timestep, class_labels).sample
-    labels = torch.cat([class_labels, torch.full_like(class_labels, model.config.num_classes)])
-    both = model(latents.repeat(2, 1, 1, 1), timestep, labels).sample
-    return guide(*both.chunk(2), guidance_scale, guidance_channels)
 
 
 def scheduler_step(
@@ -97,20 +81,24 @@ def sample(
     generator: torch.Generator | None = None,
     progress: bool = True,
     on_step: Callable[[int, Tensor], None] | None = None,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """Ancestral sampling with the learned variance, from noise to latents (B, in_channels, height, width).
 
     Args:
-        model: in evaluation mode; AMM acts in its `amm_blocks`.
+        model: in evaluation mode; AMM acts in its `amm_blocks`. An enabled step cache begins anew here, and its
+            features are let go at the end.
         class_labels: (B,) integers 0 to num_classes−1; None, with `batch_size`, for unconditional models.
         num_inference_steps: evenly respaced over the 1000 training steps.
         guidance_scale: 1 is no guidance and runs no unconditional pass.
         guidance_channels: see `edt.diffusion.guide`; by default 3, or all where there are fewer.
         generator: for the noise, on the model's device or the CPU.
         on_step: called after each step with its number and the latents.
+        cuda_graph: replays the model's launches from CUDA graphs, captured in this call: see `GraphedStep`.
 
     Raises:
-        ValueError: for labels, guidance or a number of steps that do not fit the model.
+        ValueError: for labels, guidance or a number of steps that do not fit the model; for `cuda_graph` without
+            a GPU.
     """
     config = model.config
     if class_labels is not None and not (isinstance(class_labels, Tensor) and class_labels.ndim == 1):
@@ -141,9 +129,14 @@ def sample(
     shape = (batch_size, config.in_channels, *model.latent_size)
     latents = torch.randn(shape, generator=generator, device=noise_device).to(device)
     scheduler = make_scheduler(num_inference_steps)
-    for i, timestep in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress)):
-        output = predict(model, latents, timestep, class_labels, guidance_scale, guidance_channels)
-        latents = scheduler_step(scheduler, output, timestep, latents, generator)
-        if on_step is not None:
-            on_step(i, latents)
+    step = GraphedStep(model) if cuda_graph else partial(predict, model)
+    model.reset_cache()
+    try:
+        for i, timestep in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress)):
+            output = step(latents, timestep, class_labels, guidance_scale, guidance_channels)
+            latents = scheduler_step(scheduler, output, timestep, latents, generator)
+            if on_step is not None:
+                on_step(i, latents)
+    finally:
+        model.reset_cache()
     return latents

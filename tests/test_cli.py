@@ -60,6 +60,14 @@ def test_info_of_a_preset(capsys):
     assert [f"stage {i}" in out for i in range(5)] == [True] * 5
 
 
+def test_info_counts_what_step_caching_saves(capsys):
+    assert main(["info", "EDT-S/2"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert lines[0] == ["n", "=", "2", "n", "=", "3", "n", "=", "5"]
+    assert lines[1] == ["deep", "features", "reused", "1.43×", "1.66×", "1.91×"]
+    assert lines[2] == ["encoder", "features", "reused", "1.26×", "1.38×", "1.50×"]
+
+
 def test_info_of_a_checkpoint(checkpoints, capsys):
     assert main(["info", str(checkpoints / "digits"), "--batch-size", "2"]) == 0
     count = sum(p.numel() for p in load_preset("EDT-digits").parameters())

@@ -21,6 +21,7 @@ from released import fixture, relative_error, tiny_model
 import edt
 from edt import EDTPipeline, make_scheduler
 from edt.digits import to_uint8
+from edt.step_cache import NOTHING, StepCacheConfig
 
 SCHEDULERS = [
     DDPMScheduler,
@@ -235,6 +236,33 @@ def test_guidance_of_the_first_channels():
     assert torch.equal(default, draws[3])
 
 
+def test_step_caching():
+    """Each call begins with a full step, and leaves no features behind."""
+    pipe = grey_pipeline()
+    options = {"num_inference_steps": 5, "output_type": "latent"}
+    plain = pipe([1, 2], 2.0, generator=generator(), **options).images
+    pipe.transformer.enable_cache(StepCacheConfig(interval=2))
+    cached = [pipe([1, 2], 2.0, generator=generator(), **options).images for _ in range(2)]
+    assert torch.equal(*cached)
+    assert 0 < relative_error(cached[0], plain) < 0.5
+    assert pipe.transformer._step_cache.features == NOTHING
+    pipe.transformer.disable_cache()
+    assert torch.equal(pipe([1, 2], 2.0, generator=generator(), **options).images, plain)
+
+
+def test_step_caching_in_a_guidance_interval():
+    """Where the batch changes from B to 2B and back, the step is full."""
+    pipe = grey_pipeline()
+    stages = pipe.transformer.stages
+    full, batches = [], []
+    stages[0].register_forward_hook(lambda module, args, output: full.append(len(output)))
+    stages[4].register_forward_hook(lambda module, args, output: batches.append(len(output)))
+    pipe.transformer.enable_cache(StepCacheConfig(interval=20))
+    pipe([1], 3.0, num_inference_steps=20, guidance_interval=(0.3, 10.0), output_type="latent")
+    assert len(batches) == 20
+    assert full == [batch for batch, _ in itertools.groupby(batches)] == [1, 2, 1]
+
+
 def test_callbacks_and_interruption():
     pipe = grey_pipeline()
     seen = []
@@ -358,6 +386,7 @@ BAD = {
     "timesteps": (lambda: foreign(num_train_timesteps=500), {}, ValueError, "num_train_timesteps 500"),
     "variance": (lambda: foreign(DDPMScheduler, variance_type="learned"), {}, ValueError, "'learned_range'"),
     "no variance": (lambda: grey_pipeline(out_channels=1), {}, ValueError, "take 'fixed_small'"),
+    "graph on a CPU": (grey_pipeline, {"cuda_graph": True}, ValueError, "model is on cpu; CUDA graphs need"),
     "training": (
         lambda: quiet(EDTPipeline(tiny_model().train(), make_scheduler())),
         {},
@@ -405,3 +434,19 @@ def test_schedulers_on_a_gpu(scheduler):
     drawn = pipe([1, 2], 2.0, generator=generator(), **options).images.cpu()
     pipe.to("cpu")
     assert relative_error(drawn, pipe([1, 2], 2.0, generator=generator(), **options).images) <= 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("cached", [False, True])
+def test_cuda_graphs(scheduler, cached):
+    """With guidance in an interval, which takes two shapes; multistep schedulers keep what a step returned."""
+    pipe = make_pipeline().to("cuda")
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    if cached:
+        pipe.transformer.enable_cache(StepCacheConfig(interval=3))
+    options = {"num_inference_steps": 9, "guidance_interval": (0.3, 10.0), "output_type": "latent"}
+    draws = [
+        pipe([1, 2], 2.0, generator=generator(), cuda_graph=graph, **options).images for graph in (False, True)
+    ]
+    assert torch.equal(*draws)

@@ -219,6 +219,8 @@ def test_other_options_draw_other_images(checkpoints, tmp_path):
         "other AMM": ("--amm-blocks", 4),
         **{scheduler: ("--scheduler", scheduler) for scheduler in sample_set.SCHEDULERS if scheduler != "ddpm"},
         "bfloat16": ("--dtype", "bfloat16"),
+        "cached": ("--cache-interval", 2),
+        "cached encoder": ("--cache-interval", 2, "--cache-reuse", "encoder"),
     }
     drawn = {
         name: draw(checkpoints / "grey", tmp_path / name, "--labels", 3, "--num-images", 2, *more)[
@@ -307,6 +309,8 @@ def test_a_set_takes_no_images_of_another(checkpoints, tmp_path, capsys):
         ("grey", ["--labels", "3", "--amm-blocks", "99"], "blocks is (99,)"),
         ("grey", ["--labels", "3", "--no-amm", "--amm-blocks", "9"], "amm_blocks was given with --no-amm"),
         ("grey", ["--labels", "3", "--device", "abacus"], "device is 'abacus'"),
+        ("grey", ["--labels", "3", "--cache-interval", "0"], "interval is 0"),
+        ("grey", ["--labels", "3", "--cuda-graph", "--device", "cpu"], "cuda_graph is for a GPU"),
         ("grey", ["--labels", "3", "--vae", "nowhere/at/all"], "vae is 'nowhere/at/all'"),
         ("latent", ["--labels", "3"], "vae is None; the checkpoint draws latents of 4 channels"),
         ("unconditional", ["--labels", "3"], "unconditional"),
