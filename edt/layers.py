@@ -70,10 +70,11 @@ class TimestepEmbedding(nn.Module):
         omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / half)
         self.register_buffer("omega_bits", omega.view(torch.int32), persistent=False)
 
-    def forward(self, timestep: Tensor) -> Tensor:
+    def forward(self, timestep: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(B,) → (B, C0). The Linears' input has `dtype`: their weights' own may be one of storage alone."""
         angles = timestep.float()[:, None] * self.omega_bits.view(torch.float32)  # (B, 128)
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.fc2(F.silu(self.fc1(sinusoid.to(self.fc1.weight.dtype))))
+        return self.fc2(F.silu(self.fc1(sinusoid.to(dtype))))
 
 
 class Attention(nn.Module):

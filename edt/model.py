@@ -306,7 +306,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
         keep_masks = [None] * NUM_MERGES if keep_masks is None else list(keep_masks)
         mid_keep = keep_masks.pop(0) if len(keep_masks) > NUM_MERGES else None
 
-        cond = self._embed_conditioning(timestep, class_labels, batch_size, hidden_states.device, label_drops)
+        cond = self._embed_conditioning(timestep, class_labels, hidden_states, label_drops)
         cond = F.silu(cond)  # (B, C0), once for all modulations
         routing = self._routing_masks(timestep, batch_size, hidden_states.device)  # a stage: (B, 1, C) or None
         tokens = x = self.position(self.patch_embedding(hidden_states))  # (B, N, C0)
@@ -389,10 +389,11 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
         return self._step_cache.begin_step((hidden_states.shape, hidden_states.dtype, hidden_states.device))
 
     def _embed_conditioning(
-        self, timestep, class_labels, batch_size: int, device, label_drops: Tensor | None = None
+        self, timestep, class_labels, hidden_states: Tensor, label_drops: Tensor | None = None
     ) -> Tensor:
+        batch_size, device = len(hidden_states), hidden_states.device
         timestep = torch.as_tensor(timestep, device=device).expand(batch_size)
-        cond = self.timestep_embedding(timestep)
+        cond = self.timestep_embedding(timestep, hidden_states.dtype)
         if self.label_embedding is None:
             return cond
         if label_drops is None and self.training and self.config.class_dropout_prob > 0:
