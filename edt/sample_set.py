@@ -6,6 +6,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ from .interrupt import StopRequest
 from .model import EDTTransformer2DModel
 from .pipeline import EDTPipeline, load_pipeline
 from .randomness import keyed_generator
+from .run_folder import open_folder
 from .sampling import check_guidance
 from .shards import sha256
 from .step_cache import StepCacheConfig
@@ -127,7 +129,8 @@ def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
         The number of images; less than asked for where `stop` came first.
 
     Raises:
-        ValueError: for options that do not fit the checkpoint, or an output that has another command's images.
+        ValueError: for options that do not fit the checkpoint, or an output that has another command's images, or
+            is another process's at the moment.
         FileNotFoundError, OSError: where the checkpoint cannot be read or the output not be written.
     """
     options.check()
@@ -143,29 +146,33 @@ def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
     num_images = options.num_images or options.num_per_class * len(classes)
     labels = np.resize(classes, num_images)
     settings = _settings(options, pipe.transformer, classes, num_images)
-    if rank == 0:
-        _open_folder(options, settings)
-    processes.wait_for_everyone()
+    with open_folder(options.output) if rank == 0 else nullcontext():
+        if rank == 0:
+            _begin_set(options, settings)
+        processes.wait_for_everyone()
+        if _differences(options.output, settings):  # a run of training that goes on meanwhile
+            raise ValueError(f"checkpoint {options.checkpoint} is not the same for all processes")
+        pipe.to(device)
+        own = [i for i in range(rank, num_images, num_processes) if not _image_file(options.output, i).is_file()]
+        size = _images_per_call(pipe.transformer, options.batch_size, num_images, device)
+        calls = [part for batch in _split(own, options.batch_size) for part in _split(batch, size)]
+        with tqdm(total=len(calls) * options.steps, desc="sampling", unit="step", disable=rank > 0) as bar:
+            for call in calls:
+                if stop:
+                    break
+                # On a CPU all calls are of one size; the last image stands in for what is missing.
+                filled = call + call[-1:] * (size - len(call)) if device.type == "cpu" else call
+                images = _draw(pipe, options, filled, labels[filled], device, stop, bar)
+                for i, image in zip(call, images):
+                    _replace(
+                        _image_file(options.output, i), lambda path, image=image: image.save(path, format="PNG")
+                    )
 
-    pipe.to(device)
-    own = [i for i in range(rank, num_images, num_processes) if not _image_file(options.output, i).is_file()]
-    size = _images_per_call(pipe.transformer, options.batch_size, num_images, device)
-    calls = [part for batch in _split(own, options.batch_size) for part in _split(batch, size)]
-    with tqdm(total=len(calls) * options.steps, desc="sampling", unit="step", disable=rank > 0) as bar:
-        for call in calls:
-            if stop:
-                break
-            # On a CPU all calls are of one size; the last image stands in for what is missing.
-            filled = call + call[-1:] * (size - len(call)) if device.type == "cpu" else call
-            images = _draw(pipe, options, filled, labels[filled], device, stop, bar)
-            for i, image in zip(call, images):
-                _replace(_image_file(options.output, i), lambda path, image=image: image.save(path, format="PNG"))
-
-    processes.wait_for_everyone()
-    drawn = sum(_image_file(options.output, i).is_file() for i in range(num_images))
-    if rank == 0 and drawn == num_images:
-        _write_npz(options.output, labels)
-        _write_grid(options, pipe, classes, num_images)
+        processes.wait_for_everyone()
+        drawn = sum(_image_file(options.output, i).is_file() for i in range(num_images))
+        if rank == 0 and drawn == num_images:
+            _write_npz(options.output, labels)
+            _write_grid(options, pipe, classes, num_images)
     if num_processes > 1:
         processes.wait_for_everyone()
         processes.destroy_process_group()
@@ -224,13 +231,15 @@ def chosen_classes(options: SampleOptions, pipe: EDTPipeline) -> list[int]:
         span = re.fullmatch(r"(-?\d+)(?:-(\d+))?", label)
         if span is None and label not in pipe.labels:
             known = (
-                f"or one of its names, such as {next(iter(pipe.labels))!r}" if pipe.labels else "it has no names"
+                f"or a name of one class, such as {next(iter(pipe.labels))!r}"
+                if pipe.labels
+                else "it has no names"
             )
             raise ValueError(f"labels has {label!r}; it must be a number, a range such as 0-9, {known}")
         first, last = (int(span[1]), int(span[2] or span[1])) if span else [pipe.labels[label]] * 2
-        numbers += range(first, last + 1) or [first]
         if not 0 <= first <= last < num_classes:
             raise ValueError(f"labels has {label}; this model has classes 0 to {num_classes - 1}")
+        numbers += range(first, last + 1)
     return numbers
 
 
@@ -245,11 +254,14 @@ def _settings(options: SampleOptions, model: EDTTransformer2DModel, classes: lis
         "vae",
         "seed",
         "dtype",
+        "cache_interval",
+        "cache_reuse",
     )
-    weights = sorted(weights_folder(options.checkpoint).glob("*.safetensors"))
+    weights = {file.name: file for file in sorted(weights_folder(options.checkpoint).glob("*.safetensors"))}
+    weights |= {f"vae/{file.name}": file for file in sorted(options.checkpoint.glob("vae/*.safetensors"))}
     settings = {
         "checkpoint": str(options.checkpoint),
-        "weights": {file.name: sha256(file) for file in weights},
+        "weights": {name: sha256(file) for name, file in weights.items()},
         "classes": classes,
         "num_images": num_images,
         **{name: value for name, value in asdict(options).items() if name in kept},
@@ -259,13 +271,10 @@ def _settings(options: SampleOptions, model: EDTTransformer2DModel, classes: lis
     return json.loads(json.dumps(settings))  # as it will be read again
 
 
-def _open_folder(options: SampleOptions, settings: dict) -> None:
+def _begin_set(options: SampleOptions, settings: dict) -> None:
     folder, file = options.output, options.output / SETTINGS
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file; it must be a folder, or not there yet")
-    if file.is_file() and (drawn_with := json.loads(file.read_text())) != settings:
+    if file.is_file() and (changed := _differences(folder, settings)):
         if not options.overwrite:
-            changed = [name for name in settings if drawn_with.get(name) != settings[name]]
             raise ValueError(
                 f"output {folder} has images drawn with other settings ({', '.join(changed)}); give another "
                 "output, or --overwrite"
@@ -274,6 +283,12 @@ def _open_folder(options: SampleOptions, settings: dict) -> None:
             drawn.unlink(missing_ok=True)
     _image_file(folder, 0).parent.mkdir(parents=True, exist_ok=True)
     _replace(file, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+
+
+def _differences(folder: Path, settings: dict) -> list[str]:
+    """Names of the settings with which the folder's images were not drawn; a checkpoint may have moved."""
+    drawn_with = json.loads((folder / SETTINGS).read_text())
+    return [name for name in settings if name != "checkpoint" and drawn_with.get(name) != settings[name]]
 
 
 def _split(items: list[int], size: int) -> list[list[int]]:

@@ -18,6 +18,7 @@ from training_runs import forked, fresh, run_to_end
 from edt import EDTPipeline, EDTTransformer2DModel, load_preset, make_scheduler, sample_set
 from edt.cli import main
 from edt.interrupt import StopRequest
+from edt.run_folder import open_folder
 from edt.sample_set import SampleOptions, amm_placement, draw_samples
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
@@ -99,7 +100,7 @@ def test_the_same_images_as_launched_by_users(checkpoints, whole, tmp_path):
     set_of_small_batches = arguments(checkpoints / "grey", tmp_path / "set", *SET, "--batch-size", 4)
     with fresh([*command, *set_of_small_batches], tmp_path / "log") as run:
         run.wait_for(lambda: len(pictures(tmp_path / "set")) >= 8)
-        run.kill()
+        run.kill_with_children()
     assert 8 <= len(pictures(tmp_path / "set")) < 64
     draw(checkpoints / "grey", tmp_path / "set", *SET)
     assert pictures(tmp_path / "set") == pictures(whole)
@@ -278,7 +279,36 @@ def test_a_set_takes_no_images_of_another(checkpoints, tmp_path, capsys):
     assert json.loads((tmp_path / "samples.json").read_text())["weights"]
     tiny_model(in_channels=1, out_channels=2, amm_blocks=()).save_pretrained(tmp_path / "other")
     assert main(arguments(tmp_path / "other", tmp_path, "--labels", 4, "--num-images", 2)) == 2
-    assert "(checkpoint, weights, amm_blocks)" in capsys.readouterr().err
+    assert "(weights, amm_blocks)" in capsys.readouterr().err
+    assert (
+        main(arguments(checkpoints / "grey", tmp_path, "--labels", 4, "--num-images", 2, "--cache-interval", 2))
+        == 2
+    )
+    assert "(cache_interval)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_may_move_and_its_vae_not_change(checkpoints, tmp_path, capsys):
+    shutil.copytree(checkpoints / "decoded", tmp_path / "pipe")
+    some = ("--labels", 3, "--num-images", 2)
+    drawn = draw(tmp_path / "pipe", tmp_path / "set", *some)
+    (tmp_path / "set" / "images" / "000001.png").unlink()
+    (tmp_path / "pipe").rename(tmp_path / "moved")
+    assert np.array_equal(draw(tmp_path / "moved", tmp_path / "set", *some)["arr_0"], drawn["arr_0"])
+    vae = AutoencoderKL.from_pretrained(tmp_path / "moved" / "vae")
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 1
+    vae.save_pretrained(tmp_path / "moved" / "vae")
+    assert main(arguments(tmp_path / "moved", tmp_path / "set", *some)) == 2
+    assert "other settings (weights)" in capsys.readouterr().err
+
+
+def test_one_process_at_a_time(checkpoints, tmp_path):
+    """Two commands would take each other's unfinished files."""
+    one_image = arguments(checkpoints / "grey", tmp_path / "set", "--labels", 3, "--num-images", 1)
+    with open_folder(tmp_path / "set"), forked(one_image, tmp_path / "log") as run:
+        assert run.wait() == [2]
+        assert "is in use by process" in run.text()
+    run_to_end(one_image, tmp_path / "log")
 
 
 @pytest.mark.parametrize(
@@ -288,13 +318,14 @@ def test_a_set_takes_no_images_of_another(checkpoints, tmp_path, capsys):
         ("grey", ["--labels", "3", "10"], "labels has 10; this model has classes 0 to 9"),
         ("grey", ["--labels", "7-12"], "labels has 7-12; this model has classes 0 to 9"),
         ("grey", ["--labels", "4-2"], "labels has 4-2"),
+        ("grey", ["--labels", "0-999999999999"], "labels has 0-999999999999"),
         ("grey", ["--labels", "-1"], "labels has -1"),
         (
             "grey",
             ["--labels", "cat"],
             "labels has 'cat'; it must be a number, a range such as 0-9, it has no names",
         ),
-        ("named", ["--labels", "cat"], "or one of its names, such as 'digit 0, nought'"),
+        ("named", ["--labels", "cat"], "or a name of one class, such as 'digit 0, nought'"),
         ("grey", [], "--labels"),
         ("grey", ["--labels", "3", "--classes", "all"], "--labels"),
         ("grey", ["--labels", "3", "--guidance-scale", "nan"], "guidance_scale is nan"),

@@ -158,6 +158,21 @@ class Processes:
         self.signal(signal.SIGKILL)
         self.wait()
 
+    def kill_with_children(self) -> None:
+        """Those that torchrun starts are in process groups of their own."""
+        parents = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        family = [process.pid for process in self.processes]
+        for one in family:
+            family += [child for child, parent in parents.items() if parent == one]
+        assert len(family) > 2 * len(self.processes)
+        for one in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
+        self.wait()
+
 
 def _is_alive(process) -> bool:
     return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
