@@ -1,13 +1,14 @@
 """`EDTPipeline`: class labels → images, as a diffusers pipeline."""
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -17,6 +18,7 @@ from .cuda_graph import GraphedStep
 from .diffusion import NUM_TRAIN_TIMESTEPS, make_scheduler, predict
 from .model import EDTTransformer2DModel
 from .sampling import (
+    ANCESTRAL,
     check_guidance,
     check_labels,
     noise_level,
@@ -48,9 +50,10 @@ class EDTPipeline(DiffusionPipeline):
             `amm_blocks`.
         scheduler: as released, `edt.make_scheduler()`. Others fit by
             `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`, such as DDIM, UniPC and Euler; the
-            learned variance, which only `DDPMScheduler` takes, is split off for them.
+            learned variance, which only DDPM's takes, is split off for them.
         vae: the autoencoder of the latents; None for models that draw pixels (1 or 3 channels).
-        id2label: names of the classes, saved with the pipeline; of "a, b" either name will do.
+        id2label: names of the classes, saved with the pipeline; of "a, b" either name will do, unless another
+            class has it too.
 
     `save_pretrained` writes a folder that `EDTPipeline.from_pretrained` loads, and that
     `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` loads, from a Hub too, where this package is
@@ -83,8 +86,11 @@ class EDTPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Name → class, each of the names of a class that are separated by commas."""
-        return {name.strip(): i for i, names in self.id2label.items() for name in (names, *names.split(","))}
+        """Name → class: whole names, then those of them that are separated by commas. A name that several classes
+        have, as ImageNet's "crane", is none here."""
+        whole = [(names, i) for i, names in self.id2label.items()]
+        parts = [(name.strip(), i) for names, i in whole for name in names.split(",")]
+        return _of_one_class(whole) | _of_one_class(parts)
 
     @property
     def guidance_scale(self) -> float:
@@ -151,7 +157,7 @@ class EDTPipeline(DiffusionPipeline):
         labels = self._class_numbers(class_labels, num_images_per_prompt, device)
         guidance_channels = check_guidance(config, guidance_scale, guidance_channels)
         self._check_call(num_inference_steps, output_type, guidance_interval, callback_on_step_end_tensor_inputs)
-        self._fit_scheduler()
+        self._check_scheduler()
         self.scheduler.set_timesteps(num_inference_steps)
         timesteps = self.scheduler.timesteps  # on the CPU, where the schedulers' arithmetic is
         batch_size = num_images_per_prompt if labels is None else len(labels)
@@ -211,6 +217,9 @@ class EDTPipeline(DiffusionPipeline):
     def _class_number(self, label: Label) -> int:
         if isinstance(label, str):
             if label not in self.labels:
+                named = [i for i, names in self.id2label.items() if label in map(str.strip, names.split(","))]
+                if named:
+                    raise ValueError(f"class_labels has {label!r}, a name of classes {named}; give the number")
                 known = ", ".join(list(self.labels)[:10]) or "none: it has no id2label"
                 raise ValueError(f"class_labels has {label!r}; this pipeline knows the names {known}")
             return self.labels[label]
@@ -250,7 +259,7 @@ class EDTPipeline(DiffusionPipeline):
                 f"{self._callback_tensor_inputs}"
             )
 
-    def _fit_scheduler(self) -> None:
+    def _check_scheduler(self) -> None:
         """Raises ValueError for a scheduler that does not fit the model."""
         config, scheduler = self.transformer.config, self.scheduler.config
         if scheduler.get("prediction_type", "epsilon") != "epsilon":
@@ -259,18 +268,23 @@ class EDTPipeline(DiffusionPipeline):
             )
         if (steps := scheduler["num_train_timesteps"]) != NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"scheduler has num_train_timesteps {steps}; EDT has {NUM_TRAIN_TIMESTEPS}")
-        variance = scheduler.get("variance_type")
-        if isinstance(self.scheduler, DDPMScheduler):
-            if variance == "learned":
+        alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)  # schedulers of flow matching have none
+        if alphas_cumprod is None or not torch.allclose(
+            alphas_cumprod, make_scheduler().alphas_cumprod, rtol=1e-3
+        ):
+            name = type(self.scheduler).__name__
+            raise ValueError(
+                f"scheduler is {name} with other noise levels than EDT's; where it fits, take "
+                f"{name}.from_config(edt.make_scheduler().config)"
+            )
+        if isinstance(self.scheduler, ANCESTRAL):
+            if scheduler["variance_type"] == "learned":
                 raise ValueError("scheduler has variance_type 'learned'; EDT's variance is 'learned_range'")
             if takes_learned_variance(self.scheduler) and config.out_channels != 2 * config.in_channels:
                 raise ValueError(
                     f"scheduler has variance_type 'learned_range', but the transformer's {config.out_channels} "
                     f"out_channels for {config.in_channels} in_channels have no variance; take 'fixed_small'"
                 )
-        elif variance in ("learned", "learned_range"):
-            # `scheduler_step` splits the variance off; DPM-Solver would do it again, after 3 channels.
-            self.scheduler.register_to_config(variance_type=None)
 
     def _noise(self, latents, generator, batch_size: int, device: torch.device) -> Tensor:
         shape = (batch_size, self.transformer.config.in_channels, *self.transformer.latent_size)
@@ -295,7 +309,9 @@ class EDTPipeline(DiffusionPipeline):
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         super().save_config(save_directory, push_to_hub, **kwargs)
         for name, code in _CODE.items():
-            (Path(save_directory) / name).write_text(code)
+            file = Path(save_directory, name)
+            file.parent.mkdir(exist_ok=True)  # the transformer's is not there yet without its weights
+            file.write_text(code)
 
     def to_json_string(self) -> str:
         index = json.loads(super().to_json_string())
@@ -330,6 +346,13 @@ def load_pipeline(
         return EDTPipeline.from_pretrained(folder, transformer=model, local_files_only=True, **parts)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {folder} is no complete pipeline: {error}") from error
+
+
+def _of_one_class(names: list[tuple[str, int]]) -> dict[str, int]:
+    classes = defaultdict(set)
+    for name, i in names:
+        classes[name].add(i)
+    return {name: min(numbers) for name, numbers in classes.items() if len(numbers) == 1}
 
 
 def _check_names(id2label, num_classes: int) -> dict[int, str]:

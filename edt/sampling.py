@@ -7,13 +7,15 @@ from functools import partial
 from numbers import Real
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
 from torch import Tensor
 from tqdm import tqdm
 
 from .cuda_graph import GraphedStep
 from .diffusion import make_scheduler, predict
 from .model import EDTTransformer2DModel
+
+ANCESTRAL = (DDPMScheduler, DDPMParallelScheduler)  # the schedulers that take a learned variance
 
 
 def scheduler_step(
@@ -28,11 +30,19 @@ def scheduler_step(
     if not takes_learned_variance(scheduler):
         output = output[:, : latents.shape[1]]
     randomness = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    return scheduler.step(output, timestep, latents, **randomness).prev_sample
+    variance_type = scheduler.config.get("variance_type")
+    if isinstance(scheduler, ANCESTRAL) or variance_type not in ("learned", "learned_range"):
+        return scheduler.step(output, timestep, latents, **randomness).prev_sample
+    # DPM-Solver would split the variance off again, after 3 channels; who switches back to DDPM needs it.
+    scheduler.register_to_config(variance_type=None)
+    try:
+        return scheduler.step(output, timestep, latents, **randomness).prev_sample
+    finally:
+        scheduler.register_to_config(variance_type=variance_type)
 
 
 def takes_learned_variance(scheduler: SchedulerMixin) -> bool:
-    return isinstance(scheduler, DDPMScheduler) and scheduler.variance_type == "learned_range"
+    return isinstance(scheduler, ANCESTRAL) and scheduler.variance_type == "learned_range"
 
 
 def noise_level(scheduler: SchedulerMixin, timestep: Tensor) -> float:

@@ -10,10 +10,12 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMParallelScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from released import fixture, relative_error, tiny_model
@@ -135,6 +137,26 @@ def test_schedulers(scheduler, out_channels):
     assert draws[0].isfinite().all()
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS[1:])
+def test_back_to_the_released_scheduler(scheduler):
+    """With its learned variance, which the other one did not take."""
+    pipe = make_pipeline()
+    options = {"num_inference_steps": 3, "output_type": "latent"}
+    expected = pipe([1, 2], generator=generator(), **options).images
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe([1, 2], generator=generator(), **options)
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    assert torch.equal(pipe([1, 2], generator=generator(), **options).images, expected)
+
+
+def test_the_parallel_scheduler_is_the_released_one():
+    pipe = make_pipeline()
+    options = {"num_inference_steps": 3, "output_type": "latent"}
+    expected = pipe([1, 2], generator=generator(), **options).images
+    pipe.scheduler = DDPMParallelScheduler.from_config(pipe.scheduler.config)
+    assert relative_error(pipe([1, 2], generator=generator(), **options).images, expected) <= 1e-6
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS[1:])
@@ -291,6 +313,14 @@ def test_names_of_classes(tmp_path):
     assert EDTPipeline.from_pretrained(tmp_path).id2label == names
 
 
+def test_names_of_several_classes():
+    """As ImageNet has them."""
+    pipe = grey_pipeline(id2label={1: "crane", 2: "crane", 6: "missile", 7: "projectile, missile"})
+    assert pipe.labels == {"missile": 6, "projectile": 7, "projectile, missile": 7}
+    with pytest.raises(ValueError, match=r"'crane', a name of classes \[1, 2\]; give the number"):
+        pipe("crane", num_inference_steps=1)
+
+
 @pytest.mark.parametrize("kind", ["own class", "any pipeline", "shards", "variant", "with a VAE"])
 def test_saved_pipelines_draw_the_same_pixels(tmp_path, monkeypatch, vae, kind):
     pipe = make_pipeline(vae) if kind == "with a VAE" else grey_pipeline(id2label={3: "three"})
@@ -319,7 +349,10 @@ def test_saved_pipelines_draw_the_same_pixels(tmp_path, monkeypatch, vae, kind):
 
 def test_what_a_folder_says_of_itself(tmp_path):
     """The installed classes load without running code of the folder; others are told where its code is."""
-    grey_pipeline().save_pretrained(tmp_path)
+    pipe = grey_pipeline()
+    pipe.save_config(tmp_path)
+    assert (tmp_path / "transformer" / "edt_transformer.py").is_file()
+    pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline", "EDTPipeline"]
     assert index["transformer"] == ["edt_transformer", "EDTTransformer2DModel"]
@@ -338,6 +371,16 @@ def test_casting_the_whole_pipeline(vae):
         vae.float()
     assert latents.dtype == torch.float32
     assert (images.dtype, images.isfinite().all()) == (torch.bfloat16, True)
+
+
+def test_layerwise_casting():
+    """Weights stored in 8 bits, cast for each layer's call."""
+    pipe = grey_pipeline()
+    options = {"num_inference_steps": 2, "output_type": "latent"}
+    expected = pipe([1], generator=generator(), **options).images
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    drawn = pipe([1], generator=generator(), **options).images
+    assert 0 < relative_error(drawn, expected) < 0.1
 
 
 def test_progress_bar(capsys):
@@ -384,6 +427,18 @@ BAD = {
     "labelled unconditional": (lambda: grey_pipeline(num_classes=0), {}, ValueError, "class_labels was given"),
     "prediction": (lambda: foreign(prediction_type="v_prediction"), {}, ValueError, "'v_prediction'"),
     "timesteps": (lambda: foreign(num_train_timesteps=500), {}, ValueError, "num_train_timesteps 500"),
+    "noise levels": (
+        lambda: foreign(beta_schedule="scaled_linear"),
+        {},
+        ValueError,
+        "DDIMScheduler with other noise",
+    ),
+    "flow": (
+        lambda: foreign(FlowMatchEulerDiscreteScheduler),
+        {},
+        ValueError,
+        "with other noise levels than EDT's",
+    ),
     "variance": (lambda: foreign(DDPMScheduler, variance_type="learned"), {}, ValueError, "'learned_range'"),
     "no variance": (lambda: grey_pipeline(out_channels=1), {}, ValueError, "take 'fixed_small'"),
     "graph on a CPU": (grey_pipeline, {"cuda_graph": True}, ValueError, "model is on cpu; CUDA graphs need"),
