@@ -147,6 +147,8 @@ def _to_file(options: ConvertOptions) -> str:
             raise ValueError(f"{name} is for a .pt; checkpoint {folder} is a folder, so leave it out")
     if output.is_dir():
         raise ValueError(f"output {output} is a folder; of a folder comes a file, such as EDT-S.pt")
+    if output.suffix == ".safetensors":
+        raise ValueError(f"output {output} would be no safetensors file; the released code reads a .pt")
     if output.exists() and not options.overwrite:
         raise ValueError(f"output {output} is there already; --overwrite replaces it")
     folder = weights_folder(folder)

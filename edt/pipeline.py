@@ -141,6 +141,7 @@ class EDTPipeline(DiffusionPipeline):
                 to 157; elsewhere one pass is run instead of two. Source: arXiv 2404.07724.
             callback_on_step_end: called with the pipeline, the step's number, the timestep and a dict of
                 `callback_on_step_end_tensor_inputs`; what it returns under "latents" takes their place.
+                It may set `pipe._guidance_scale` for the steps that follow.
             cuda_graph: replays the transformer's launches from CUDA graphs, captured in this call: see
                 `edt.GraphedStep`.
 
@@ -169,10 +170,10 @@ class EDTPipeline(DiffusionPipeline):
         for i, timestep in enumerate(self.progress_bar(timesteps)):
             if self.interrupt:
                 continue
-            scale = guidance_scale
+            scale = self._guidance_scale
             if guidance_interval is not None:
                 low, high = guidance_interval
-                scale = guidance_scale if low < noise_level(self.scheduler, timestep) <= high else 1.0
+                scale = scale if low < noise_level(self.scheduler, timestep) <= high else 1.0
             scaled = self.scheduler.scale_model_input(latents, timestep)
             output = step(scaled, timestep, labels, scale, guidance_channels)
             latents = scheduler_step(self.scheduler, output, timestep, latents, generator)
@@ -269,9 +270,8 @@ class EDTPipeline(DiffusionPipeline):
         if (steps := scheduler["num_train_timesteps"]) != NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"scheduler has num_train_timesteps {steps}; EDT has {NUM_TRAIN_TIMESTEPS}")
         alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)  # schedulers of flow matching have none
-        if alphas_cumprod is None or not torch.allclose(
-            alphas_cumprod, make_scheduler().alphas_cumprod, rtol=1e-3
-        ):
+        released = make_scheduler().alphas_cumprod
+        if alphas_cumprod is None or not torch.allclose(alphas_cumprod.cpu(), released, rtol=1e-3):
             name = type(self.scheduler).__name__
             raise ValueError(
                 f"scheduler is {name} with other noise levels than EDT's; where it fits, take "

@@ -448,6 +448,7 @@ def test_an_output_is_replaced_only_when_told(tmp_path, state, file, pipeline):
         (inside, pipeline, True, "has the checkpoint in it"),
         (pipeline, file, False, "is there already; --overwrite replaces it"),
         (pipeline, tmp_path / "notes", True, "is a folder; of a folder comes a file"),
+        (pipeline, tmp_path / "new.safetensors", False, "would be no safetensors file"),
     ):
         with pytest.raises(ValueError, match=message):
             convert(ConvertOptions(checkpoint, output, overwrite=overwrite))

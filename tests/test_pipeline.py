@@ -302,6 +302,19 @@ def test_callbacks_and_interruption():
     assert pipe.guidance_scale == 1
 
 
+def test_guidance_changed_by_a_callback():
+    pipe = grey_pipeline()
+    scales, network = [], pipe.transformer.forward
+    pipe.transformer.forward = lambda x, *args: scales.append(len(x)) or network(x, *args)
+
+    def end_guidance(pipe, i, timestep, tensors):
+        pipe._guidance_scale = 1.0 if i == 1 else pipe.guidance_scale
+        return tensors
+
+    pipe([1], 3.0, num_inference_steps=4, callback_on_step_end=end_guidance, output_type="latent")
+    assert scales == [2, 2, 1, 1]
+
+
 def test_names_of_classes(tmp_path):
     names = {0: "zero, nought", 3: "three"}
     pipe = grey_pipeline(id2label=names)
