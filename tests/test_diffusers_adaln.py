@@ -102,16 +102,6 @@ def ip_adapter_in_flux():
     return model, inputs("flux")
 
 
-def chunked_feed_forwards(name):
-    def case():
-        model = make(name)
-        for block in model.transformer_blocks:
-            block.set_chunk_feed_forward(2, dim=0)
-        return model, inputs(name)
-
-    return case
-
-
 def replaced_linears(replacement):
     def case():
         model = make("sd35")
@@ -130,8 +120,6 @@ VARIANTS = {
     "ControlNet in SD3": controlnet_in_sd3,
     "ControlNet in Flux": controlnet_in_flux,
     "IP adapter in Flux": ip_adapter_in_flux,
-    "chunked DiT": chunked_feed_forwards("dit"),
-    "chunked SD3": chunked_feed_forwards("sd3"),
     "LoRA": replaced_linears(LoRALinear),
     "quantized": replaced_linears(QuantizedLinear),
     "peft": peft_adapter,
@@ -150,6 +138,21 @@ def test_outputs_and_gradients_are_the_unfused_models(variant, checkpointing):
     unfuse_adaln(model)
     assert list(map(type, model.modules())) == types
     assert torch.equal(run(model, arguments), expected["output"])
+
+
+@pytest.mark.parametrize("name", ["dit", "sd3"])
+def test_chunked_feed_forwards(name):
+    model, lengths = make(name), []
+    block = model.transformer_blocks[0]
+    block.set_chunk_feed_forward(8, dim=1)
+    block.ff.register_forward_hook(lambda _module, args, _out: lengths.append(args[0].shape[1]))
+    arguments = inputs(name)
+    if name == "sd3":
+        arguments["encoder_hidden_states"] = torch.randn(2, 8, 12)
+    expected = gradients(model, arguments)
+    fuse_adaln(model)
+    assert_same(gradients(model, arguments), expected)
+    assert lengths == [8] * 4
 
 
 # Of each block, image and text: (adaln, gated_residual, gated_residual_adaln).
@@ -186,14 +189,16 @@ def test_which_ops_are_called(name, monkeypatch):
 
 
 def stream_dtypes(model, arguments, **autocast) -> list[torch.dtype]:
-    """Of every tensor that a block returns."""
+    """Of every tensor that a block returns, and of the stream that goes into a cross-attention."""
     dtypes = []
+
+    def record(_module, _args, out):
+        dtypes.extend(t.dtype for t in (out if type(out) is tuple else (out,)) if t is not None)
+
     for block in blocks_of(model):
-        block.register_forward_hook(
-            lambda _module, _args, out: dtypes.extend(
-                t.dtype for t in (out if type(out) is tuple else (out,)) if t is not None
-            )
-        )
+        block.register_forward_hook(record)
+        if hasattr(block, "attn1") and block.attn2 is not None:
+            block.attn2.register_forward_pre_hook(lambda _module, args: dtypes.append(args[0].dtype))
     with torch.autocast("cpu", **autocast), torch.no_grad():
         run(model, arguments)
     return dtypes
@@ -208,6 +213,18 @@ def test_dtypes_are_the_unfused_models(name, weights, autocast):
     expected = stream_dtypes(copy.deepcopy(model), arguments, dtype=torch.bfloat16, enabled=autocast)
     fuse_adaln(model)
     assert stream_dtypes(model, arguments, dtype=torch.bfloat16, enabled=autocast) == expected
+
+
+def test_norms_come_in_the_dtype_of_autocast():
+    """Although the stream is float32; the Linear after them would cast, by a kernel of its own."""
+    model, dtypes = make("pixart"), []
+    fuse_adaln(model)
+    for block in model.transformer_blocks:
+        for module in (block.attn1, block.ff):
+            module.register_forward_pre_hook(lambda _module, args: dtypes.append(args[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(model, inputs("pixart"))
+    assert dtypes == [torch.bfloat16] * 6
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -339,6 +356,17 @@ def test_hooks_in_place_of_a_forward_are_refused():
     assert "forward" in vars(norm)
     fuse_adaln(model)
     assert "forward" not in vars(norm)
+
+
+def test_a_class_that_was_changed_since_is_left_alone():
+    model = make("dit")
+    fuse_adaln(model)
+    block = model.transformer_blocks[1]
+    block.__class__ = type("FSDPBasicTransformerBlock", (type(block),), {})  # as fully_shard does
+    types = list(map(type, model.modules()))
+    with pytest.raises(ValueError, match="block 1 was made a FSDPBasicTransformerBlock since"):
+        unfuse_adaln(model)
+    assert list(map(type, model.modules())) == types
 
 
 def with_block_of_another_class(model):

@@ -206,6 +206,14 @@ def test_the_table_follows_the_model_through_meta():
     assert torch.equal(run(model, inputs("dit")), run(expected, inputs("dit")))
 
 
+def test_the_table_goes_where_offloaded_weights_are_brought():
+    model = make("dit")
+    apply_amm(model, [1])
+    arguments = {key: tensor.to("meta") for key, tensor in inputs("dit").items()}
+    assert run(model.to("meta"), arguments).shape == (2, 4, 8, 8)
+    assert tables(model)[0].device.type == "cpu"
+
+
 @pytest.mark.parametrize("name", ["pixart", "flux"])
 def test_sequential_offloading(name):
     expected = make(name)

@@ -62,11 +62,18 @@ def unfuse_adaln(model) -> None:
 
     Raises:
         TypeError: for a model that `fuse_adaln` does not take.
-        ValueError: if it is not fused, or offloading or caching hooks were installed since: remove those first.
+        ValueError: if it is not fused; or if since then offloading or caching hooks were installed, which must be
+            removed first, or blocks were given another class, as FSDP2 does. Nothing is changed then.
     """
-    modules = _modules_of(supported(model), _PLAIN)
+    model = supported(model)
+    modules = _modules_of(model, _PLAIN)
     if not modules:
         raise ValueError("model is not fused")
+    for number, block in enumerate(blocks_of(model)):
+        if type(block) not in _PLAIN:
+            raise ValueError(
+                f"block {number} was made a {type(block).__name__} since; unfuse_adaln cannot undo that"
+            )
     for name, module in modules.items():
         _check_forward(name, module)
     for module in modules.values():
