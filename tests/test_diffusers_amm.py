@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers_models import (
     GRID,
     NAMES,
@@ -195,7 +196,7 @@ def test_the_table_follows_the_model_through_meta():
 
     with torch.device("meta"):
         model = make("dit")
-    apply_amm(model, [1])
+        apply_amm(model, [1])
     model.to_empty(device="cpu").load_state_dict(make("dit").state_dict())
     expected = make("dit")
     apply_amm(expected, [1])
@@ -244,16 +245,18 @@ def test_nothing_is_saved(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_copy_is_independent(name):
+def test_copies_are_independent(name, tmp_path):
     model = make(name)
     plain = run(model, inputs(name))
     apply_amm(model, BLOCKS[name], grid=GRID)
-    modulated, other = run(model, inputs(name)), copy.deepcopy(model)
-    assert torch.equal(run(other, inputs(name)), modulated)
-    remove_amm(other)
-    assert torch.equal(run(other, inputs(name)), plain)
+    modulated = run(model, inputs(name))
+    torch.save(model, tmp_path / "model.pt")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(run(other, inputs(name)), modulated)
+        remove_amm(other)
+        assert torch.equal(run(other, inputs(name)), plain)
+        assert not any(block._forward_pre_hooks for block in blocks_of(other))
     assert torch.equal(run(model, inputs(name)), modulated)
-    assert not any(block._forward_pre_hooks for block in blocks_of(other))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -296,6 +299,15 @@ def test_images_of_another_grid_are_refused(name, block, tokens):
         run(model, inputs(name, grid=(3, tokens // 3)))
     remove_amm(model)
     run(model, inputs(name, grid=(3, tokens // 3)))
+
+
+def test_processors_set_over_amm_take_any_image():
+    model = make("flux")
+    apply_amm(model, [0, 2], grid=GRID)
+    model.set_attn_processor(FluxAttnProcessor())
+    assert torch.equal(run(model, inputs("flux", grid=(3, 3))), run(make("flux"), inputs("flux", grid=(3, 3))))
+    with pytest.raises(ValueError, match="model has no AMM in place"):
+        remove_amm(model)
 
 
 @pytest.mark.parametrize("name", ["pixart", "sd3", "flux"])

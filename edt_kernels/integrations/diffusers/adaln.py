@@ -105,14 +105,19 @@ def _check_norm(name, norm) -> None:
         raise ValueError(f"{name} is a {type(norm).__name__}; it must be a LayerNorm")
     if norm.weight is not None or norm.bias is not None:
         raise ValueError(f"{name} has weights of its own; fuse_adaln needs elementwise_affine=False")
-    if norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
+    hooks = norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks
+    if any(hooks) or _has_own_forward(norm):
         raise ValueError(f"{name} has a hook, which would no longer be called; remove it before fuse_adaln")
 
 
-def _check_forward(name, module) -> None:
-    """A forward of the module's own hides its class's. Accelerate's and diffusers' hooks are such."""
+def _has_own_forward(module) -> bool:
+    """One that hides its class's, as accelerate's and diffusers' hooks do."""
     forward = vars(module).get("forward")
-    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def _check_forward(name, module) -> None:
+    if _has_own_forward(module):
         raise ValueError(
             f"{name} has hooks in place of its forward, as offloading and caching install them; remove them first "
             "and install them again after"

@@ -57,7 +57,7 @@ def apply_amm(model, blocks, grid=None, form="exp_cos", radius=None) -> None:
         raise ValueError("model has AMM in place already; call remove_amm first")
     chosen = _choose(blocks, blocks_of(model))
     grid = _default_grid(model) if grid is None else check_grid(grid)
-    table = amm_table(grid, form=form, radius=radius)
+    table = amm_table(grid, form=form, radius=radius, device="cpu")
     replacements = [
         (attn, block, _make_processor(number, attn, grid, table))
         for number, block in chosen.items()
@@ -188,8 +188,9 @@ class _AMMProcessor(nn.Module):
             self._watching.remove()
 
     def _check_block_input(self, block, args, kwargs) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        self.check(hidden_states.shape[1])
+        if block.attn.processor is self:  # else it was replaced without remove_amm
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            self.check(hidden_states.shape[1])
 
 
 class AMMAttnProcessor(_AMMProcessor):
