@@ -279,7 +279,10 @@ def run_train(options: TrainConfig) -> int:
         return _INTERRUPTED
     if first:
         averages = saved / "ema"
-        classes = " --classes all" if EDTTransformer2DModel.load_config(averages)["num_classes"] else ""
+        config = EDTTransformer2DModel.load_config(averages)
+        classes = " --classes all" if config["num_classes"] else ""
+        if config["in_channels"] not in (1, 3) and options.vae is None:
+            classes += " --vae the-VAE-of-the-data"
         print(f"the run is in {options.output}; draw from it with\n  edt sample --checkpoint {averages}{classes}")
     return 0
 

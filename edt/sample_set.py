@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from . import plots
 from .checkpoint import weights_folder
-from .config import published_amm_blocks, recognize_preset
+from .config import amm_placement
 from .devices import torch_device
 from .diffusion import NUM_TRAIN_TIMESTEPS
 from .interrupt import StopRequest
@@ -195,17 +195,6 @@ def prepare_pipeline(options: SampleOptions) -> EDTPipeline:
     if options.cache_interval is not None:
         pipe.transformer.enable_cache(StepCacheConfig(options.cache_interval, reuse=options.cache_reuse))
     return pipe
-
-
-def amm_placement(config, guidance_scale: float) -> tuple[int, ...]:
-    """The blocks with AMM: of a published model those published for the guidance scale, else the configuration's.
-
-    A published model that was given other blocks than any published ones keeps them.
-    """
-    own, preset = tuple(config.amm_blocks), recognize_preset(config)
-    if preset is None or own not in [published_amm_blocks(preset, scale) for scale in (1.0, 2.0)]:
-        return own
-    return published_amm_blocks(preset, guidance_scale)
 
 
 def chosen_classes(options: SampleOptions, pipe: EDTPipeline) -> list[int]:

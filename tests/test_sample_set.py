@@ -17,8 +17,9 @@ from training_runs import forked, fresh, run_to_end
 
 from edt import EDTPipeline, EDTTransformer2DModel, load_preset, make_scheduler, sample_set
 from edt.cli import main
+from edt.config import amm_placement
 from edt.interrupt import StopRequest
-from edt.sample_set import SampleOptions, amm_placement, draw_samples
+from edt.sample_set import SampleOptions, draw_samples
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
