@@ -82,7 +82,8 @@ class SampleOptions:
     """Blocks with attention modulation; by default those published for the model and guidance scale, or the
     checkpoint's own."""
     vae: str | None = None
-    """AutoencoderKL by name or folder, for latents of a checkpoint that has none; by default that of the run."""
+    """AutoencoderKL by name or folder, for latents of a checkpoint that has none; a run has that of its grids, or
+    else of its data."""
     seed: int = 0
     """Of the noise."""
     output: Path = Path("outputs/samples")
@@ -142,7 +143,7 @@ def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
     classes = chosen_classes(options, pipe)
     num_images = options.num_images or options.num_per_class * len(classes)
     labels = np.resize(classes, num_images)
-    settings = _settings(options, pipe.transformer, classes, num_images)
+    settings = _settings(options, pipe, classes, num_images)
     if rank == 0:
         _open_folder(options, settings)
     processes.wait_for_everyone()
@@ -223,7 +224,7 @@ def chosen_classes(options: SampleOptions, pipe: EDTPipeline) -> list[int]:
     return numbers
 
 
-def _settings(options: SampleOptions, model: EDTTransformer2DModel, classes: list[int], num_images: int) -> dict:
+def _settings(options: SampleOptions, pipe: EDTPipeline, classes: list[int], num_images: int) -> dict:
     """All that the images depend on; what was drawn with other settings does not belong to the set."""
     kept = (
         "steps",
@@ -242,7 +243,8 @@ def _settings(options: SampleOptions, model: EDTTransformer2DModel, classes: lis
         "classes": classes,
         "num_images": num_images,
         **{name: value for name, value in asdict(options).items() if name in kept},
-        "amm_blocks": list(model.config.amm_blocks),
+        "vae": None if pipe.vae is None else pipe.vae.config._name_or_path,
+        "amm_blocks": pipe.transformer.config.amm_blocks,
         "device": torch_device(options.device).type,
     }
     return json.loads(json.dumps(settings))  # as it will be read again

@@ -444,6 +444,19 @@ def test_benchmark_of_schedulers(tmp_path, capsys):
         schedulers.main(["--checkpoint", str(tmp_path), "--num-images", "19"])
 
 
+def test_offloading_hooks(vae):
+    """The hooks of `enable_model_cpu_offload`, with the CPU for the accelerator: twice, as they are set anew."""
+    options = {"num_inference_steps": 2, "output_type": "np"}
+    expected = make_pipeline(vae)([1], generator=generator(), **options).images
+    pipe = make_pipeline(vae)
+    pipe.enable_model_cpu_offload(device="cpu")
+    try:
+        for _ in range(2):
+            assert np.array_equal(pipe([1], generator=generator(), **options).images, expected)
+    finally:
+        pipe.remove_all_hooks()
+
+
 @pytest.mark.gpu
 def test_model_offload(vae):
     """The transformer on the GPU, then the VAE; the same pixels as with both there."""

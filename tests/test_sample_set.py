@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from image_folders import run, save_images, save_vae
 from matplotlib.image import imread
 from PIL import Image
 from released import tiny_model
@@ -46,9 +47,7 @@ def checkpoints(tmp_path_factory):
     tiny_model().save_pretrained(folder / "latent")
     names = {i: f"digit {i}, {word}" for i, word in enumerate(("nought", "ace", "deuce"))}
     EDTPipeline(tiny_model(**grey), make_scheduler(), id2label=names).save_pretrained(folder / "named")
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(**blocks, block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4)
-    vae.save_pretrained(folder / "vae")
+    vae = AutoencoderKL.from_pretrained(save_vae(folder / "vae"))
     EDTPipeline(tiny_model(), make_scheduler(), vae).save_pretrained(folder / "decoded")
     return folder
 
@@ -201,12 +200,22 @@ def test_decoded_latents(checkpoints, tmp_path):
     assert np.array_equal(own["arr_0"], given["arr_0"])
 
 
-def test_the_vae_of_a_run(checkpoints, tmp_path):
-    """A run's configuration names the one that decodes its grids."""
-    shutil.copytree(checkpoints / "latent", tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").write_text(f"data: data\nvae: {checkpoints / 'vae'}\n")
-    saved = draw(tmp_path / "run", tmp_path / "out", "--labels", 1, "--num-images", 1)
-    assert saved["arr_0"].shape == (1, 32, 32, 3)
+def test_a_run_has_the_vae_and_the_names_of_its_data(checkpoints, tmp_path):
+    """Or the VAE that its configuration names for its grids."""
+    for name in ("cat", "dog"):
+        save_images(tmp_path / "photos" / name, 2)
+    run(tmp_path / "photos", tmp_path / "data", vae=str(checkpoints / "vae"))
+    tiny_model(num_classes=2, sample_size=8).save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(f"data: {tmp_path / 'data'}\n")
+    by_name = draw(tmp_path / "run", tmp_path / "1", "--labels", "dog", "cat", "--num-per-class", 1)
+    assert by_name["labels"].tolist() == [1, 0]
+    assert by_name["arr_0"].shape == (2, 16, 16, 3)
+    save_vae(tmp_path / "brighter", scaling_factor=0.25)
+    (tmp_path / "run" / "config.yaml").write_text(f"data: {tmp_path / 'data'}\nvae: {tmp_path / 'brighter'}\n")
+    brighter = draw(tmp_path / "run", tmp_path / "2", "--labels", "dog", "cat", "--num-per-class", 1)
+    assert not np.array_equal(brighter["arr_0"], by_name["arr_0"])
+    shutil.rmtree(tmp_path / "data")
+    draw(tmp_path / "run", tmp_path / "3", "--labels", 1, "--num-per-class", 1)
 
 
 def test_other_options_draw_other_images(checkpoints, tmp_path):
