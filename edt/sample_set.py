@@ -6,6 +6,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -27,8 +28,9 @@ from .interrupt import StopRequest
 from .model import EDTTransformer2DModel
 from .pipeline import EDTPipeline, load_pipeline
 from .randomness import keyed_generator
+from .run_folder import open_folder
 from .sampling import check_guidance
-from .shards import sha256
+from .shards import sha256, write_json
 from .step_cache import StepCacheConfig
 
 SCHEDULERS = {
@@ -144,9 +146,20 @@ def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
     num_images = options.num_images or options.num_per_class * len(classes)
     labels = np.resize(classes, num_images)
     settings = _settings(options, pipe, classes, num_images)
-    if rank == 0:
-        _open_folder(options, settings)
-    processes.wait_for_everyone()
+    lock = open_folder(options.output) if rank == 0 else nullcontext()
+    with lock:
+        if rank == 0:
+            _begin_or_go_on(options, settings)
+        processes.wait_for_everyone()
+        drawn = _draw_missing(options, pipe, classes, labels, processes, device, stop)
+    if num_processes > 1:
+        processes.destroy_process_group()
+    return drawn
+
+
+def _draw_missing(options, pipe, classes: list[int], labels: np.ndarray, processes, device, stop) -> int:
+    """This process' share of the images, and on the first the files of all of them."""
+    rank, num_processes, num_images = processes.process_index, processes.num_processes, len(labels)
 
     pipe.to(device)
     own = [i for i in range(rank, num_images, num_processes) if not _image_file(options.output, i).is_file()]
@@ -167,9 +180,7 @@ def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
     if rank == 0 and drawn == num_images:
         _write_npz(options.output, labels)
         _write_grid(options, pipe, classes, num_images)
-    if num_processes > 1:
-        processes.wait_for_everyone()
-        processes.destroy_process_group()
+    processes.wait_for_everyone()
     return drawn
 
 
@@ -250,21 +261,26 @@ def _settings(options: SampleOptions, pipe: EDTPipeline, classes: list[int], num
     return json.loads(json.dumps(settings))  # as it will be read again
 
 
-def _open_folder(options: SampleOptions, settings: dict) -> None:
+def _begin_or_go_on(options: SampleOptions, settings: dict) -> None:
+    """Raises ValueError where the folder has images that were drawn with other settings."""
     folder, file = options.output, options.output / SETTINGS
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file; it must be a folder, or not there yet")
-    if file.is_file() and (drawn_with := json.loads(file.read_text())) != settings:
+    drawn_with = json.loads(file.read_text()) if file.is_file() else None
+    images = list(folder.glob("images/*.png"))
+    if drawn_with != settings and images:
         if not options.overwrite:
-            changed = [name for name in settings if drawn_with.get(name) != settings[name]]
-            raise ValueError(
-                f"output {folder} has images drawn with other settings ({', '.join(changed)}); give another "
-                "output, or --overwrite"
+            changed = (
+                "unknown"
+                if drawn_with is None
+                else ", ".join(name for name in settings if drawn_with.get(name) != settings[name])
             )
-        for drawn in (*folder.glob("images/*.png"), folder / "samples.npz", folder / "samples.png"):
+            raise ValueError(
+                f"output {folder} has images drawn with other settings ({changed}); give another output, or "
+                "--overwrite"
+            )
+        for drawn in (*images, folder / "samples.npz", folder / "samples.png"):
             drawn.unlink(missing_ok=True)
     _image_file(folder, 0).parent.mkdir(parents=True, exist_ok=True)
-    _replace(file, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    write_json(file, settings)
 
 
 def _split(items: list[int], size: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ from image_folders import run, save_images, save_vae
 from matplotlib.image import imread
 from PIL import Image
 from released import tiny_model
-from training_runs import forked, fresh, run_to_end
+from training_runs import forked, fresh, kill_all_below, run_to_end
 
 from edt import EDTPipeline, EDTTransformer2DModel, load_preset, make_scheduler, sample_set
 from edt.cli import main
@@ -99,7 +99,7 @@ def test_the_same_images_as_launched_by_users(checkpoints, whole, tmp_path):
     set_of_small_batches = arguments(checkpoints / "grey", tmp_path / "set", *SET, "--batch-size", 4)
     with fresh([*command, *set_of_small_batches], tmp_path / "log") as run:
         run.wait_for(lambda: len(pictures(tmp_path / "set")) >= 8)
-        run.kill()
+        kill_all_below(run)
     assert 8 <= len(pictures(tmp_path / "set")) < 64
     draw(checkpoints / "grey", tmp_path / "set", *SET)
     assert pictures(tmp_path / "set") == pictures(whole)
@@ -341,6 +341,23 @@ def test_an_incomplete_pipeline(checkpoints, tmp_path, capsys):
     shutil.rmtree(tmp_path / "pipe" / "vae")
     assert main(arguments(tmp_path / "pipe", tmp_path / "out", "--labels", "3")) == 2
     assert "is no complete pipeline" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_images_of_unknown_settings(checkpoints, tmp_path, capsys):
+    draw(checkpoints / "grey", tmp_path, "--labels", 3, "--num-images", 1)
+    (tmp_path / "samples.json").unlink()
+    assert main(arguments(checkpoints / "grey", tmp_path, "--labels", 3, "--num-images", 1)) == 2
+    assert "drawn with other settings (unknown)" in capsys.readouterr().err
+
+
+def test_two_commands_in_one_folder(checkpoints, tmp_path, capsys):
+    with forked(
+        arguments(checkpoints / "grey", tmp_path / "set", *SET, "--batch-size", 3), tmp_path / "log"
+    ) as run:
+        run.wait_for(lambda: len(pictures(tmp_path / "set")) >= 3)
+        assert main(arguments(checkpoints / "grey", tmp_path / "set", *SET)) == 2
+        run.kill()
+    assert "is in use by process" in capsys.readouterr().err
 
 
 def test_an_output_that_is_a_file(checkpoints, tmp_path, capsys):

@@ -1,7 +1,6 @@
 """Two CPU processes, by DDP and by FSDP2. They are forks with the environment that `accelerate launch` sets; one
 test launches them as users do."""
 
-import contextlib
 import os
 import signal
 from pathlib import Path
@@ -10,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from training_runs import (
-    Processes,
     assert_same_run,
     differing,
     forked,
     fresh,
+    kill_all_below,
     newest,
     run_to_end,
     small_arguments,
@@ -93,21 +92,6 @@ def test_killed_and_resumed_as_launched_by_users(data, tmp_path):
     assert "goes on from" in said
     run_to_end(small_arguments(data, tmp_path / "whole", **fields), log, processes=2)
     assert_same_run(output, tmp_path / "whole")
-
-
-def kill_all_below(run: Processes) -> None:
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    family = [run.processes[0].pid]
-    for one in family:
-        family += [child for child, parent in parents.items() if parent == one]
-    assert len(family) >= 3
-    for one in family:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(one, signal.SIGKILL)
-    run.wait()
 
 
 @BOTH

@@ -218,6 +218,22 @@ def fresh(command: list[str], log: Path) -> Iterator[Processes]:
         run.kill()
 
 
+def kill_all_below(run: Processes) -> None:
+    """A launcher, and the processes that it put into groups of their own."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    family = [run.processes[0].pid]
+    for one in family:
+        family += [child for child, parent in parents.items() if parent == one]
+    assert len(family) >= 3
+    for one in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+    run.wait()
+
+
 def run_to_end(arguments: list[str], log: Path, timeout: float = 120, **options) -> str:
     """Exit code 0 on every process; returns what was said."""
     with forked(arguments, log, **options) as run:
