@@ -3,10 +3,12 @@
 python -m benchmarks.report FOLDER    prints a line for each case and writes the folder's page and pictures
 """
 
+import importlib
 import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from . import targets
@@ -15,7 +17,7 @@ from .tables import case_table, fastest_peer, markdown, ours_cells, suite_table,
 from .targets import groups, ours_of
 
 NOT_YET = "Not yet measured on a GPU."
-_NAMES = ("ops-gpu", "model-gpu", "cpu", "ablation", "step-cache")
+_NAMES = ("ops-gpu", "model-gpu", "cpu", "ablation", "step-cache", "schedulers")
 _OPS = SUITES[:4]
 _MARKER = re.compile(r"<!-- (/?)benchmarks:(\S+) -->")
 _ON_CPU = "CPU times of the reference path"
@@ -141,13 +143,13 @@ def _ablation(results_root: Path, committed: set[Path]) -> str:
     return path.read_text().strip() if path.resolve() in committed else "Not yet measured with `edt ablate`."
 
 
-def _step_cache(results_root: Path, committed: set[Path]) -> str:
-    from .step_cache import FILE, format_table
-
-    path = results_root / FILE
+def _measured(module: str, results_root: Path, committed: set[Path]) -> str:
+    """The table of a module of benchmarks that has a result file of its own."""
+    benchmark = importlib.import_module(f".{module}", __package__)
+    path = results_root / benchmark.FILE
     if path.resolve() not in committed:
-        return "Not yet measured with `python -m benchmarks.step_cache`."
-    return format_table(json.loads(path.read_text()))
+        return f"Not yet measured with `python -m benchmarks.{module}`."
+    return benchmark.format_table(json.loads(path.read_text()))
 
 
 def _committed(folder: Path) -> set[Path]:
@@ -183,7 +185,11 @@ def write_committed(results_root: Path, readme: Path) -> int:
         if suites := read_folder(folder, committed):
             devices[folder.name] = suites
             _write(folder, suites)
-    tables = {"ablation": _ablation, "step-cache": _step_cache}
+    tables = {
+        "ablation": _ablation,
+        "step-cache": partial(_measured, "step_cache"),
+        "schedulers": partial(_measured, "schedulers"),
+    }
     for name, (start, end) in sorted(spans.items(), key=lambda item: -item[1][0]):
         table = tables[name](results_root, committed) if name in tables else _readme_table(devices, name)
         text = f"{text[:start]}\n{table}\n{text[end:]}"

@@ -278,9 +278,11 @@ def run_train(options: TrainConfig) -> int:
             )
         return _INTERRUPTED
     if first:
-        averages = saved / "ema"
-        classes = " --classes all" if EDTTransformer2DModel.load_config(averages)["num_classes"] else ""
-        print(f"the run is in {options.output}; draw from it with\n  edt sample --checkpoint {averages}{classes}")
+        config = EDTTransformer2DModel.load_config(saved / "ema")
+        more = " --classes all" if config["num_classes"] else ""
+        print(
+            f"the run is in {options.output}; draw from it with\n  edt sample --checkpoint {options.output}{more}"
+        )
     return 0
 
 

@@ -59,6 +59,18 @@ PRESETS = {
 }
 
 
+# What makes a published size, with the defaults of `EDTTransformer2DModel` that its preset leaves out.
+_SIZE = {
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 8,
+    "hidden_sizes": None,
+    "num_attention_heads": None,
+    "depths": None,
+    "mlp_ratio": 4.0,
+}
+
+
 def published_amm_blocks(preset: str, guidance_scale: float) -> tuple[int, ...]:
     """The blocks with AMM that the authors use for a preset at a guidance scale.
 
@@ -71,12 +83,24 @@ def published_amm_blocks(preset: str, guidance_scale: float) -> tuple[int, ...]:
     return PRESETS[preset]["amm_blocks"]
 
 
-def recognize_preset(config) -> str | None:
-    """The preset of a model's configuration, by channels, depths and sample size; None where there is none."""
+def published_size(config) -> str | None:
+    """The preset of the same widths, heads and blocks, whatever the resolution and the classes, or None."""
+    for name, preset in PRESETS.items():
+        if all(_plain(preset.get(key, default)) == _plain(config[key]) for key, default in _SIZE.items()):
+            return name
+    return None
 
-    def key(values) -> tuple:
-        size = values.get("sample_size", 32)
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        return tuple(values["hidden_sizes"]), tuple(values["depths"]), sides
 
-    return next((name for name, preset in PRESETS.items() if key(preset) == key(config)), None)
+def amm_placement(config, guidance_scale: float) -> tuple[int, ...]:
+    """The blocks with AMM of a model's configuration, but at a guidance scale for which the authors publish others
+    those. A model that was given blocks of its own keeps them."""
+    own, preset = tuple(config["amm_blocks"]), published_size(config)
+    if preset is None or _plain(config["sample_size"]) not in (32, (32, 32)):
+        return own
+    published = [published_amm_blocks(preset, scale) for scale in (1.0, 2.0)]
+    return published_amm_blocks(preset, guidance_scale) if own in published else own
+
+
+def _plain(value):
+    """JSON turns tuples into lists."""
+    return tuple(value) if isinstance(value, list) else value

@@ -29,7 +29,7 @@ from .checkpoint import (
     to_released_state_dict,
     weights_folder,
 )
-from .config import AMM_PLACEMENTS, PRESETS
+from .config import AMM_PLACEMENTS, PRESETS, published_size
 from .diffusion import make_scheduler
 from .model import NUM_STAGES, EDTTransformer2DModel
 from .vae import load_decoder
@@ -38,16 +38,6 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # in safetensors
 _AVERAGED, _RAW = "ema", "model"  # in a checkpoint of the released training
 
-# What makes a published size, with the presets' defaults; the latents' side and the classes may differ.
-_SIZE = {
-    "patch_size": 2,
-    "in_channels": 4,
-    "out_channels": 8,
-    "hidden_sizes": None,
-    "num_attention_heads": None,
-    "depths": None,
-    "mlp_ratio": 4.0,
-}
 # Blocks with AMM at 512², where its form is "cos". Weights were released for S alone: B has as many blocks as S,
 # and XL keeps its placement.
 _AMM_AT_512 = {
@@ -130,7 +120,7 @@ def _to_pipeline(options: ConvertOptions) -> str:
     with _replacing(output) as temporary:
         pipeline.save_pretrained(temporary)
 
-    size = _published_size(config) or "of no published size"
+    size = published_size(config) or "of no published size"
     latents = "×".join(map(str, (config["in_channels"], *model.latent_size)))
     blocks = ", ".join(map(str, config["amm_blocks"]))
     amm = f"AMM ({config['amm_form']}) in blocks {blocks}" if blocks else "AMM off, as no placement is published"
@@ -288,7 +278,7 @@ def recognize_config(state_dict: dict[str, Tensor]) -> dict:
         "amm_form": "exp_cos",
         "mid_mask": None,
     }
-    size = _published_size(config)
+    size = published_size(config)
     if size is not None:
         preset = PRESETS[size]
         config["mid_mask"] = preset.get("mid_mask")
@@ -314,14 +304,6 @@ def _grid(num_tokens: int, bias_rows: int, table: Tensor) -> tuple[int, int]:
     # Token H is in the first row, whose sin(y·ω) are 0, only where W is larger than H.
     third_quarter = slice(table.shape[-1] // 2, table.shape[-1] * 3 // 4)
     return (H, W) if table[0, H, third_quarter].abs().max() < 0.1 else (W, H)
-
-
-def _published_size(config: dict) -> str | None:
-    """The preset of these widths, heads and blocks, at whatever resolution."""
-    for name, preset in PRESETS.items():
-        if all(preset.get(key, default) == config[key] for key, default in _SIZE.items()):
-            return name
-    return None
 
 
 def read_labels(file: Path, num_classes: int) -> dict[int, str]:

@@ -25,6 +25,7 @@ from .sampling import (
     scheduler_step,
     takes_learned_variance,
 )
+from .shards import MANIFEST, read_manifest
 from .train_config import CONFIG_FILE, load_config
 from .vae import check_latent_channels, decode, load_decoder
 
@@ -326,21 +327,28 @@ def load_pipeline(
     `load_checkpoint` finds with the released scheduler.
 
     Args:
-        vae: AutoencoderKL by name or folder, in place of the folder's; of a run of training, by default the one
-            that decodes its grids.
+        vae: AutoencoderKL by name or folder, in place of the folder's. A run of training has that of its grids, or
+            else that of its data, which name its classes too; if they are still where they were.
         torch_dtype: of the transformer; the VAE is in float32.
 
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint`, or for a VAE that does not fit.
     """
     folder = Path(folder)
-    saved = (folder / PIPELINE_INDEX).is_file()
     model = load_checkpoint(folder, torch_dtype=torch_dtype)
-    config_file = folder / CONFIG_FILE
-    if vae is None and config_file.is_file():
-        vae = load_config(config_file).vae
-    parts = {} if vae is None else {"vae": load_decoder(vae, model.config.in_channels)}
-    if not saved:
+    parts, subfolder = {}, None
+    if (folder / CONFIG_FILE).is_file():
+        config = load_config(folder / CONFIG_FILE)
+        vae = vae or config.vae
+        if (config.data / MANIFEST).is_file():
+            manifest = read_manifest(config.data / MANIFEST)
+            if len(manifest.class_names) == model.config.num_classes:
+                parts["id2label"] = dict(enumerate(manifest.class_names))
+            if vae is None and manifest.extraction is not None:
+                vae, subfolder = (manifest.extraction.get(name) for name in ("vae", "vae_subfolder"))
+    if vae is not None:
+        parts["vae"] = load_decoder(vae, model.config.in_channels, subfolder)
+    if not (folder / PIPELINE_INDEX).is_file():
         return EDTPipeline(model, make_scheduler(), **parts)
     try:
         return EDTPipeline.from_pretrained(folder, transformer=model, local_files_only=True, **parts)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from . import plots
 from .checkpoint import weights_folder
-from .config import published_amm_blocks, recognize_preset
+from .config import amm_placement
 from .devices import torch_device
 from .diffusion import NUM_TRAIN_TIMESTEPS
 from .interrupt import StopRequest
@@ -30,7 +30,7 @@ from .pipeline import EDTPipeline, load_pipeline
 from .randomness import keyed_generator
 from .run_folder import open_folder
 from .sampling import check_guidance
-from .shards import sha256
+from .shards import sha256, write_json
 from .step_cache import StepCacheConfig
 
 SCHEDULERS = {
@@ -84,7 +84,8 @@ class SampleOptions:
     """Blocks with attention modulation; by default those published for the model and guidance scale, or the
     checkpoint's own."""
     vae: str | None = None
-    """AutoencoderKL by name or folder, for latents of a checkpoint that has none; by default that of the run."""
+    """AutoencoderKL by name or folder, for latents of a checkpoint that has none; a run has that of its grids, or
+    else of its data."""
     seed: int = 0
     """Of the noise."""
     output: Path = Path("outputs/samples")
@@ -129,8 +130,7 @@ def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
         The number of images; less than asked for where `stop` came first.
 
     Raises:
-        ValueError: for options that do not fit the checkpoint, or an output that has another command's images, or
-            is another process's at the moment.
+        ValueError: for options that do not fit the checkpoint, or an output that has another command's images.
         FileNotFoundError, OSError: where the checkpoint cannot be read or the output not be written.
     """
     options.check()
@@ -145,37 +145,44 @@ def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
     classes = chosen_classes(options, pipe)
     num_images = options.num_images or options.num_per_class * len(classes)
     labels = np.resize(classes, num_images)
-    settings = _settings(options, pipe.transformer, classes, num_images)
-    with open_folder(options.output) if rank == 0 else nullcontext():
+    settings = _settings(options, pipe, classes, num_images)
+    lock = open_folder(options.output) if rank == 0 else nullcontext()
+    with lock:
         if rank == 0:
-            _begin_set(options, settings)
+            _begin_or_go_on(options, settings)
         processes.wait_for_everyone()
         if _differences(options.output, settings):  # a run of training that goes on meanwhile
             raise ValueError(f"checkpoint {options.checkpoint} is not the same for all processes")
-        pipe.to(device)
-        own = [i for i in range(rank, num_images, num_processes) if not _image_file(options.output, i).is_file()]
-        size = _images_per_call(pipe.transformer, options.batch_size, num_images, device)
-        calls = [part for batch in _split(own, options.batch_size) for part in _split(batch, size)]
-        with tqdm(total=len(calls) * options.steps, desc="sampling", unit="step", disable=rank > 0) as bar:
-            for call in calls:
-                if stop:
-                    break
-                # On a CPU all calls are of one size; the last image stands in for what is missing.
-                filled = call + call[-1:] * (size - len(call)) if device.type == "cpu" else call
-                images = _draw(pipe, options, filled, labels[filled], device, stop, bar)
-                for i, image in zip(call, images):
-                    _replace(
-                        _image_file(options.output, i), lambda path, image=image: image.save(path, format="PNG")
-                    )
-
-        processes.wait_for_everyone()
-        drawn = sum(_image_file(options.output, i).is_file() for i in range(num_images))
-        if rank == 0 and drawn == num_images:
-            _write_npz(options.output, labels)
-            _write_grid(options, pipe, classes, num_images)
+        drawn = _draw_missing(options, pipe, classes, labels, processes, device, stop)
     if num_processes > 1:
-        processes.wait_for_everyone()
         processes.destroy_process_group()
+    return drawn
+
+
+def _draw_missing(options, pipe, classes: list[int], labels: np.ndarray, processes, device, stop) -> int:
+    """This process' share of the images, and on the first the files of all of them."""
+    rank, num_processes, num_images = processes.process_index, processes.num_processes, len(labels)
+
+    pipe.to(device)
+    own = [i for i in range(rank, num_images, num_processes) if not _image_file(options.output, i).is_file()]
+    size = _images_per_call(pipe.transformer, options.batch_size, num_images, device)
+    calls = [part for batch in _split(own, options.batch_size) for part in _split(batch, size)]
+    with tqdm(total=len(calls) * options.steps, desc="sampling", unit="step", disable=rank > 0) as bar:
+        for call in calls:
+            if stop:
+                break
+            # On a CPU all calls are of one size; the last image stands in for what is missing.
+            filled = call + call[-1:] * (size - len(call)) if device.type == "cpu" else call
+            images = _draw(pipe, options, filled, labels[filled], device, stop, bar)
+            for i, image in zip(call, images):
+                _replace(_image_file(options.output, i), lambda path, image=image: image.save(path, format="PNG"))
+
+    processes.wait_for_everyone()
+    drawn = sum(_image_file(options.output, i).is_file() for i in range(num_images))
+    if rank == 0 and drawn == num_images:
+        _write_npz(options.output, labels)
+        _write_grid(options, pipe, classes, num_images)
+    processes.wait_for_everyone()
     return drawn
 
 
@@ -202,17 +209,6 @@ def prepare_pipeline(options: SampleOptions) -> EDTPipeline:
     if options.cache_interval is not None:
         pipe.transformer.enable_cache(StepCacheConfig(options.cache_interval, reuse=options.cache_reuse))
     return pipe
-
-
-def amm_placement(config, guidance_scale: float) -> tuple[int, ...]:
-    """The blocks with AMM: of a published model those published for the guidance scale, else the configuration's.
-
-    A published model that was given other blocks than any published ones keeps them.
-    """
-    own, preset = tuple(config.amm_blocks), recognize_preset(config)
-    if preset is None or own not in [published_amm_blocks(preset, scale) for scale in (1.0, 2.0)]:
-        return own
-    return published_amm_blocks(preset, guidance_scale)
 
 
 def chosen_classes(options: SampleOptions, pipe: EDTPipeline) -> list[int]:
@@ -243,7 +239,7 @@ def chosen_classes(options: SampleOptions, pipe: EDTPipeline) -> list[int]:
     return numbers
 
 
-def _settings(options: SampleOptions, model: EDTTransformer2DModel, classes: list[int], num_images: int) -> dict:
+def _settings(options: SampleOptions, pipe: EDTPipeline, classes: list[int], num_images: int) -> dict:
     """All that the images depend on; what was drawn with other settings does not belong to the set."""
     kept = (
         "steps",
@@ -258,31 +254,37 @@ def _settings(options: SampleOptions, model: EDTTransformer2DModel, classes: lis
         "cache_reuse",
     )
     weights = {file.name: file for file in sorted(weights_folder(options.checkpoint).glob("*.safetensors"))}
-    weights |= {f"vae/{file.name}": file for file in sorted(options.checkpoint.glob("vae/*.safetensors"))}
+    brings_vae = options.vae is None and (options.checkpoint / "vae").is_dir()
+    if brings_vae:  # known by its weights, others by their name
+        weights |= {f"vae/{file.name}": file for file in sorted(options.checkpoint.glob("vae/*.safetensors"))}
     settings = {
         "checkpoint": str(options.checkpoint),
         "weights": {name: sha256(file) for name, file in weights.items()},
         "classes": classes,
         "num_images": num_images,
         **{name: value for name, value in asdict(options).items() if name in kept},
-        "amm_blocks": list(model.config.amm_blocks),
+        "vae": None if pipe.vae is None or brings_vae else pipe.vae.config._name_or_path,
+        "amm_blocks": pipe.transformer.config.amm_blocks,
         "device": torch_device(options.device).type,
     }
     return json.loads(json.dumps(settings))  # as it will be read again
 
 
-def _begin_set(options: SampleOptions, settings: dict) -> None:
+def _begin_or_go_on(options: SampleOptions, settings: dict) -> None:
+    """Raises ValueError where the folder has images that were drawn with other settings."""
     folder, file = options.output, options.output / SETTINGS
-    if file.is_file() and (changed := _differences(folder, settings)):
+    changed = _differences(folder, settings) if file.is_file() else ["unknown"]
+    images = list(folder.glob("images/*.png"))
+    if changed and images:
         if not options.overwrite:
             raise ValueError(
                 f"output {folder} has images drawn with other settings ({', '.join(changed)}); give another "
                 "output, or --overwrite"
             )
-        for drawn in (*folder.glob("images/*.png"), folder / "samples.npz", folder / "samples.png"):
+        for drawn in (*images, folder / "samples.npz", folder / "samples.png"):
             drawn.unlink(missing_ok=True)
     _image_file(folder, 0).parent.mkdir(parents=True, exist_ok=True)
-    _replace(file, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    write_json(file, settings)
 
 
 def _differences(folder: Path, settings: dict) -> list[str]:

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 
-def load_decoder(vae: str, channels: int) -> nn.Module:
-    """The AutoencoderKL of a name or a folder, on the CPU.
+def load_decoder(vae: str, channels: int, subfolder: str | None = None) -> nn.Module:
+    """The AutoencoderKL of a name or a folder, or of a folder within, on the CPU.
 
     Raises:
         ValueError: where there is none, or its latents have another number of channels.
@@ -12,7 +12,7 @@ def load_decoder(vae: str, channels: int) -> nn.Module:
     from diffusers import AutoencoderKL
 
     try:
-        decoder = AutoencoderKL.from_pretrained(vae)
+        decoder = AutoencoderKL.from_pretrained(vae, subfolder=subfolder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"vae is {vae!r}, which cannot be loaded: {reason}") from error

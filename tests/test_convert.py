@@ -277,7 +277,9 @@ def test_the_command_line(tmp_path, file, capsys):
     assert "tiny.pt: weights, of no published size, latents 4×16×16, 10 classes, AMM off" in out
     assert main(["convert", "--checkpoint", str(tmp_path / "out"), "--output", str(tmp_path / "out.pt")]) == 0
     assert "164 tensors in float32 under the released names" in capsys.readouterr().out
+    AutoencoderKL(latent_channels=4, norm_num_groups=2, block_out_channels=(4,)).save_pretrained(tmp_path / "vae")
     args = ["--labels", "3", "--num-per-class", "1", "--steps", "2", "--output", str(tmp_path / "samples")]
+    args += ["--vae", str(tmp_path / "vae")]
     assert main(["sample", "--checkpoint", str(tmp_path / "out"), *args]) == 0
     assert main(["info", str(tmp_path / "out")]) == 0
 

@@ -21,7 +21,9 @@ from diffusers import (
 from released import fixture, relative_error, tiny_model
 
 import edt
-from edt import EDTPipeline, make_scheduler
+from benchmarks import schedulers, step_cache
+from edt import EDTPipeline, load_preset, make_scheduler
+from edt.demo import DemoOptions, run_demo
 from edt.digits import to_uint8
 from edt.step_cache import NOTHING, StepCacheConfig
 
@@ -477,6 +479,50 @@ def test_bad_parts(vae):
             grey_pipeline(id2label=names)
     with pytest.raises(ValueError, match="latents of 4 channels; 1 are needed"):
         grey_pipeline(vae=vae)
+
+
+@pytest.mark.slow  # trains the demo
+def test_faster_sampling_draws_digits(tmp_path):
+    """By the demo's model at 25 steps every scheduler's, and step caching loses nothing that the judge sees."""
+    run_demo(DemoOptions(output=tmp_path / "demo", num_per_class=2, sampling_steps=2, device="cpu"))
+    schedulers.main(["--checkpoint", str(tmp_path / "demo"), "--out", str(tmp_path / "schedulers.json")])
+    rows = json.loads((tmp_path / "schedulers.json").read_text())["rows"]
+    accuracies = {row["name"]: row["class_accuracy"] for row in rows if row["steps"] == 25}
+    assert len(accuracies) == len(SCHEDULERS)
+    assert min(accuracies.values()) >= 0.9
+    step_cache.main(["--checkpoint", str(tmp_path / "demo"), "--out", str(tmp_path / "step_cache.json")])
+    rows = json.loads((tmp_path / "step_cache.json").read_text())["schedules"]
+    cached, full = rows["deep, uniform, n = 3"], rows["no cache"]
+    assert cached["speedup"] >= 1.4
+    assert cached["class_accuracy"] >= full["class_accuracy"] - 0.02
+
+
+def test_benchmark_of_schedulers(tmp_path, capsys):
+    load_preset("EDT-digits").save_pretrained(tmp_path / "model")
+    arguments = ["--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path / "results" / "schedulers.json")]
+    schedulers.main([*arguments, "--num-images", "20"])
+    found = json.loads((tmp_path / "results" / "schedulers.json").read_text())
+    assert [(row["scheduler"], row["steps"]) for row in found["rows"]] == [
+        (scheduler.__name__, steps) for scheduler in SCHEDULERS for steps in schedulers.STEPS
+    ]
+    table = schedulers.format_table(found)
+    assert table in capsys.readouterr().out
+    assert len(table.splitlines()) == 2 + len(found["rows"]) + 2
+    with pytest.raises(SystemExit):
+        schedulers.main(["--checkpoint", str(tmp_path), "--num-images", "19"])
+
+
+def test_offloading_hooks(vae):
+    """The hooks of `enable_model_cpu_offload`, with the CPU for the accelerator: twice, as they are set anew."""
+    options = {"num_inference_steps": 2, "output_type": "np"}
+    expected = make_pipeline(vae)([1], generator=generator(), **options).images
+    pipe = make_pipeline(vae)
+    pipe.enable_model_cpu_offload(device="cpu")
+    try:
+        for _ in range(2):
+            assert np.array_equal(pipe([1], generator=generator(), **options).images, expected)
+    finally:
+        pipe.remove_all_hooks()
 
 
 @pytest.mark.gpu

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from image_folders import run, save_images, save_vae
 from matplotlib.image import imread
 from PIL import Image
 from released import tiny_model
-from training_runs import forked, fresh, run_to_end
+from training_runs import forked, fresh, kill_all_below, run_to_end
 
 from edt import EDTPipeline, EDTTransformer2DModel, load_preset, make_scheduler, sample_set
 from edt.cli import main
+from edt.config import amm_placement
 from edt.interrupt import StopRequest
-from edt.run_folder import open_folder
-from edt.sample_set import SampleOptions, amm_placement, draw_samples
+from edt.sample_set import SampleOptions, draw_samples
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -46,9 +47,7 @@ def checkpoints(tmp_path_factory):
     tiny_model().save_pretrained(folder / "latent")
     names = {i: f"digit {i}, {word}" for i, word in enumerate(("nought", "ace", "deuce"))}
     EDTPipeline(tiny_model(**grey), make_scheduler(), id2label=names).save_pretrained(folder / "named")
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(**blocks, block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4)
-    vae.save_pretrained(folder / "vae")
+    vae = AutoencoderKL.from_pretrained(save_vae(folder / "vae"))
     EDTPipeline(tiny_model(), make_scheduler(), vae).save_pretrained(folder / "decoded")
     return folder
 
@@ -100,7 +99,7 @@ def test_the_same_images_as_launched_by_users(checkpoints, whole, tmp_path):
     set_of_small_batches = arguments(checkpoints / "grey", tmp_path / "set", *SET, "--batch-size", 4)
     with fresh([*command, *set_of_small_batches], tmp_path / "log") as run:
         run.wait_for(lambda: len(pictures(tmp_path / "set")) >= 8)
-        run.kill_with_children()
+        kill_all_below(run)
     assert 8 <= len(pictures(tmp_path / "set")) < 64
     draw(checkpoints / "grey", tmp_path / "set", *SET)
     assert pictures(tmp_path / "set") == pictures(whole)
@@ -201,12 +200,22 @@ def test_decoded_latents(checkpoints, tmp_path):
     assert np.array_equal(own["arr_0"], given["arr_0"])
 
 
-def test_the_vae_of_a_run(checkpoints, tmp_path):
-    """A run's configuration names the one that decodes its grids."""
-    shutil.copytree(checkpoints / "latent", tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").write_text(f"data: data\nvae: {checkpoints / 'vae'}\n")
-    saved = draw(tmp_path / "run", tmp_path / "out", "--labels", 1, "--num-images", 1)
-    assert saved["arr_0"].shape == (1, 32, 32, 3)
+def test_a_run_has_the_vae_and_the_names_of_its_data(checkpoints, tmp_path):
+    """Or the VAE that its configuration names for its grids."""
+    for name in ("cat", "dog"):
+        save_images(tmp_path / "photos" / name, 2)
+    run(tmp_path / "photos", tmp_path / "data", vae=str(checkpoints / "vae"))
+    tiny_model(num_classes=2, sample_size=8).save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(f"data: {tmp_path / 'data'}\n")
+    by_name = draw(tmp_path / "run", tmp_path / "1", "--labels", "dog", "cat", "--num-per-class", 1)
+    assert by_name["labels"].tolist() == [1, 0]
+    assert by_name["arr_0"].shape == (2, 16, 16, 3)
+    save_vae(tmp_path / "brighter", scaling_factor=0.25)
+    (tmp_path / "run" / "config.yaml").write_text(f"data: {tmp_path / 'data'}\nvae: {tmp_path / 'brighter'}\n")
+    brighter = draw(tmp_path / "run", tmp_path / "2", "--labels", "dog", "cat", "--num-per-class", 1)
+    assert not np.array_equal(brighter["arr_0"], by_name["arr_0"])
+    shutil.rmtree(tmp_path / "data")
+    draw(tmp_path / "run", tmp_path / "3", "--labels", 1, "--num-per-class", 1)
 
 
 def test_other_options_draw_other_images(checkpoints, tmp_path):
@@ -280,10 +289,12 @@ def test_a_set_takes_no_images_of_another(checkpoints, tmp_path, capsys):
     tiny_model(in_channels=1, out_channels=2, amm_blocks=()).save_pretrained(tmp_path / "other")
     assert main(arguments(tmp_path / "other", tmp_path, "--labels", 4, "--num-images", 2)) == 2
     assert "(weights, amm_blocks)" in capsys.readouterr().err
-    assert (
-        main(arguments(checkpoints / "grey", tmp_path, "--labels", 4, "--num-images", 2, "--cache-interval", 2))
-        == 2
-    )
+
+
+def test_caching_belongs_to_the_settings(checkpoints, tmp_path, capsys):
+    some = ("--labels", 4, "--num-images", 2)
+    draw(checkpoints / "grey", tmp_path, *some)
+    assert main(arguments(checkpoints / "grey", tmp_path, *some, "--cache-interval", 2)) == 2
     assert "(cache_interval)" in capsys.readouterr().err
 
 
@@ -300,15 +311,6 @@ def test_a_checkpoint_may_move_and_its_vae_not_change(checkpoints, tmp_path, cap
     vae.save_pretrained(tmp_path / "moved" / "vae")
     assert main(arguments(tmp_path / "moved", tmp_path / "set", *some)) == 2
     assert "other settings (weights)" in capsys.readouterr().err
-
-
-def test_one_process_at_a_time(checkpoints, tmp_path):
-    """Two commands would take each other's unfinished files."""
-    one_image = arguments(checkpoints / "grey", tmp_path / "set", "--labels", 3, "--num-images", 1)
-    with open_folder(tmp_path / "set"), forked(one_image, tmp_path / "log") as run:
-        assert run.wait() == [2]
-        assert "is in use by process" in run.text()
-    run_to_end(one_image, tmp_path / "log")
 
 
 @pytest.mark.parametrize(
@@ -362,6 +364,23 @@ def test_an_incomplete_pipeline(checkpoints, tmp_path, capsys):
     shutil.rmtree(tmp_path / "pipe" / "vae")
     assert main(arguments(tmp_path / "pipe", tmp_path / "out", "--labels", "3")) == 2
     assert "is no complete pipeline" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_images_of_unknown_settings(checkpoints, tmp_path, capsys):
+    draw(checkpoints / "grey", tmp_path, "--labels", 3, "--num-images", 1)
+    (tmp_path / "samples.json").unlink()
+    assert main(arguments(checkpoints / "grey", tmp_path, "--labels", 3, "--num-images", 1)) == 2
+    assert "drawn with other settings (unknown)" in capsys.readouterr().err
+
+
+def test_two_commands_in_one_folder(checkpoints, tmp_path, capsys):
+    with forked(
+        arguments(checkpoints / "grey", tmp_path / "set", *SET, "--batch-size", 3), tmp_path / "log"
+    ) as run:
+        run.wait_for(lambda: len(pictures(tmp_path / "set")) >= 3)
+        assert main(arguments(checkpoints / "grey", tmp_path / "set", *SET)) == 2
+        run.kill()
+    assert "is in use by process" in capsys.readouterr().err
 
 
 def test_an_output_that_is_a_file(checkpoints, tmp_path, capsys):

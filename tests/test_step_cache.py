@@ -463,5 +463,10 @@ def test_readme_has_the_committed_table_alone(tmp_path):
     path = folder / "step_cache.json"
     committed = step_cache.RESULTS / step_cache.FILE
     path.write_text(committed.read_text())
-    assert report._step_cache(tmp_path, set()) == "Not yet measured with `python -m benchmarks.step_cache`."
-    assert report._step_cache(tmp_path, {path.resolve()}) == step_cache.format_table(json.loads(path.read_text()))
+    assert (
+        report._measured("step_cache", tmp_path, set())
+        == "Not yet measured with `python -m benchmarks.step_cache`."
+    )
+    assert report._measured("step_cache", tmp_path, {path.resolve()}) == step_cache.format_table(
+        json.loads(path.read_text())
+    )

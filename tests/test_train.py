@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from image_folders import save_vae
 from training_runs import (
     TINY,
     differing,
@@ -412,8 +413,12 @@ def test_the_command_line_says_what_it_does(data, tmp_path, capsys):
     # The command it ends with works.
     command = said.splitlines()[-1].split()
     assert command[:2] == ["edt", "sample"]
-    assert main([*command[1:], "--steps", "2", "--num-per-class", "1", "--output", str(tmp_path / "samples")]) == 0
-    assert np.load(tmp_path / "samples" / "samples.npz")["latents"].shape == (3, 4, 8, 8)
+    command += ["--steps", "2", "--num-per-class", "1", "--output", str(tmp_path / "samples")]
+    assert main(command[1:]) == 2
+    assert "such as --vae stabilityai/sd-vae-ft-ema" in capsys.readouterr().err  # these data name none
+    save_vae(tmp_path / "vae")
+    assert main([*command[1:], "--vae", str(tmp_path / "vae")]) == 0
+    assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (3, 16, 16, 3)
 
 
 def test_checkpoints_load_as_models(data, plain_run):

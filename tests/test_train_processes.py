@@ -13,6 +13,7 @@ from training_runs import (
     differing,
     forked,
     fresh,
+    kill_all_below,
     newest,
     run_to_end,
     small_arguments,
@@ -84,7 +85,7 @@ def test_killed_and_resumed_as_launched_by_users(data, tmp_path):
     command += small_arguments(data, output, **fields)[1:]
     with fresh(command, log) as run:
         run.wait_for(lambda: _lines(output) >= 3)
-        run.kill_with_children()
+        kill_all_below(run)
     assert state_of(newest(output))["steps"] < 6
     assert "2 × cpu, DDP" in run.text()
     said = run_to_end(small_arguments(data, output, **fields), log, processes=2)

@@ -158,21 +158,6 @@ class Processes:
         self.signal(signal.SIGKILL)
         self.wait()
 
-    def kill_with_children(self) -> None:
-        """Those that torchrun starts are in process groups of their own."""
-        parents = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        family = [process.pid for process in self.processes]
-        for one in family:
-            family += [child for child, parent in parents.items() if parent == one]
-        assert len(family) > 2 * len(self.processes)
-        for one in family:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(one, signal.SIGKILL)
-        self.wait()
-
 
 def _is_alive(process) -> bool:
     return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
@@ -231,6 +216,22 @@ def fresh(command: list[str], log: Path) -> Iterator[Processes]:
         yield run
     finally:
         run.kill()
+
+
+def kill_all_below(run: Processes) -> None:
+    """A launcher, and the processes that it put into groups of their own."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    family = [run.processes[0].pid]
+    for one in family:
+        family += [child for child, parent in parents.items() if parent == one]
+    assert len(family) >= 3
+    for one in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+    run.wait()
 
 
 def run_to_end(arguments: list[str], log: Path, timeout: float = 120, **options) -> str:
