@@ -232,6 +232,15 @@ def kill_all_below(run: Processes) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(one, signal.SIGKILL)
     run.wait()
+    while any(map(_is_running, family)):  # what they hold, such as a lock, is free a moment after the signal
+        time.sleep(0.005)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def run_to_end(arguments: list[str], log: Path, timeout: float = 120, **options) -> str:
