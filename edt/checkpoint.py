@@ -1,5 +1,6 @@
 """Reading weights: folders of `save_pretrained` and of training runs, and state dicts under the released names."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ _TABLE_DRIFT = 5e-4  # of the released position tables, over twice what their av
 _CONFIG = "config.json"
 PIPELINE_INDEX = "model_index.json"
 _TRANSFORMER = "transformer"  # in a pipeline's folder
+_WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.([^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 _AVERAGED = "ema/"  # in a run's checkpoint
 
 
@@ -149,6 +151,23 @@ def weights_folder(folder: str | Path) -> Path:
     return folder
 
 
+def weights_variant(folder: Path) -> str | None:
+    """The variant of a folder's weights, such as fp16, where it has no others.
+
+    Raises:
+        ValueError: for weights of several variants, and none without.
+    """
+    matches = [_WEIGHTS.fullmatch(file.name) for file in folder.glob("*.safetensors")]
+    variants = {match[1] for match in matches if match}
+    if None in variants or not variants:
+        return None
+    if len(variants) > 1:
+        raise ValueError(
+            f"checkpoint {folder} has weights of the variants {', '.join(sorted(variants))}; keep one"
+        )
+    return variants.pop()
+
+
 def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:
     """The model of a folder that `save_pretrained` of it or of its pipeline wrote, or of a training run
     (`weights_folder`), in evaluation mode.
@@ -162,7 +181,11 @@ def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:
         raise FileNotFoundError(f"checkpoint {folder} has a {_CONFIG} but no .safetensors weights")
     try:
         model, loading = EDTTransformer2DModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **kwargs
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **{"variant": weights_variant(folder), **kwargs},
         )
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint {folder} is truncated or not a safetensors checkpoint: {error}") from error

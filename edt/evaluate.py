@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import json
 import pickle
 import sys
 import zipfile
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from .devices import torch_device
 from .image_sets import FolderImages, NpzImages, has_images, open_images, read_statistics
 from .metrics import Gaussian, RunningGaussian, RunningInceptionScore, frechet_distance, precision_recall
-from .shards import sha256
+from .shards import sha256, write_json
 
 INCEPTION_FEATURES = {"pool": 2048, "spatial": 7 * 17 * 17}
 NEIGHBOURS = 3
@@ -308,7 +307,7 @@ def evaluate(options: EvaluateOptions) -> dict:
         "device": str(device),
     }
     if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(options.output, report)
     return report
 
 

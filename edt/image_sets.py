@@ -19,6 +19,9 @@ from PIL import Image
 
 from .metrics import Gaussian
 
+# In the folder of edt sample: what its images depend on, and themselves.
+SETTINGS, IMAGES = "samples.json", "images"
+
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 # ADM's names for means and covariances of InceptionV3's pooled and spatial features.
 _STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -67,6 +70,8 @@ class FolderImages:
 
     def __init__(self, path: Path):
         self.path = path
+        if (path / SETTINGS).is_file():  # of edt sample, whose grid is no image of the set
+            path = path / IMAGES
         self.files = sorted(
             file
             for file in path.rglob("*")

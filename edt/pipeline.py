@@ -1,6 +1,7 @@
 """`EDTPipeline`: class labels → images, as a diffusers pipeline."""
 
 import json
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .checkpoint import PIPELINE_INDEX, load_checkpoint
+from .checkpoint import PIPELINE_INDEX, load_checkpoint, weights_folder, weights_variant
 from .cuda_graph import GraphedStep
 from .diffusion import NUM_TRAIN_TIMESTEPS, make_scheduler, predict
 from .model import EDTTransformer2DModel
@@ -31,9 +32,14 @@ from .vae import check_latent_channels, decode, load_decoder
 
 # `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` loads a folder that brings its classes. These two
 # files name the installed ones.
+_IMPORT = """try:
+    from edt.{module} import {name}  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("this model needs pip install edt-kernels") from error
+"""
 _CODE = {
-    "pipeline.py": "from edt.pipeline import EDTPipeline  # noqa: F401 (pip install edt-kernels)\n",
-    "transformer/edt_transformer.py": "from edt.model import EDTTransformer2DModel  # noqa: F401\n",
+    "pipeline.py": _IMPORT.format(module="pipeline", name="EDTPipeline"),
+    "transformer/edt_transformer.py": _IMPORT.format(module="model", name="EDTTransformer2DModel"),
 }
 _CLASS_IN_FOLDER = ["pipeline", "EDTPipeline"]
 _TRANSFORMER_IN_FOLDER = ["edt_transformer", "EDTTransformer2DModel"]
@@ -121,7 +127,7 @@ class EDTPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] | None = None,
         callback_on_step_end: Callable[["EDTPipeline", int, Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        cuda_graph: bool = False,
+        cuda_graph: bool | GraphedStep = False,
     ) -> ImagePipelineOutput | tuple:
         """Draws `num_images_per_prompt` images of each label.
 
@@ -143,8 +149,8 @@ class EDTPipeline(DiffusionPipeline):
             callback_on_step_end: called with the pipeline, the step's number, the timestep and a dict of
                 `callback_on_step_end_tensor_inputs`; what it returns under "latents" takes their place.
                 It may set `pipe._guidance_scale` for the steps that follow.
-            cuda_graph: replays the transformer's launches from CUDA graphs, captured in this call: see
-                `edt.GraphedStep`.
+            cuda_graph: replays the transformer's launches from CUDA graphs, captured in this call; or those of an
+                `edt.GraphedStep` of the transformer, which keeps them from call to call.
 
         After `pipe.transformer.enable_cache(edt.StepCacheConfig(interval=3))` only every third step is full.
 
@@ -165,31 +171,38 @@ class EDTPipeline(DiffusionPipeline):
         batch_size = num_images_per_prompt if labels is None else len(labels)
         latents = self._noise(latents, generator, batch_size, device)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
-        step = GraphedStep(self.transformer) if cuda_graph else partial(predict, self.transformer)
+        step = self._stepper(cuda_graph)
         self.transformer.reset_cache()
-
-        for i, timestep in enumerate(self.progress_bar(timesteps)):
-            if self.interrupt:
-                continue
-            scale = self._guidance_scale
-            if guidance_interval is not None:
-                low, high = guidance_interval
-                scale = scale if low < noise_level(self.scheduler, timestep) <= high else 1.0
-            scaled = self.scheduler.scale_model_input(latents, timestep)
-            output = step(scaled, timestep, labels, scale, guidance_channels)
-            latents = scheduler_step(self.scheduler, output, timestep, latents, generator)
-            if callback_on_step_end is not None:
-                known = {"latents": latents}
-                given = {name: known[name] for name in callback_on_step_end_tensor_inputs}
-                latents = (callback_on_step_end(self, i, timestep, given) or {}).get("latents", latents)
-
-        if output_type == "latent":
-            images = latents
-        else:
-            pixels = latents if self.vae is None else decode(latents, self.vae)
-            images = self.image_processor.postprocess(pixels, output_type=output_type)
-        self.maybe_free_model_hooks()
+        try:
+            for i, timestep in enumerate(self.progress_bar(timesteps)):
+                if self.interrupt:
+                    continue
+                scale = self._guidance_scale
+                if guidance_interval is not None:
+                    low, high = guidance_interval
+                    scale = scale if low < noise_level(self.scheduler, timestep) <= high else 1.0
+                scaled = self.scheduler.scale_model_input(latents, timestep)
+                output = step(scaled, timestep, labels, scale, guidance_channels)
+                latents = scheduler_step(self.scheduler, output, timestep, latents, generator)
+                if callback_on_step_end is not None:
+                    known = {"latents": latents}
+                    given = {name: known[name] for name in callback_on_step_end_tensor_inputs}
+                    latents = (callback_on_step_end(self, i, timestep, given) or {}).get("latents", latents)
+            if output_type == "latent":
+                images = latents
+            else:
+                pixels = latents if self.vae is None else decode(latents, self.vae)
+                images = self.image_processor.postprocess(pixels, output_type=output_type)
+        finally:  # after an exception too: features and offloaded models are let go
+            self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _stepper(self, cuda_graph: bool | GraphedStep) -> Callable[..., Tensor]:
+        if isinstance(cuda_graph, GraphedStep):
+            if cuda_graph.model is not self.transformer:
+                raise ValueError("cuda_graph is a GraphedStep of another model than this pipeline's transformer")
+            return cuda_graph
+        return GraphedStep(self.transformer) if cuda_graph else partial(predict, self.transformer)
 
     def _class_numbers(self, class_labels, num_images_per_prompt: int, device: torch.device) -> Tensor | None:
         """(B,) int64 on the device; None for an unconditional model."""
@@ -213,6 +226,8 @@ class EDTPipeline(DiffusionPipeline):
             if isinstance(class_labels, (int, str)):
                 class_labels = [class_labels]
             numbers = torch.tensor([self._class_number(label) for label in class_labels], dtype=torch.int64)
+        if len(numbers) == 0:
+            raise ValueError("class_labels is empty; it needs a label for each image")
         check_labels(numbers, num_classes)
         return numbers.repeat_interleave(num_images_per_prompt).to(device)
 
@@ -226,8 +241,10 @@ class EDTPipeline(DiffusionPipeline):
                 raise ValueError(f"class_labels has {label!r}; this pipeline knows the names {known}")
             return self.labels[label]
         try:
-            return label.__index__()  # NumPy's integers too
-        except AttributeError:
+            if isinstance(label, bool):
+                raise TypeError
+            return operator.index(label)  # NumPy's integers too
+        except TypeError:
             raise TypeError(f"class_labels has {label!r}; it must have integers or names") from None
 
     def _check_call(self, num_inference_steps, output_type, guidance_interval, tensor_inputs) -> None:
@@ -289,10 +306,15 @@ class EDTPipeline(DiffusionPipeline):
 
     def _noise(self, latents, generator, batch_size: int, device: torch.device) -> Tensor:
         shape = (batch_size, self.transformer.config.in_channels, *self.transformer.latent_size)
+        each = generator if isinstance(generator, list) else [generator]
+        if not (generator is None or all(isinstance(one, torch.Generator) for one in each)):
+            raise TypeError(f"generator is {generator!r}; it must be a torch.Generator, or a list of them")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator has {len(generator)} generators for {batch_size} images")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif not isinstance(latents, Tensor):
+            raise TypeError(f"latents is a {type(latents).__name__}; it must be a tensor {shape}")
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be {shape}")
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
@@ -351,7 +373,10 @@ def load_pipeline(
     if not (folder / PIPELINE_INDEX).is_file():
         return EDTPipeline(model, make_scheduler(), **parts)
     try:
-        return EDTPipeline.from_pretrained(folder, transformer=model, local_files_only=True, **parts)
+        variant = weights_variant(weights_folder(folder))
+        return EDTPipeline.from_pretrained(
+            folder, transformer=model, local_files_only=True, variant=variant, **parts
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {folder} is no complete pipeline: {error}") from error
 

@@ -6,6 +6,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -20,10 +21,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import plots
-from .checkpoint import weights_folder
 from .config import amm_placement
+from .cuda_graph import GraphedStep
 from .devices import torch_device
 from .diffusion import NUM_TRAIN_TIMESTEPS
+from .image_sets import IMAGES, SETTINGS
 from .interrupt import StopRequest
 from .model import EDTTransformer2DModel
 from .pipeline import EDTPipeline, load_pipeline
@@ -40,7 +42,6 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
 }
-SETTINGS = "samples.json"
 _GRID_ROWS = _GRID_COLUMNS = 20
 _TOKENS_PER_CALL = 1024  # on a CPU; more are not faster
 
@@ -76,6 +77,8 @@ class SampleOptions:
     """Noise levels (low, high) between which guidance acts; by default at all, 0.01 to 157."""
     cache_interval: int | None = None
     """Faster: of so many steps one is full, the others reuse features of it. None computes every step in full."""
+    cache_schedule: Literal["uniform", "non-uniform"] = "uniform"
+    """Every so many steps, or as many steps in all, closer to each other early on."""
     cache_reuse: Literal["deep", "encoder"] = "deep"
     """What they reuse: all before the last stage, or the encoder."""
     amm: bool = True
@@ -167,15 +170,22 @@ def _draw_missing(options, pipe, classes: list[int], labels: np.ndarray, process
     own = [i for i in range(rank, num_images, num_processes) if not _image_file(options.output, i).is_file()]
     size = _images_per_call(pipe.transformer, options.batch_size, num_images, device)
     calls = [part for batch in _split(own, options.batch_size) for part in _split(batch, size)]
-    with tqdm(total=len(calls) * options.steps, desc="sampling", unit="step", disable=rank > 0) as bar:
+    graph = GraphedStep(pipe.transformer) if options.cuda_graph else False
+
+    def save(number: int, image: Image.Image) -> None:
+        _replace(_image_file(options.output, number), lambda path: image.save(path, format="PNG"))
+
+    with (
+        tqdm(total=len(calls) * options.steps, desc="sampling", unit="step", disable=rank > 0) as bar,
+        ThreadPoolExecutor() as savers,  # compression runs without Python's lock
+    ):
         for call in calls:
             if stop:
                 break
             # On a CPU all calls are of one size; the last image stands in for what is missing.
             filled = call + call[-1:] * (size - len(call)) if device.type == "cpu" else call
-            images = _draw(pipe, options, filled, labels[filled], device, stop, bar)
-            for i, image in zip(call, images):
-                _replace(_image_file(options.output, i), lambda path, image=image: image.save(path, format="PNG"))
+            images = _draw(pipe, options, filled, labels[filled], device, graph, stop, bar)
+            list(savers.map(save, call, images))
 
     processes.wait_for_everyone()
     drawn = sum(_image_file(options.output, i).is_file() for i in range(num_images))
@@ -207,7 +217,11 @@ def prepare_pipeline(options: SampleOptions) -> EDTPipeline:
         blocks = amm_placement(config, options.guidance_scale)
     pipe.transformer.set_amm_blocks(blocks)
     if options.cache_interval is not None:
-        pipe.transformer.enable_cache(StepCacheConfig(options.cache_interval, reuse=options.cache_reuse))
+        config = {"interval": options.cache_interval, "reuse": options.cache_reuse}
+        if options.cache_schedule == "uniform":
+            pipe.transformer.enable_cache(StepCacheConfig(**config))
+        else:
+            pipe.transformer.enable_cache(StepCacheConfig.non_uniform(options.steps, **config))
     return pipe
 
 
@@ -239,42 +253,40 @@ def chosen_classes(options: SampleOptions, pipe: EDTPipeline) -> list[int]:
     return numbers
 
 
+# What the images do not depend on, or what is recorded as what came of it.
+_NOT_SETTINGS = ("checkpoint", "labels", "classes", "num_per_class", "num_images", "amm", "amm_blocks", "vae",
+                 "output", "overwrite", "batch_size", "device", "cuda_graph")  # fmt: skip
+
+
 def _settings(options: SampleOptions, pipe: EDTPipeline, classes: list[int], num_images: int) -> dict:
     """All that the images depend on; what was drawn with other settings does not belong to the set."""
-    kept = (
-        "steps",
-        "scheduler",
-        "guidance_scale",
-        "guidance_channels",
-        "guidance_interval",
-        "vae",
-        "seed",
-        "dtype",
-        "cache_interval",
-        "cache_reuse",
-    )
-    weights = {file.name: file for file in sorted(weights_folder(options.checkpoint).glob("*.safetensors"))}
-    brings_vae = options.vae is None and (options.checkpoint / "vae").is_dir()
-    if brings_vae:  # known by its weights, others by their name
-        weights |= {f"vae/{file.name}": file for file in sorted(options.checkpoint.glob("vae/*.safetensors"))}
+    device = torch_device(options.device)
     settings = {
         "checkpoint": str(options.checkpoint),
-        "weights": {name: sha256(file) for name, file in weights.items()},
+        "weights": _source(pipe.transformer),
+        "vae": None if pipe.vae is None else _source(pipe.vae),
         "classes": classes,
         "num_images": num_images,
-        **{name: value for name, value in asdict(options).items() if name in kept},
-        "vae": None if pipe.vae is None or brings_vae else pipe.vae.config._name_or_path,
+        **{name: value for name, value in asdict(options).items() if name not in _NOT_SETTINGS},
         "amm_blocks": pipe.transformer.config.amm_blocks,
-        "device": torch_device(options.device).type,
+        "device": device.type,
     }
+    if device.type == "cpu":
+        settings["images_per_call"] = _images_per_call(pipe.transformer, options.batch_size, num_images, device)
     return json.loads(json.dumps(settings))  # as it will be read again
+
+
+def _source(model) -> dict[str, str] | str:
+    """What a loaded model is known by: the checksums of its files, or its name on a Hub."""
+    name = model.config._name_or_path
+    return {file.name: sha256(file) for file in sorted(Path(name).glob("*.safetensors"))} or str(name)
 
 
 def _begin_or_go_on(options: SampleOptions, settings: dict) -> None:
     """Raises ValueError where the folder has images that were drawn with other settings."""
     folder, file = options.output, options.output / SETTINGS
     changed = _differences(folder, settings) if file.is_file() else ["unknown"]
-    images = list(folder.glob("images/*.png"))
+    images = list(folder.glob(f"{IMAGES}/*.png"))
     if changed and images:
         if not options.overwrite:
             raise ValueError(
@@ -284,13 +296,21 @@ def _begin_or_go_on(options: SampleOptions, settings: dict) -> None:
         for drawn in (*images, folder / "samples.npz", folder / "samples.png"):
             drawn.unlink(missing_ok=True)
     _image_file(folder, 0).parent.mkdir(parents=True, exist_ok=True)
+    for half_written in folder.glob(f"{IMAGES}/*.tmp"):
+        half_written.unlink()
     write_json(file, settings)
 
 
 def _differences(folder: Path, settings: dict) -> list[str]:
-    """Names of the settings with which the folder's images were not drawn; a checkpoint may have moved."""
+    """Names of the settings with which the folder's images were not drawn.
+
+    A checkpoint may have moved, and a set may grow: its first images stay what they are.
+    """
     drawn_with = json.loads((folder / SETTINGS).read_text())
-    return [name for name in settings if name != "checkpoint" and drawn_with.get(name) != settings[name]]
+    names = settings.keys() - {"checkpoint"}
+    if drawn_with.get("num_images", math.inf) <= settings["num_images"]:
+        names -= {"num_images"}
+    return sorted(name for name in names if drawn_with.get(name) != settings[name])
 
 
 def _split(items: list[int], size: int) -> list[list[int]]:
@@ -309,7 +329,7 @@ def _images_per_call(model: EDTTransformer2DModel, batch_size: int, num_images: 
     return min(num_images, max(8, _TOKENS_PER_CALL // num_tokens))
 
 
-def _draw(pipe, options, numbers: list[int], labels: np.ndarray, device, stop: StopRequest, bar: tqdm) -> list:
+def _draw(pipe, options, numbers: list[int], labels: np.ndarray, device, graph, stop: StopRequest, bar) -> list:
     """The images of these numbers, as PIL has them; none where `stop` came first."""
     conditional = pipe.transformer.config.num_classes > 0
 
@@ -327,13 +347,13 @@ def _draw(pipe, options, numbers: list[int], labels: np.ndarray, device, stop: S
         guidance_channels=options.guidance_channels,
         guidance_interval=options.guidance_interval,
         callback_on_step_end=on_step,
-        cuda_graph=options.cuda_graph,
+        cuda_graph=graph,
     ).images
     return [] if pipe.interrupt else images
 
 
 def _image_file(folder: Path, number: int) -> Path:
-    return folder / "images" / f"{number:06}.png"
+    return folder / IMAGES / f"{number:06}.png"
 
 
 def _read(folder: Path, number: int) -> np.ndarray:

@@ -140,6 +140,17 @@ def test_half_precision_variant(tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("max_shard_size", [None, "300KB"])
+def test_the_only_variant_need_not_be_named(tmp_path, max_shard_size):
+    model = tiny_model()
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size=max_shard_size or "10GB")
+    loaded = edt.load_checkpoint(tmp_path)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    model.save_pretrained(tmp_path, variant="bf16", max_shard_size="10GB")
+    with pytest.raises(ValueError, match="has weights of the variants bf16, fp16; keep one"):
+        edt.load_checkpoint(tmp_path)
+
+
 @pytest.fixture
 def folder(tmp_path):
     tiny_model().save_pretrained(tmp_path)

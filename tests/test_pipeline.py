@@ -22,7 +22,7 @@ from released import fixture, relative_error, tiny_model
 
 import edt
 from benchmarks import schedulers, step_cache
-from edt import EDTPipeline, load_preset, make_scheduler
+from edt import EDTPipeline, GraphedStep, load_preset, make_scheduler
 from edt.demo import DemoOptions, run_demo
 from edt.digits import to_uint8
 from edt.step_cache import NOTHING, StepCacheConfig
@@ -274,6 +274,14 @@ def test_step_caching():
     assert torch.equal(pipe([1, 2], 2.0, generator=generator(), **options).images, plain)
 
 
+def test_an_exception_leaves_no_features_behind():
+    pipe = grey_pipeline()
+    pipe.transformer.enable_cache(StepCacheConfig(interval=2))
+    with pytest.raises(ZeroDivisionError):
+        pipe([1], num_inference_steps=3, callback_on_step_end=lambda *a: 1 / 0)
+    assert pipe.transformer._step_cache.features == NOTHING
+
+
 def test_step_caching_in_a_guidance_interval():
     """Where the batch changes from B to 2B and back, the step is full."""
     pipe = grey_pipeline()
@@ -412,6 +420,10 @@ def foreign(scheduler=DDIMScheduler, **config):
 
 
 BAD = {
+    "no labels": (grey_pipeline, {"class_labels": []}, ValueError, "class_labels is empty"),
+    "truth for a label": (grey_pipeline, {"class_labels": [True]}, TypeError, "class_labels has True"),
+    "number for a generator": (grey_pipeline, {"generator": 3}, TypeError, "generator is 3"),
+    "word for the noise": (grey_pipeline, {"latents": "x"}, TypeError, "latents is a str"),
     "no label": (grey_pipeline, {"class_labels": None}, ValueError, "class_labels is None"),
     "null label": (grey_pipeline, {"class_labels": [10]}, ValueError, "from 10 to 10; they must be 0 to 9"),
     "float label": (grey_pipeline, {"class_labels": [1.5]}, TypeError, r"class_labels has 1\.5"),
@@ -560,7 +572,9 @@ def test_cuda_graphs(scheduler, cached):
     if cached:
         pipe.transformer.enable_cache(StepCacheConfig(interval=3))
     options = {"num_inference_steps": 9, "guidance_interval": (0.3, 10.0), "output_type": "latent"}
+    graphs = GraphedStep(pipe.transformer)
     draws = [
-        pipe([1, 2], 2.0, generator=generator(), cuda_graph=graph, **options).images for graph in (False, True)
+        pipe([1, 2], 2.0, generator=generator(), cuda_graph=graph, **options).images
+        for graph in (False, True, graphs, graphs)
     ]
-    assert torch.equal(*draws)
+    assert all(torch.equal(drawn, draws[0]) for drawn in draws)

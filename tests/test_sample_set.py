@@ -150,10 +150,34 @@ def test_a_missing_image_is_drawn_again(checkpoints, whole, tmp_path):
     assert pictures(tmp_path / "set") == pictures(whole)
 
 
-def test_a_longer_set_begins_with_the_same_images(checkpoints, whole, tmp_path):
-    draw(checkpoints / "grey", tmp_path, *SET[:2], "--num-images", 80, *SET[4:])
-    first, longer = (np.load(folder / "samples.npz")["arr_0"] for folder in (whole, tmp_path))
-    assert np.array_equal(longer[:64], first)
+def test_a_set_grows(checkpoints, whole, tmp_path, capsys):
+    """Its first images stay; it does not shrink, which would leave images that are not its own."""
+    shutil.copytree(whole, tmp_path / "set")
+    longer = draw(checkpoints / "grey", tmp_path / "set", *SET[:2], "--num-images", 80, *SET[4:])
+    assert len(pictures(tmp_path / "set")) == 80
+    assert pictures(tmp_path / "set").items() >= pictures(whole).items()
+    at_once = draw(checkpoints / "grey", tmp_path / "longer", *SET[:2], "--num-images", 80, *SET[4:])
+    assert np.array_equal(longer["arr_0"], at_once["arr_0"])
+    assert main(arguments(checkpoints / "grey", tmp_path / "set", *SET)) == 2
+    assert "other settings (num_images)" in capsys.readouterr().err
+
+
+def test_its_folder_is_evaluated_without_its_grid(checkpoints, whole, tmp_path, capsys):
+    arguments = ["--reference", str(whole / "samples.npz"), "--feature-model", "pixels", "--device", "cpu"]
+    assert main(["evaluate", "--samples", str(whole), *arguments, "--output", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["metrics"]["frechet_distance"]["value"] == pytest.approx(0, abs=1e-6)
+    assert report["metrics"]["precision"]["value"] == 1
+
+
+def test_a_pipeline_of_a_variant(checkpoints, tmp_path):
+    pipe = EDTPipeline.from_pretrained(checkpoints / "decoded")
+    pipe.save_pretrained(tmp_path / "fp16", variant="fp16")
+    drawn = [
+        draw(folder, tmp_path / f"of {folder.name}", "--labels", 1, "--num-images", 1)["arr_0"]
+        for folder in (checkpoints / "decoded", tmp_path / "fp16")
+    ]
+    assert np.array_equal(*drawn)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +255,8 @@ def test_other_options_draw_other_images(checkpoints, tmp_path):
         "bfloat16": ("--dtype", "bfloat16"),
         "cached": ("--cache-interval", 2),
         "cached encoder": ("--cache-interval", 2, "--cache-reuse", "encoder"),
+        "cached otherwise": ("--cache-interval", 3, "--cache-schedule", "non-uniform", "--steps", 9),
+        "cached as often": ("--cache-interval", 3, "--steps", 9),
     }
     drawn = {
         name: draw(checkpoints / "grey", tmp_path / name, "--labels", 3, "--num-images", 2, *more)[
@@ -280,7 +306,7 @@ def test_a_set_takes_no_images_of_another(checkpoints, tmp_path, capsys):
     before = pictures(tmp_path)
     assert main(arguments(checkpoints / "grey", tmp_path, "--labels", 4, "--num-images", 2, "--seed", 1)) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "drawn with other settings (classes, num_images, seed); give another output, or --overwrite" in message
+    assert "drawn with other settings (classes, images_per_call, num_images, seed); give another output" in message
     assert pictures(tmp_path) == before
     draw(checkpoints / "grey", tmp_path, "--labels", 4, "--num-images", 2, "--overwrite")
     assert len(pictures(tmp_path)) == 2
@@ -288,7 +314,7 @@ def test_a_set_takes_no_images_of_another(checkpoints, tmp_path, capsys):
     assert json.loads((tmp_path / "samples.json").read_text())["weights"]
     tiny_model(in_channels=1, out_channels=2, amm_blocks=()).save_pretrained(tmp_path / "other")
     assert main(arguments(tmp_path / "other", tmp_path, "--labels", 4, "--num-images", 2)) == 2
-    assert "(weights, amm_blocks)" in capsys.readouterr().err
+    assert "(amm_blocks, weights)" in capsys.readouterr().err
 
 
 def test_caching_belongs_to_the_settings(checkpoints, tmp_path, capsys):
@@ -310,7 +336,7 @@ def test_a_checkpoint_may_move_and_its_vae_not_change(checkpoints, tmp_path, cap
         vae.decoder.conv_out.bias += 1
     vae.save_pretrained(tmp_path / "moved" / "vae")
     assert main(arguments(tmp_path / "moved", tmp_path / "set", *some)) == 2
-    assert "other settings (weights)" in capsys.readouterr().err
+    assert "other settings (vae)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
