@@ -53,8 +53,10 @@ def checkpoints(tmp_path_factory):
 
 
 def arguments(checkpoint, output, *more) -> list[str]:
-    steps = () if "--steps" in more else ("--steps", "3")
-    return ["sample", "--checkpoint", str(checkpoint), "--output", str(output), *steps, *map(str, more)]
+    """On the CPU, and with few steps, unless `more` says otherwise."""
+    defaults = {"--steps": "3", "--device": "cpu"}
+    given = [word for name in defaults.keys() - set(more) for word in (name, defaults[name])]
+    return ["sample", "--checkpoint", str(checkpoint), "--output", str(output), *given, *map(str, more)]
 
 
 def draw(checkpoint, output, *more) -> dict[str, np.ndarray]:
@@ -407,6 +409,20 @@ def test_two_commands_in_one_folder(checkpoints, tmp_path, capsys):
         assert main(arguments(checkpoints / "grey", tmp_path / "set", *SET)) == 2
         run.kill()
     assert "is in use by process" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [(), ("--cuda-graph",)])
+def test_on_a_gpu(checkpoints, tmp_path, graph):
+    """The same images again, and in other batches but for rounding; the noise is not the CPU's."""
+    options = (*SET, "--device", "cuda", *graph)
+    first, again, other = (
+        draw(checkpoints / "grey", tmp_path / name, *options, "--batch-size", size)["arr_0"]
+        for name, size in (("first", 64), ("again", 64), ("other", 7))
+    )
+    assert np.array_equal(first, again)
+    assert len({image.tobytes() for image in first}) == 64
+    assert np.abs(first.astype(int) - other).mean() < 1
 
 
 def test_an_output_that_is_a_file(checkpoints, tmp_path, capsys):
