@@ -254,6 +254,11 @@ def initialize_from(
     return [name for name in fresh if name in new]
 
 
-def _shorten(what: str, keys: list[str], limit: int = 5) -> str:
-    shown = ", ".join(keys[:limit]) or "none"
-    return f"{what} {shown}" + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+def _shorten(what: str, keys: list[str]) -> str:
+    return f"{what} {few(keys, 5) or 'none'}"
+
+
+def few(names, limit: int = 3) -> str:
+    """The first of the names, and how many more there are, for an error."""
+    names = [names] if isinstance(names, str) else list(names)
+    return ", ".join(map(str, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")

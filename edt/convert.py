@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .checkpoint import (
     PIPELINE_INDEX,
+    few,
     load_checkpoint,
     load_released_state_dict,
     released_position_tables,
@@ -173,7 +174,7 @@ def read_released_file(
     content = _load_pickle(file)
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint {file} has no state dict; it has a {type(content).__name__}")
-    found = _few(content)
+    found = few(content)
     named = [name for name in (_AVERAGED, _RAW) if isinstance(content.get(name), dict)]
     if named:
         weights = weights or named[0]
@@ -185,7 +186,7 @@ def read_released_file(
     if not (content and all(map(_is_weight, content.items()))):
         raise ValueError(
             f"checkpoint {file} has no state dict; it needs floating-point tensors by name, or such under "
-            f"{_AVERAGED} or {_RAW}, and has {_few(content) or 'none'}"
+            f"{_AVERAGED} or {_RAW}, and has {few(content) or 'none'}"
         )
     state = {_without_prefixes(name): tensor for name, tensor in content.items()}
     if len(state) < len(content):
@@ -213,7 +214,7 @@ def _load_pickle(file: Path):
             if objects := torch.serialization.get_unsafe_globals_in_checkpoint(file):
                 raise ValueError(
                     f"checkpoint {file} has pickled objects that are not loaded, as they could run code: "
-                    f"{_few(objects)}; it must be tensors and an argparse.Namespace"
+                    f"{few(objects)}; it must be tensors and an argparse.Namespace"
                 )
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
@@ -246,7 +247,7 @@ def recognize_config(state_dict: dict[str, Tensor]) -> dict:
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         if name not in state_dict or state_dict[name].ndim != ndim:
             fault = f"of shape {tuple(state_dict[name].shape)}" if name in state_dict else "missing"
-            raise ValueError(f"{name}, a tensor of {ndim} dimensions in EDT, is {fault} among {_few(state_dict)}")
+            raise ValueError(f"{name}, a tensor of {ndim} dimensions in EDT, is {fault} among {few(state_dict)}")
         return tuple(state_dict[name].shape)
 
     def block_shape(i: int) -> tuple[int, int, int, int]:
@@ -324,7 +325,7 @@ def read_labels(file: Path, num_classes: int) -> dict[int, str]:
         names = {str(i): line.strip() for i, line in enumerate(text.splitlines())}
     if set(names) != set(map(str, range(num_classes))):
         raise ValueError(
-            f"labels {file} has {len(names)} names, for {_few(names)}; the model needs one for each class, 0 to "
+            f"labels {file} has {len(names)} names, for {few(names)}; the model needs one for each class, 0 to "
             f"{num_classes - 1}"
         )
     wrong = [i for i, name in names.items() if not (isinstance(name, str) and name)]
@@ -380,8 +381,3 @@ def _replacing(output: Path) -> Iterator[Path]:
             if former.exists():
                 os.replace(former, output)
             raise
-
-
-def _few(names, limit: int = 3) -> str:
-    names = [names] if isinstance(names, str) else list(names)
-    return ", ".join(map(str, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -42,6 +42,16 @@ def tiny_model(**overrides) -> edt.EDTTransformer2DModel:
     return model
 
 
+def small_model(**overrides) -> edt.EDTTransformer2DModel:
+    """A smaller one, of 8×8 tokens, in evaluation mode."""
+    sizes = {
+        "hidden_sizes": (16, 24, 32, 24, 16),
+        "num_attention_heads": (2, 3, 4, 3, 2),
+        "depths": (1, 1, 1, 2, 2),
+    }
+    return tiny_model(**{**sizes, "amm_blocks": (3, 5), "sample_size": 8, "patch_size": 1, **overrides}).eval()
+
+
 def released_model() -> edt.EDTTransformer2DModel:
     """The model of the fixture, with its weights."""
     model = edt.EDTTransformer2DModel(**TINY)

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from released import tiny_model
+from released import small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -13,15 +13,6 @@ from edt import GraphedStep, StepCacheConfig
 from edt.diffusion import predict
 
 CACHES = [None, StepCacheConfig(3), StepCacheConfig(3, reuse="encoder")]
-
-
-def small_model(**overrides) -> edt.EDTTransformer2DModel:
-    sizes = {
-        "hidden_sizes": (16, 24, 32, 24, 16),
-        "num_attention_heads": (2, 3, 4, 3, 2),
-        "depths": (1, 1, 1, 2, 2),
-    }
-    return tiny_model(**{**sizes, "amm_blocks": (3, 5), "sample_size": 8, "patch_size": 1, **overrides}).eval()
 
 
 # Batch size and guidance scale of the steps: guidance from step 4 to 8, then another batch.

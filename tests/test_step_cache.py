@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from released import relative_error, tiny_model
+from released import relative_error, small_model
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,15 +21,6 @@ from edt.task_routing import routing_mask
 
 ROUTING = (0.8, 4.0)
 LABELS = torch.tensor([1, 4, 10])
-
-
-def small_model(**overrides) -> edt.EDTTransformer2DModel:
-    sizes = {
-        "hidden_sizes": (16, 24, 32, 24, 16),
-        "num_attention_heads": (2, 3, 4, 3, 2),
-        "depths": (1, 1, 1, 2, 2),
-    }
-    return tiny_model(**{**sizes, "amm_blocks": (3, 5), "sample_size": 8, "patch_size": 1, **overrides}).eval()
 
 
 def step_inputs(step: int, batch_size: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
