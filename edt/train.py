@@ -89,6 +89,11 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> Path:
             trainer.close()
 
 
+# Whoever holds a process group last waits for its threads. DDP's reducer does so without releasing Python's lock,
+# which these threads may want: a run that stopped at an error would hang. So the reducer must not be the last.
+_ENDED_GROUPS: list = []
+
+
 class Trainer:
     """A run on one of its processes: what it trains, and the step that moves it on."""
 
@@ -489,6 +494,8 @@ class Trainer:
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
+        if torch.distributed.is_initialized():
+            _ENDED_GROUPS.append(torch.distributed.group.WORLD)
         self.accelerator.end_training()
 
 
