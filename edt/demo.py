@@ -27,7 +27,7 @@ from .model import EDTTransformer2DModel
 from .run_checkpoint import CHECKPOINTS, list_checkpoints
 from .run_log import METRICS_FILE, read_metrics
 from .run_plots import plot_runs
-from .sampling import sample
+from .sampling import check_guidance_scale, sample
 from .shards import MANIFEST
 from .train import train
 from .train_config import CONFIG_FILE, TrainConfig, load_config, recipe
@@ -74,11 +74,6 @@ class DemoOptions:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive and finite")
         check_guidance_scale(self.guidance_scale)
         torch_device(self.device)
-
-
-def check_guidance_scale(guidance_scale: float) -> None:
-    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-        raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite and not negative, 1 is none")
 
 
 class SamplingInterruptedError(Exception):

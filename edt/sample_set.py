@@ -31,7 +31,7 @@ from .model import EDTTransformer2DModel
 from .pipeline import EDTPipeline, load_pipeline
 from .randomness import keyed_generator
 from .run_folder import open_folder
-from .sampling import check_guidance
+from .sampling import check_guidance, check_guidance_scale
 from .shards import sha256, write_json
 from .step_cache import StepCacheConfig
 
@@ -113,8 +113,7 @@ class SampleOptions:
             raise ValueError(f"steps is {self.steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must not be negative")
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be finite and not negative")
+        check_guidance_scale(self.guidance_scale)
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
             raise ValueError(
                 f"guidance_interval is {self.guidance_interval}; it must be (low, high), 0 ≤ low < high"

@@ -51,6 +51,12 @@ def noise_level(scheduler: SchedulerMixin, timestep: Tensor) -> float:
     return math.sqrt((1 - alpha) / alpha)
 
 
+def check_guidance_scale(guidance_scale: float) -> None:
+    """Raises ValueError for a scale that suits no model."""
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite and not negative, 1 is none")
+
+
 def check_guidance(config, guidance_scale: float, guidance_channels: int | None) -> int:
     """The number of guided channels, by default 3 or all where there are fewer.
 

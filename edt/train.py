@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from edt_kernels._backend import select_backend
 
 from .alignment import AlignmentLoss, encode, feature_grid, load_image_encoder
-from .checkpoint import initialize_from
+from .checkpoint import few, initialize_from
 from .complexity import OPTIMIZER_BUFFERS, block_grid, cost_table, estimate_memory
 from .config import PRESETS
 from .data import LatentDataset, make_loader, open_dataset, to_latents
@@ -379,9 +379,9 @@ class Trainer:
         if wrong.any():
             passes = [name for name, row in zip(("full", "masked"), wrong) if row.any()]
             at = sorted(set(timestep[wrong.any(0)].tolist()))
-            what = f"the loss of the {' and the '.join(passes)} pass is not finite at timesteps {_some(at)}"
+            what = f"the loss of the {' and the '.join(passes)} pass is not finite at timesteps {few(at, 5)}"
         else:
-            what = f"the gradient is not finite in {_some(names) or 'what other processes hold'}"
+            what = f"the gradient is not finite in {few(names, 5) or 'what other processes hold'}"
         checkpoints = list_checkpoints(self.checkpoints)
         left = f"the last good checkpoint is {checkpoints[-1][1]}" if checkpoints else "there is no checkpoint yet"
         return (
@@ -552,11 +552,6 @@ def _flat(config: TrainConfig) -> dict:
     """For trackers, which take numbers and text."""
     plain = (int, float, str, bool)
     return {name: value if isinstance(value, plain) else str(value) for name, value in vars(config).items()}
-
-
-def _some(items, limit: int = 5) -> str:
-    items = list(map(str, items))
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
 def main(args: list[str] | None = None) -> int:
