@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,6 +33,7 @@ from .model import EDTTransformer2DModel
 from .run_plots import plot_runs
 from .sample_set import SampleOptions, draw_samples
 from .step_cache import REUSES, StepCacheConfig
+from .text_files import printable
 from .train_config import TrainConfig
 
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -324,16 +326,30 @@ def main(args: list[str] | None = None) -> int:
         )
         run = next(run for kind, run in _COMMANDS.values() if type(options) is kind)
         return run(options) or 0
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"edt: error: {_one_line(error)}", file=sys.stderr)
-        return 2
     except FloatingPointError as error:
-        print(f"edt: training stopped: {error}", file=sys.stderr)
+        print(f"edt: training stopped: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nedt: interrupted at once; only what was already saved is kept", file=sys.stderr)
         return _INTERRUPTED
+    except Exception as error:
+        if os.environ.get("EDT_TRACEBACK") == "1":
+            raise
+        print(f"edt: error: {_one_line(error)}", file=sys.stderr)
+        return 2
 
 
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+# Of bad input, whose message says what is wrong. Any other has to say what it is, and where.
+_EXPLAINED = (ValueError, TypeError, OSError, RuntimeError, ImportError, OverflowError)
+
+
+def _one_line(error: BaseException) -> str:
+    """The error's message in one line that a terminal can show."""
+    message = printable(re.sub(r"\s+", " ", str(error)).strip())
+    if isinstance(error, MemoryError):
+        return f"out of memory{f': {message}' if message else ''}"
+    if isinstance(error, _EXPLAINED) and message:
+        return message
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(last.filename).name}:{last.lineno}"
+    return f"{type(error).__name__}: {message} ({where}; EDT_TRACEBACK=1 shows more)"

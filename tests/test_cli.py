@@ -1,6 +1,6 @@
 import pytest
 
-from edt import EDTTransformer2DModel, load_preset
+from edt import EDTTransformer2DModel, cli, load_preset
 from edt.cli import main
 
 SMALL = {
@@ -111,3 +111,28 @@ def test_unknown_command_and_help(capsys):
     assert helped.value.code == 0
     out = capsys.readouterr().out
     assert all(command in out for command in ("demo", "sample", "extract", "info"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("a is\n1\x1b[31m"), r"edt: error: a is 1\x1b[31m"),
+        (OverflowError("int too large"), "edt: error: int too large"),
+        (MemoryError(), "edt: error: out of memory"),
+        (KeyError("shape"), r"edt: error: KeyError: 'shape' (test_cli.py:"),
+        (RuntimeError(), "edt: error: RuntimeError:  (test_cli.py:"),
+        (RecursionError("deep"), "edt: error: deep"),
+    ],
+)
+def test_any_error_is_one_line(monkeypatch, capsys, error, said):
+    def fail(options):
+        raise error
+
+    monkeypatch.setitem(cli._COMMANDS, "info", (cli.Info, fail))
+    assert main(["info", "EDT-S/2"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(said)
+    monkeypatch.setenv("EDT_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        main(["info", "EDT-S/2"])

@@ -1,0 +1,61 @@
+"""Text that people and other programs wrote: their encodings, their JSON, their names on a terminal."""
+
+import codecs
+import json
+from pathlib import Path
+
+_MARKS = (  # the longer first: UTF-32's little-endian mark begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with the byte order mark that says so; without the mark.
+
+    Args:
+        what: what the file is, such as "labels"; it begins every error, and the path follows.
+
+    Raises:
+        ValueError: for bytes of another encoding (a code page cannot be told from another), or a NUL.
+        OSError: if it cannot be read, naming it.
+    """
+    content = path.read_bytes()
+    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{what} {path} is not {encoding.removesuffix('-sig').upper()} (byte {error.start}: {error.reason}); "
+            "save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise ValueError(f"{what} {path} has a NUL in it; save it as UTF-8 text")
+    return text
+
+
+def read_json(path: Path, what: str, kind: type | None = None) -> object:
+    """The value of a JSON file, of the type `kind` (dict or list) where one is named.
+
+    Raises:
+        ValueError: naming the file, for text that `read_text` refuses, is no JSON, or is of another type.
+        OSError: if it cannot be read.
+    """
+    text = read_text(path, what)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
+        raise ValueError(f"{what} {path} is no JSON, or torn: {error}") from error
+    if kind is not None and not isinstance(value, kind):
+        needed = {dict: "an object", list: "a list"}[kind]
+        raise ValueError(f"{what} {path} is JSON, but {type(value).__name__}; it must be {needed}")
+    return value
+
+
+def printable(text: object) -> str:
+    r"""One line that any terminal can show: control characters (escapes, line feeds) and lone surrogates, as names
+    that are not UTF-8 have, become \x1b and \udce4."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
