@@ -1,5 +1,6 @@
 """The command line: `edt demo`, `extract`, `train`, …. Wrong input is one line on stderr and exit code 2."""
 
+import io
 import itertools
 import json
 import os
@@ -37,6 +38,7 @@ from .text_files import printable
 from .train_config import TrainConfig
 
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+_BROKEN_PIPE = 141  # and for one whose reader has gone
 _CACHED_STEPS, _CACHE_INTERVALS = 250, (2, 3, 5)  # what edt info counts
 
 
@@ -315,6 +317,19 @@ _COMMANDS = {
 def main(args: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     args = sys.argv[1:] if args is None else args
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that are not UTF-8; terminals that are not
+    try:
+        code = _run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # of `edt … | head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return _BROKEN_PIPE
+
+
+def _run(args: list[str]) -> int:
     try:
         if args[:1] == ["train"]:  # its defaults depend on its arguments
             return run_train(train_config.parse(args[1:]))
@@ -332,6 +347,8 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nedt: interrupted at once; only what was already saved is kept", file=sys.stderr)
         return _INTERRUPTED
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if os.environ.get("EDT_TRACEBACK") == "1":
             raise

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from edt import EDTTransformer2DModel, cli, load_preset
@@ -136,3 +140,22 @@ def test_any_error_is_one_line(monkeypatch, capsys, error, said):
     monkeypatch.setenv("EDT_TRACEBACK", "1")
     with pytest.raises(type(error)):
         main(["info", "EDT-S/2"])
+
+
+def test_a_reader_that_has_gone_and_a_terminal_of_another_encoding(tmp_path):
+    """`edt info … | true` ends without a word; a name that the terminal cannot show is no error."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "edt", "info"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    gone = subprocess.run([*command, "EDT-S/2"], stdout=writer, stderr=subprocess.PIPE, env=environment, text=True)
+    os.close(writer)
+    assert (gone.returncode, gone.stderr) == (141, "")
+    shown = subprocess.run([*command, "EDT-S/2"], capture_output=True, env=environment)
+    assert shown.returncode == 0
+    assert rb"1.43\xd7" in shown.stdout
+    name = os.fsencode(tmp_path / "t") + b"\xe4nch"
+    wrong = subprocess.run([*map(os.fsencode, command), name], capture_output=True, env=environment)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith(b"edt: error: model is ")
+    assert wrong.stderr.count(b"\n") == 1
