@@ -1,14 +1,16 @@
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 # Where installing finished; any change of the project's files installs again.
 READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %)
 PYTEST := $(BIN)/python -m pytest -n 2
 PYTEST_MARKS := -m "not slow"
 # OpenMP's threads otherwise spin while they wait, which on a machine with other work to do costs more than it saves.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-all test-interpreter test-rest static bench lint clean
+.PHONY: demo test test-all test-latest test-interpreter test-rest static bench lint clean
 
 # Trains a small EDT on real digits, samples and judges it; pictures and report in outputs/demo.
 demo: $(READY)
@@ -19,6 +21,11 @@ test: lint test-interpreter test-rest
 # Everything, also what is marked slow: the kernels compiled at all shapes for all targets, many random arguments.
 test-all: PYTEST_MARKS :=
 test-all: lint test-interpreter test-rest
+
+# The tests with the newest release of everything, in an environment of its own, which `make clean` removes: PyPI's
+# PyTorch is some GB of CUDA, and works without a GPU.
+test-latest:
+	$(MAKE) test-interpreter test-rest VENV=.venv-latest CONSTRAINTS=
 
 # The Triton kernels on the CPU: TRITON_INTERPRET binds at import, hence a process of its own.
 test-interpreter: $(READY)
@@ -39,12 +46,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,bench,dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torch-fidelity
+	$(PIP) torch
+	$(PIP) -e ".[train,bench,dev]"
+	$(PIP) --no-deps torch-fidelity
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf .venv .venv-latest outputs

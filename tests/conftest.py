@@ -3,11 +3,19 @@ import os
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 # What deterministic mode, which fills uninitialised memory with NaN, asks of cuBLAS.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
+
+# Autograd's threads exist from the start where they can at all, with a GPU or a CUDA build of PyTorch: a fork of
+# this process that differentiates then fails in every order of the tests.
+if not torch.cuda.is_available():
+    with FakeTensorMode():  # pretends that there are GPUs
+        pass
+torch.ones(1, requires_grad=True).backward()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -517,5 +517,6 @@ def test_manifest_is_plain_json(classes, vae, tmp_path):
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     assert manifest["format_version"] == 1
     assert manifest["class_names"] == ["ant", "zebra"]
-    assert manifest["created_with"]["torch"] == torch.__version__
+    # Of PyPI's packages the version has no "+cu132", which torch.__version__ has.
+    assert manifest["created_with"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert set(manifest["shards"][0]["sha256"]) == {"data-00000.npy", "labels-00000.npy"}

@@ -3,6 +3,7 @@ test launches them as users do."""
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,27 +106,30 @@ def test_a_signal_to_one_process_stops_both(data, whole_runs, tmp_path, fsdp):
     assert state_of(newest(output))["steps"] == read_metrics(output / "metrics.jsonl")[-1]["step"] < 1000
 
 
-def test_the_processes_together_take_what_one_would(data, tmp_path, monkeypatch):
-    """The same samples of the same views in each step; and both keep the same record of losses by timestep."""
+def record(folder: Path) -> None:
+    """Each batch, and the timestep sampler at the end."""
     to_latents, save = train_module.to_latents, train_state.TrainState.save
 
     def record_batch(raw, dataset, generator):
         rank = os.environ.get("RANK", "0")
-        place = tmp_path / f"batches of {os.environ.get('WORLD_SIZE', '1')}"
+        place = folder / f"batches of {os.environ.get('WORLD_SIZE', '1')}"
         place.mkdir(exist_ok=True)
         torch.save(raw, place / f"{len(list(place.glob(f'*-{rank}')))}-{rank}")  # by step and rank
         return to_latents(raw, dataset, generator)
 
-    def record_sampler(state, folder, run):
-        torch.save(state.timestep_sampler.state_dict(), tmp_path / f"sampler {os.environ.get('RANK', '0')}")
-        save(state, folder, run)
+    def record_sampler(state, checkpoint, run):
+        torch.save(state.timestep_sampler.state_dict(), folder / f"sampler {os.environ.get('RANK', '0')}")
+        save(state, checkpoint, run)
 
-    monkeypatch.setattr(train_module, "to_latents", record_batch)
-    monkeypatch.setattr(train_state.TrainState, "save", record_sampler)
+    train_module.to_latents, train_state.TrainState.save = record_batch, record_sampler
+
+
+def test_the_processes_together_take_what_one_would(data, tmp_path):
+    """The same samples of the same views in each step; and both keep the same record of losses by timestep."""
     steps, batch_size = 6, 8
     for processes in (1, 2):
         arguments = small_arguments(data, tmp_path / f"run of {processes}", steps=steps, batch_size=batch_size)
-        run_to_end(arguments, tmp_path / "log", processes=processes)
+        run_to_end(arguments, tmp_path / "log", processes=processes, patch=partial(record, tmp_path))
     for step in range(steps):
         whole = torch.load(tmp_path / "batches of 1" / f"{step}-0")
         parts = [torch.load(tmp_path / "batches of 2" / f"{step}-{rank}") for rank in (0, 1)]
@@ -198,9 +202,7 @@ def test_sharded_and_replicated_agree(data, started, tmp_path, optimizer, parts)
     assert compared > 100
 
 
-@BOTH
-def test_a_signal_after_the_exchange_of_a_step(data, tmp_path, monkeypatch, fsdp):
-    """One process stopped there, while the other waited for it in the next step."""
+def stop_one_after_the_exchange() -> None:
     apply = train_state.TrainState.apply_gradients
 
     def terminate(state, learning_rate):
@@ -208,22 +210,32 @@ def test_a_signal_after_the_exchange_of_a_step(data, tmp_path, monkeypatch, fsdp
         if os.environ.get("RANK") == "1" and state.steps == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train_state.TrainState, "apply_gradients", terminate)
-    with forked(small_arguments(data, tmp_path / "run"), tmp_path / "log", processes=2, fsdp=fsdp) as run:
+    train_state.TrainState.apply_gradients = terminate
+
+
+@BOTH
+def test_a_signal_after_the_exchange_of_a_step(data, tmp_path, fsdp):
+    """One process stopped there, while the other waited for it in the next step."""
+    options = {"processes": 2, "fsdp": fsdp, "patch": stop_one_after_the_exchange}
+    with forked(small_arguments(data, tmp_path / "run"), tmp_path / "log", **options) as run:
         assert run.wait(60) == [130, 130], run.text()
     assert state_of(newest(tmp_path / "run"))["steps"] == 4
 
 
-def test_alignment_sharded_and_replicated(tmp_path, monkeypatch):
+def encode_by_one_convolution() -> None:
+    torch.manual_seed(0)
+    train_module.load_image_encoder = lambda spec: torch.nn.Conv2d(3, 6, 4, stride=4)
+
+
+def test_alignment_sharded_and_replicated(tmp_path):
     """Its head too, and its loss is the mean of both processes'."""
     random = np.random.default_rng(0)
     write_dataset(tmp_path / "data", random.integers(0, 256, (12, 3, 8, 8), dtype=np.uint8), np.arange(12) % 3)
-    monkeypatch.setattr(train_module, "load_image_encoder", lambda spec: torch.nn.Conv2d(3, 6, 4, stride=4))
-    torch.manual_seed(0)  # of the encoder, in each fork
     for fsdp in (False, True):
         arguments = small_arguments(tmp_path / "data", tmp_path / str(fsdp), steps=2, alignment_encoder="any:one",
                                     log_every=1)  # fmt: skip
-        run_to_end(arguments, tmp_path / "log", processes=2, fsdp=fsdp)
+        options = {"processes": 2, "fsdp": fsdp, "patch": encode_by_one_convolution}
+        run_to_end(arguments, tmp_path / "log", **options)
     first, second = (tensors(newest(tmp_path / str(fsdp))) for fsdp in (False, True))
     heads = [name for name in first if name.startswith("optimizer alignment.mlp")]
     assert len(heads) == 24
@@ -234,9 +246,7 @@ def test_alignment_sharded_and_replicated(tmp_path, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@BOTH
-def test_a_loss_that_is_not_finite_in_one_process(data, tmp_path, monkeypatch, fsdp):
-    """Both skip the step, or both stop."""
+def spoil_the_latents_of_one() -> None:
     to_latents, calls = train_module.to_latents, []
 
     def poisoned(raw, dataset, generator):
@@ -244,9 +254,15 @@ def test_a_loss_that_is_not_finite_in_one_process(data, tmp_path, monkeypatch, f
         latents = to_latents(raw, dataset, generator)
         return latents * float("nan") if os.environ.get("RANK") == "1" and len(calls) >= 3 else latents
 
-    monkeypatch.setattr(train_module, "to_latents", poisoned)
+    train_module.to_latents = poisoned
+
+
+@BOTH
+def test_a_loss_that_is_not_finite_in_one_process(data, tmp_path, fsdp):
+    """Both skip the step, or both stop."""
     arguments = small_arguments(data, tmp_path / "run", steps=9, checkpoint_every=1, max_skipped_steps=2)
-    with forked(arguments, tmp_path / "log", processes=2, fsdp=fsdp) as run:
+    options = {"processes": 2, "fsdp": fsdp, "patch": spoil_the_latents_of_one}
+    with forked(arguments, tmp_path / "log", **options) as run:
         assert run.wait() == [1, 1], run.text()
     assert "pass is not finite at timesteps" in run.text()
     assert "in step 4 and 1 before it" in run.text()
@@ -289,7 +305,7 @@ def test_another_number_of_processes_goes_on(data, tmp_path, before, after):
 
 
 @BOTH
-def test_a_loaded_checkpoint_is_what_was_saved(data, whole_runs, tmp_path, monkeypatch, fsdp):
+def test_a_loaded_checkpoint_is_what_was_saved(data, whole_runs, tmp_path, fsdp):
     """Loaded by one process and written again: all tensors bitwise, whatever the shards were."""
     state = make_trainer(small_config(data, tmp_path / "run", resume=str(newest(whole_runs[fsdp])))).state
     (tmp_path / "again").mkdir()
@@ -297,7 +313,7 @@ def test_a_loaded_checkpoint_is_what_was_saved(data, whole_runs, tmp_path, monke
     assert differing(tmp_path / "again", newest(whole_runs[fsdp])) == []
 
 
-def test_sharding_needs_processes(data, tmp_path, monkeypatch):
+def test_sharding_needs_processes(data, tmp_path):
     with forked(small_arguments(data, tmp_path / "run"), tmp_path / "log", fsdp=True) as run:
         assert run.wait() == [2]
     assert "FSDP shards over processes, and there is one" in run.text()

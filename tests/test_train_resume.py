@@ -24,12 +24,12 @@ from training_runs import (
     write_moments,
 )
 
-from edt import run_checkpoint, train_state
+from edt import run_checkpoint, run_folder, train_state
 from edt.cli import main
 from edt.diffusion import LossSecondMomentSampler
 from edt.run_checkpoint import list_checkpoints
 from edt.run_log import read_metrics
-from edt.train import train
+from edt.train import Trainer, train
 from edt.train_config import CONFIG_FILE
 
 pytestmark = pytest.mark.usefixtures("_tiny_training")
@@ -129,14 +129,17 @@ def test_killed_three_times(data, whole_run, tmp_path):
     assert_same_run(output, whole_run)
 
 
-def test_killed_at_many_moments_with_gradient_accumulation(data, tmp_path, monkeypatch):
+def flush_slowly() -> None:
     flush = run_checkpoint._flush
 
     def slow_flush(path):
         time.sleep(0.01)
         flush(path)
 
-    monkeypatch.setattr(run_checkpoint, "_flush", slow_flush)
+    run_checkpoint._flush = slow_flush
+
+
+def test_killed_at_many_moments_with_gradient_accumulation(data, tmp_path):
     seed = 4
     print(f"moments of the kills by random.Random({seed})")
     randomness = random.Random(seed)
@@ -144,7 +147,7 @@ def test_killed_at_many_moments_with_gradient_accumulation(data, tmp_path, monke
               "keep_checkpoints": 2}  # fmt: skip
     output = tmp_path / "run"
     for kill in (kill_between_checkpoints, kill_during_a_checkpoint) * 2:
-        with forked(small_arguments(data, output, **fields), tmp_path / "log") as run:
+        with forked(small_arguments(data, output, **fields), tmp_path / "log", patch=flush_slowly) as run:
             kill(run, output, *([randomness] if kill is kill_between_checkpoints else []))
     run_to_end(small_arguments(data, output, **fields), tmp_path / "log")
     run_to_end(small_arguments(data, tmp_path / "whole", **fields), tmp_path / "log")
@@ -168,10 +171,13 @@ def test_a_signal_saves_and_the_same_command_goes_on(data, whole_run, tmp_path, 
     assert logged(tmp_path / "run")[-1] == STEPS
 
 
-def test_a_second_signal_acts_at_once(data, tmp_path, monkeypatch):
-    """Should a step hang."""
-    monkeypatch.setattr("edt.train.Trainer.step", lambda trainer, batch: time.sleep(1000))
-    with forked(small_arguments(data, tmp_path / "run"), tmp_path / "log") as run:
+def hang_in_the_first_step() -> None:
+    Trainer.step = lambda trainer, batch: time.sleep(1000)
+
+
+def test_a_second_signal_acts_at_once(data, tmp_path):
+    arguments = small_arguments(data, tmp_path / "run")
+    with forked(arguments, tmp_path / "log", patch=hang_in_the_first_step) as run:
         run.wait_for(lambda: "memory, estimated" in run.text())
         run.signal(signal.SIGINT)
         run.wait_for(lambda: "stopping after this step" in run.text())
@@ -181,15 +187,17 @@ def test_a_second_signal_acts_at_once(data, tmp_path, monkeypatch):
     assert "Traceback" not in run.text()
 
 
-def test_a_signal_during_what_is_slow_before_the_first_step(data, tmp_path, monkeypatch):
-    """It is not lost: one step is made, and saved."""
-
+def verify_slowly() -> None:
     def verify(*args, **kwargs):
         print("verifying")
         time.sleep(0.5)
 
-    monkeypatch.setattr("edt.run_folder.verify_dataset", verify)
-    with forked(small_arguments(data, tmp_path / "run"), tmp_path / "log") as run:
+    run_folder.verify_dataset = verify
+
+
+def test_a_signal_during_what_is_slow_before_the_first_step(data, tmp_path):
+    """It is not lost: one step is made, and saved."""
+    with forked(small_arguments(data, tmp_path / "run"), tmp_path / "log", patch=verify_slowly) as run:
         run.wait_for(lambda: "verifying" in run.text())
         run.signal(signal.SIGTERM)
         assert run.wait() == [130]

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
 from edt import cli
+from edt.config import PRESETS
 from edt.data import write_dataset
 from edt.run_checkpoint import list_checkpoints
 from edt.run_log import read_metrics
@@ -164,8 +164,18 @@ def _is_alive(process) -> bool:
 
 
 @contextlib.contextmanager
-def forked(arguments: list[str], log: Path, *, processes: int = 1, fsdp: bool = False) -> Iterator[Processes]:
-    """`edt …` in forks of this process, which have all imported already (and keep what a test patched).
+def forked(
+    arguments: list[str],
+    log: Path,
+    *,
+    processes: int = 1,
+    fsdp: bool = False,
+    patch: Callable[[], None] | None = None,
+) -> Iterator[Processes]:
+    """`edt …` in forks of a process that has all imported already, after `patch`, a function of a test's module.
+
+    Not of this process: once autograd has threads, as with a GPU, or with a CUDA build of PyTorch that has traced
+    anything before its first backward, no fork of it can differentiate.
 
     Several have the environment that `accelerate launch` gives its processes, with `fsdp` that of --use_fsdp.
     """
@@ -173,34 +183,42 @@ def forked(arguments: list[str], log: Path, *, processes: int = 1, fsdp: bool = 
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     log.touch()
-    context = multiprocessing.get_context("fork")
-    started = []
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["edt.sample_set", "edt.train"])
+    started, ready = [], context.Barrier(processes + 1)
     for rank in range(processes):
-        environment = {}
+        environment = dict(os.environ)
         if processes > 1:
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
-                           "MASTER_PORT": port}  # fmt: skip
+            environment |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": port}  # fmt: skip
         if fsdp:
             environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": 2}
         environment = {name: str(value) for name, value in environment.items()}
-        started.append(context.Process(target=_run_forked, args=(arguments, log, environment)))
+        started.append(context.Process(target=_run_forked, args=(arguments, log, environment, patch, ready)))
     for process in started:
         process.start()
     run = Processes(started, log)
     try:
+        ready.wait(60)  # in groups of their own, which signals go to
         yield run
     finally:
         run.kill()
 
 
-def _run_forked(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+def _run_forked(arguments: list[str], log: Path, environment: dict[str, str], patch, ready) -> None:
     os.setsid()
+    os.environ.clear()
     os.environ.update(environment)
-    AcceleratorState._reset_state(True)  # what the tests' process knows of itself
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # that of data workers, as in a run that a user starts
+    PRESETS["tiny"] = TINY
+    if patch is not None:
+        patch()
     with log.open("a", buffering=1) as stream:
         sys.stdout = sys.stderr = stream
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+        ready.wait(60)
         sys.exit(cli.main(arguments))
 
 
