@@ -89,17 +89,28 @@ def test_every_field_through_yaml(tmp_path):
     config = TrainConfig(**{**OTHER, "recipe": None, "resume": "latest"})
     config.save(tmp_path / "config.yaml")
     assert set(yaml.safe_load((tmp_path / "config.yaml").read_text())) == set(OTHER) - set(NOT_SAVED)
-    assert load_config(tmp_path / "config.yaml") == config
-    assert parse(["--config", "config.yaml"]) == replace(config, config=Path("config.yaml"))
+    kept = config.absolute()
+    assert load_config(tmp_path / "config.yaml") == kept
+    assert parse(["--config", "config.yaml"]) == replace(kept, config=Path("config.yaml"))
     values = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert values["trackers"] == ["wandb", "tensorboard"]
-    assert values["data"] == "other/data"
+
+
+def test_paths_are_kept_absolute(tmp_path):
+    """For a run is started again from anywhere. A VAE may be a folder, or a name, which stays."""
+    (tmp_path / "vae").mkdir()
+    for vae, kept in (("vae", str(tmp_path / "vae")), ("some/vae", "some/vae")):
+        TrainConfig(**{**OTHER, "recipe": None, "vae": vae}).save(tmp_path / "config.yaml")
+        values = yaml.safe_load((tmp_path / "config.yaml").read_text())
+        paths = {name: values[name] for name in ("data", "output", "init_from", "vae")}
+        assert paths == {"data": str(tmp_path / "other/data"), "output": str(tmp_path / "other/run"),
+                         "init_from": str(tmp_path / "weights"), "vae": kept}  # fmt: skip
 
 
 def test_defaults_through_yaml(tmp_path):
     """Those that are None too."""
     TrainConfig(data=Path("data")).save(tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml") == TrainConfig(data=Path("data"))
+    assert load_config(tmp_path / "config.yaml") == TrainConfig(data=Path("data")).absolute()
 
 
 def test_the_command_line_is_before_yaml_and_yaml_before_defaults(tmp_path):
@@ -122,8 +133,9 @@ def test_the_folder_of_a_run_is_enough(tmp_path):
     config = TrainConfig(**{**OTHER, "recipe": None, "resume": "latest", "output": Path("where/it/was")})
     (tmp_path / "moved").mkdir()
     config.save(tmp_path / "moved" / CONFIG_FILE)
-    assert parse(["--output", "moved"]) == replace(config, output=Path("moved"))
-    assert parse(["--output=moved", "--steps", "100"]) == replace(config, output=Path("moved"), steps=100)
+    kept = replace(config.absolute(), output=Path("moved"))
+    assert parse(["--output", "moved"]) == kept
+    assert parse(["--output=moved", "--steps", "100"]) == replace(kept, steps=100)
 
 
 @pytest.mark.parametrize("name", RECIPES)

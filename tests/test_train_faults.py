@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from disks import small_disk
@@ -24,7 +25,7 @@ from training_runs import (
 from edt import train as train_module
 from edt import train_state
 from edt.cli import main
-from edt.data import to_latents, write_dataset
+from edt.data import SampleOrder, to_latents, write_dataset
 from edt.run_checkpoint import list_checkpoints, verify_checkpoint
 from edt.run_log import read_metrics
 from edt.train import train
@@ -201,15 +202,53 @@ def test_a_skipped_step_leaves_no_trace_in_later_gradients(data, tmp_path, monke
 
 
 def test_too_many_in_a_row(data, tmp_path, monkeypatch, capsys):
+    """Of data that are not finite: they are named, by the numbers of the items, and not the learning rate."""
     poison_latents(monkeypatch, range(5, 100), [])
     arguments = small_arguments(data, tmp_path / "run", steps=20, checkpoint_every=4, max_skipped_steps=3)
     error = error_of(arguments, capsys, code=1)
     good = tmp_path / "run" / "checkpoints" / "step-00000004"
     assert error.startswith("edt: training stopped: the loss of the full and the masked pass is not finite at ")
+    item = SampleOrder(20, 0)(np.array([6 * 8 + 3]))[0][0]  # the fourth sample of step 7
     assert error.endswith(
-        f", in step 7 and 2 before it; learning_rate 0.001 may be too high; the last good checkpoint is {good}"
+        f", in step 7 and 2 before it; the latents of items {item} in {data} are not finite: make these data "
+        f"anew; the last good checkpoint is {good}"
     )
     assert newest(tmp_path / "run") == good
+
+
+def test_data_that_are_not_finite(tmp_path, capsys):
+    """As stored, or as their scaling makes them."""
+    latents = np.zeros((10, 4, 8, 8), np.float32)
+    for name, factor, items in (("nan", 1.0, "4"), ("scaled", 3e38, "0, 1, 2, 3, 4 and 5 more")):
+        data = tmp_path / name
+        latents[:] = 9
+        write_dataset(data, latents, np.arange(10) % 3, scaling_factor=factor)
+        if name == "nan":
+            stored = np.load(data / "data-00000.npy")
+            stored[4] = NAN
+            np.save(data / "data-00000.npy", stored)
+        fields = {"batch_size": 10, "max_skipped_steps": 1, "verify_data": False}
+        error = error_of(small_arguments(data, tmp_path / f"run {name}", **fields), capsys, code=1)
+        assert f"; the latents of items {items}" in error
+        assert "learning_rate" not in error
+
+
+def test_weights_that_are_not_finite_are_named(data, tmp_path, monkeypatch):
+    """They stay so whatever the learning rate is; checkpoints before them are what helps."""
+
+    def spoil(state):
+        state.shards["model.final_layer.linear.weight"].data[0, 0] = NAN
+
+    made = train_state.TrainState.__init__
+    monkeypatch.setattr(
+        train_state.TrainState, "__init__", lambda state, *args: (made(state, *args), spoil(state))[0]
+    )
+    with pytest.raises(
+        FloatingPointError,
+        match=r"in step 1 and 0 before it; the weights model\.final_layer\.linear\.weight are not finite: go on from "
+        "an earlier checkpoint, or other weights; there is no checkpoint yet",
+    ):
+        train(small_config(data, tmp_path / "run", max_skipped_steps=1))
 
 
 def test_the_count_in_a_row_survives_a_restart(data, tmp_path, monkeypatch):
