@@ -174,8 +174,8 @@ def read_metrics(file: Path) -> list[dict]:
             metrics.append(json.loads(line))
         except (ValueError, RecursionError) as error:
             if number < len(lines):
-                text = line[:80].decode(errors="backslashreplace")
-                raise ValueError(f"{file} has a line {number} that is no JSON: {text!r}") from error
+                text = printable(line[:80].decode(errors="backslashreplace"))
+                raise ValueError(f"{file} has a line {number} that is no JSON: '{text}'") from error
             break
         if fault := _fault(metrics[-1]):
             raise ValueError(f"{file} has a line {number} that edt train did not write: {fault}")

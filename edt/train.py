@@ -194,7 +194,8 @@ class Trainer:
 
     def _verify(self) -> dict | None:
         if self.accelerator.is_local_main_process:
-            return verify_once(self.dataset, self.config.output, progress=self.accelerator.is_main_process)
+            progress = self.accelerator.is_main_process and sys.stderr is not None
+            return verify_once(self.dataset, self.config.output, progress=progress)
 
     # Building
 
