@@ -30,6 +30,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from edt.devices import tf32
+
 from . import measure
 from .harness import UnavailableError, kernels_backend, recorded
 from .measure import Budget, Ceilings, Timing
@@ -94,7 +96,7 @@ class Implementation:
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
         """Around each of its calls: the environment is read, and TF32 decided, then."""
-        with _reference_backend(self.reference), _tf32(self.tf32):
+        with _reference_backend(self.reference), tf32(self.tf32):
             yield
 
 
@@ -112,20 +114,6 @@ def implementations(suite: str) -> list[Implementation]:
 
 def _reference_backend(enabled: bool) -> contextlib.AbstractContextManager:
     return patch.dict(os.environ, {"EDT_KERNELS_BACKEND": "reference"} if enabled else {})
-
-
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Products and convolutions; torch allows it for the latter by default."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = allowed
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
 
 
 def cases(suite: str, device: torch.device, dtypes: list[str], quick: bool) -> list[ModelCase]:
@@ -246,7 +234,7 @@ class Given:
         return _Expected(exact, norm, error, torch.finfo(getattr(torch, case.dtype)).eps)
 
     def _on_the_reference_path(self, dtype: torch.dtype, autocast_dtype: torch.dtype | None) -> dict[str, Tensor]:
-        with _reference_backend(True), _tf32(False):
+        with _reference_backend(True), tf32(False):
             ours = on_device(build_ours(self.case), self.case, self.device)
             ours = ours.double() if dtype == torch.float64 else ours
             work = Workload(InParts(ours, _SAMPLES_AT_A_TIME), self.batch, autocast_dtype)

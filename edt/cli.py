@@ -269,11 +269,12 @@ def tuning_report(table: dict) -> str:
     return "\n".join([*lines, *faults])
 
 
-def run_train(options: TrainConfig) -> int:
+def run_train(args: list[str]) -> int:
     from .train import train
 
+    options = train_config.parse(args)  # its defaults depend on its arguments
     with stop_on_interrupt() as stop:
-        saved = train(options, stop)
+        saved = train(options, stop, config_again=lambda: train_config.parse(args))
     first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     if stop:
         if first:
@@ -331,8 +332,8 @@ def main(args: list[str] | None = None) -> int:
 
 def _run(args: list[str]) -> int:
     try:
-        if args[:1] == ["train"]:  # its defaults depend on its arguments
-            return run_train(train_config.parse(args[1:]))
+        if args[:1] == ["train"]:
+            return run_train(args[1:])
         options = tyro.extras.subcommand_cli_from_dict(
             {name: options for name, (options, _) in _COMMANDS.items()},
             args=args,
@@ -357,7 +358,7 @@ def _run(args: list[str]) -> int:
 
 
 # Of bad input, whose message says what is wrong. Any other has to say what it is, and where.
-_EXPLAINED = (ValueError, TypeError, OSError, RuntimeError, ImportError, OverflowError)
+_EXPLAINED = (ValueError, TypeError, OSError, RuntimeError, ImportError, OverflowError, FloatingPointError)
 
 
 def _one_line(error: BaseException) -> str:

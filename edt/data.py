@@ -420,7 +420,7 @@ def make_loader(
 
 
 def ignore_interrupts(worker: int) -> None:
-    """For a worker process: Ctrl-C reaches every process of a terminal, a scheduler's SIGTERM every one of a job;
-    the main one decides what to do, and workers end with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """For a worker process: Ctrl-C and SIGHUP reach every process of a terminal, a scheduler's SIGTERM every one
+    of a job; the main one decides what to do, and workers end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

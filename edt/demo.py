@@ -127,7 +127,7 @@ def _other_run(config: TrainConfig) -> bool:
         return False
     asked = replace(config, recipe=None, precision=load_config(saved).precision)
     finished = list_checkpoints(config.output / CHECKPOINTS)[-1:]
-    return load_config(saved) != asked or any(step >= config.steps for step, _ in finished)
+    return load_config(saved) != asked.absolute() or any(step >= config.steps for step, _ in finished)
 
 
 @dataclass(frozen=True)

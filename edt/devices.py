@@ -1,4 +1,7 @@
-"""Which device a command runs on."""
+"""Which device a command runs on, and how exact its float32 products are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,3 +17,18 @@ def torch_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}; torch sees no GPU here, use cpu")
     return device
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """float32 products and convolutions in TF32 within, or exactly; afterwards as they were."""
+    # Not allow_tf32: to read it raises once anybody has set fp32_precision.
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "tf32" if allowed else "ieee"
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value

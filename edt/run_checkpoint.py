@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .shards import sha256
+from .text_files import read_json
 
 CHECKPOINTS = "checkpoints"  # in the run's folder
 CHECKSUMS = "checksums.json"
@@ -73,11 +74,13 @@ def verify_checkpoint(folder: Path, part: str = "") -> None:
         DamagedCheckpointError: naming the first file that is missing, torn or changed.
     """
     try:
-        listed = json.loads((folder / CHECKSUMS).read_text())
+        listed = read_json(folder / CHECKSUMS, "list", dict)
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()
                     if name.startswith(part)}  # fmt: skip
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DamagedCheckpointError(f"checkpoint {folder} has no readable {CHECKSUMS}: {error}") from error
+    if not expected:
+        raise DamagedCheckpointError(f"checkpoint {folder} lists no file of {part or 'it'} in {CHECKSUMS}")
     for name, (size, digest) in expected.items():
         file = folder / name
         if not file.is_file():
@@ -117,7 +120,8 @@ def _write_checksums(folder: Path) -> None:
 
 def _remove_unfinished(root: Path) -> None:
     for folder in root.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(folder)
+        if folder.name.removeprefix(_TEMPORARY).isdecimal():  # any other is not ours
+            shutil.rmtree(folder)
 
 
 def _flush(path: Path) -> None:

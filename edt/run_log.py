@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from .text_files import printable
+
 METRICS_FILE = "metrics.jsonl"
 
 # Dense bfloat16 matrix rate in TFLOP/s with float32 accumulation, from NVIDIA's data sheets; the first name that
@@ -65,19 +67,32 @@ class RunLog:
         self.main = accelerator.is_main_process
         if self.main:
             keep_lines_until(self.file, first_step)
-        self.bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", disable=not self.main,
-                        # Of a bar in a file each state stays.
-                        mininterval=0.1 if sys.stderr.isatty() else 10)  # fmt: skip
+        self.shown = self.main and sys.stderr is not None and sys.stdout is not None
+        with self._display():
+            self.bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", disable=not self.shown,
+                            # Of a bar in a file each state stays.
+                            mininterval=0.1 if self.shown and sys.stderr.isatty() else 10)  # fmt: skip
+
+    @contextmanager
+    def _display(self) -> Iterator[None]:
+        """A terminal that is gone, or a pipe's reader, ends what is shown and not the run."""
+        try:
+            yield
+        except (OSError, ValueError):  # ValueError: of a closed file
+            self.shown = False
 
     def say(self, text: str) -> None:
-        if self.main:
-            self.bar.write(text)
+        if self.shown:
+            with self._display():
+                self.bar.write(text)
 
     def step(self, step: int, figures: dict[str, float]) -> None:
         """Of the step that made `step` of them; figures that are not finite are left out of means."""
         self.window.append(figures)
-        self.bar.set_postfix(self._shown(figures), refresh=False)
-        self.bar.update()
+        if self.shown:
+            with self._display():
+                self.bar.set_postfix(self._postfix(figures), refresh=False)
+                self.bar.update()
         if step % self.log_every == 0:
             self.flush(step)
 
@@ -88,8 +103,11 @@ class RunLog:
         line = {"step": step, **self._means(), **self._rates()}
         self.window, self.window_start = [], time.perf_counter()
         if self.main:
-            with self.file.open("a") as lines:
-                lines.write(json.dumps(line) + "\n")
+            try:
+                with self.file.open("a") as lines:
+                    lines.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.file} cannot be written: {error.strerror or error}") from error
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
 
     @contextmanager
@@ -100,7 +118,9 @@ class RunLog:
         self.window_start += time.perf_counter() - start
 
     def close(self) -> None:
-        self.bar.close()
+        if self.shown:
+            with self._display():
+                self.bar.close()
 
     def _means(self) -> dict[str, float]:
         means = {}
@@ -125,7 +145,7 @@ class RunLog:
             rates["model_flop_utilisation"] = achieved / self.peak_operations
         return rates
 
-    def _shown(self, figures: dict[str, float]) -> dict[str, str]:
+    def _postfix(self, figures: dict[str, float]) -> dict[str, str]:
         rates = self._rates()
         shown = {name.removesuffix("_loss"): f"{figures[name]:.4f}" for name in figures if name.endswith("_loss")}
         shown["lr"] = f"{figures['learning_rate']:.1e}"
@@ -139,23 +159,40 @@ class RunLog:
 
 
 def read_metrics(file: Path) -> list[dict]:
-    """The lines of metrics.jsonl; one that a kill tore, at the end, is left out.
+    """The lines of metrics.jsonl; one that a kill or a power cut tore, at the end, is left out.
 
     Raises:
         FileNotFoundError: where there is no such file.
-        ValueError: for a line that is not one of ours, before the last.
+        ValueError: for a line that is not one of ours, but the last where it is no JSON.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; edt train writes it into the run's folder")
-    lines = file.read_text().splitlines()
+    lines = file.read_bytes().splitlines()  # not as one text: a torn line may be of any bytes
     metrics = []
     for number, line in enumerate(lines, start=1):
         try:
             metrics.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
-                raise ValueError(f"{file} has a line {number} that is no JSON: {line[:80]!r}") from error
+                text = printable(line[:80].decode(errors="backslashreplace"))
+                raise ValueError(f"{file} has a line {number} that is no JSON: '{text}'") from error
+            break
+        if fault := _fault(metrics[-1]):
+            raise ValueError(f"{file} has a line {number} that edt train did not write: {fault}")
     return metrics
+
+
+def _fault(line) -> str | None:
+    """What keeps a JSON value from being figures of a step."""
+    if not isinstance(line, dict):
+        return f"it is {type(line).__name__}, not an object"
+    if type(line.get("step")) is not int or not 0 <= line["step"] < 2**63:
+        return "it has no step" if "step" not in line else f"its step is {str(line['step'])[:40]}"
+    for name, value in line.items():
+        huge = type(value) is int and abs(value) > sys.float_info.max
+        if type(value) not in (int, float) or huge:
+            return f"{printable(name)[:40]} is {printable(value)[:40]}, not a number that it could have written"
+    return None
 
 
 def keep_lines_until(file: Path, step: int) -> None:

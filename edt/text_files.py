@@ -2,6 +2,8 @@
 
 import codecs
 import json
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 _MARKS = (  # the longer first: UTF-32's little-endian mark begins with UTF-16's
@@ -59,3 +61,10 @@ def printable(text: object) -> str:
     r"""One line that any terminal can show: control characters (escapes, line feeds) and lone surrogates, as names
     that are not UTF-8 have, become \x1b and \udce4."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def say(text: str) -> None:
+    """A line on stderr, if that is still there: long work goes on without its terminal."""
+    with suppress(OSError, ValueError, RuntimeError):  # gone, closed, or, in a signal handler, amid another print
+        if sys.stderr is not None:  # to print, None is stdout
+            print(text, file=sys.stderr, flush=True)

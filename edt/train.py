@@ -7,13 +7,16 @@ and is started again gives, on one device, the same weights bit for bit as one t
 import hashlib
 import math
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -28,16 +31,17 @@ from .checkpoint import few, initialize_from
 from .complexity import OPTIMIZER_BUFFERS, block_grid, cost_table, estimate_memory
 from .config import PRESETS
 from .data import LatentDataset, make_loader, open_dataset, to_latents
-from .devices import torch_device
+from .devices import tf32, torch_device
 from .diffusion import keep_schedule
 from .interrupt import StopRequest
 from .model import EDTTransformer2DModel
 from .objective import Draws, TrainingObjective, draw
 from .randomness import keyed_generator, keyed_seed
 from .run_checkpoint import CHECKPOINTS, latest_checkpoint, list_checkpoints, verify_checkpoint, write_checkpoint
-from .run_folder import open_folder, remember_verified, tracebacks, verify_once
+from .run_folder import open_folder, own_folder, remember_verified, tracebacks, verify_once
 from .run_log import RunLog, peak_memory, peak_operations
 from .shards import MANIFEST
+from .text_files import say
 from .train_config import CONFIG_FILE, TrainConfig, plain
 from .train_preview import draw_grid, save_grid
 from .train_state import TrainState, names_not_finite, steps_of
@@ -51,17 +55,28 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 # What a generator is for, the second number of its key (seed, purpose, …).
 _INITIAL_WEIGHTS, _ALIGNMENT_HEAD, _STEP, _SAMPLES = 1, 2, 3, 4
+_UNREAD = 2.0  # what a process tells the others whose data cannot be read, in place of whether it is to stop
+
+T = TypeVar("T")
 
 
-def train(config: TrainConfig, stop: StopRequest | None = None) -> Path:
+def train(
+    config: TrainConfig, stop: StopRequest | None = None, *, config_again: Callable[[], TrainConfig] | None = None
+) -> Path:
     """Trains until `config.steps`, or until `stop`, and returns the newest checkpoint's folder.
+
+    Args:
+        config_again: makes `config` anew; for one whose defaults are of a run in its output, which another process
+            may have changed before this one had the folder.
 
     Raises:
         ValueError, FileNotFoundError: for a config or data that do not fit, before anything is spent.
         FloatingPointError: after `max_skipped_steps` steps in a row with a loss or gradient that is not finite.
-        OSError: where a checkpoint cannot be written; earlier ones are as they were.
+        OSError: where data cannot be read any more, after a checkpoint of the steps done; or where a checkpoint
+            cannot be written; earlier ones are as they were.
     """
     config.check()
+    given = config
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,12 +96,51 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> Path:
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),
         ],
     )
-    with _precision_flags(config.precision):
-        trainer = Trainer(config, accelerator, StopRequest() if stop is None else stop)
-        try:
-            return trainer.run()
-        finally:
-            trainer.close()
+    main, is_new = accelerator.is_main_process, not config.output.exists()
+    with tf32(config.precision == "tf32"), _repeatable_convolutions(), _ended(accelerator):
+        # Nothing of the folder is read before it is this run's own; the other processes wait for the main one.
+        lock = _together(accelerator, lambda: open_folder(config.output) if main else None)
+        with own_folder(lock, config.output, is_new) if main else nullcontext():
+            if config_again is not None:
+                _together(accelerator, lambda: _check_unchanged(given, config_again()))
+            return Trainer(config, accelerator, StopRequest() if stop is None else stop).run()
+
+
+def _check_unchanged(given: TrainConfig, again: TrainConfig) -> None:
+    if given != again:
+        raise ValueError(
+            f"output {given.output} has another {CONFIG_FILE} than when this command began: another run there has "
+            "ended meanwhile; start it again"
+        )
+
+
+def _together(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work`, without communication of its own, returns on this process; an error where it fails on any."""
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as failed:
+        error = failed
+    if accelerator.num_processes > 1:
+        faults = [None] * accelerator.num_processes
+        torch.distributed.all_gather_object(faults, None if error is None else str(error))
+        fault = next((text for text in faults if text is not None), None)
+        if error is None and fault is not None:
+            raise RuntimeError(f"another process of the run has failed: {fault}")
+    if error is not None:
+        raise error
+    return result
+
+
+@contextmanager
+def _ended(accelerator: Accelerator) -> Iterator[None]:
+    """Ends trackers and the process group, also after an error."""
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            _ENDED_GROUPS.append(torch.distributed.group.WORLD)
+        accelerator.end_training()
 
 
 # Whoever holds a process group last waits for its threads. DDP's reducer does so without releasing Python's lock,
@@ -110,6 +164,8 @@ class Trainer:
         self.checkpoints = config.output / CHECKPOINTS
         self.resumed_from = self._find_checkpoint()
         self.dataset = open_training_data(config)
+        # Of the data that are opened: what has their name later, if anything, is not what was trained on.
+        self.data_digest = hashlib.sha256((self.dataset.folder / MANIFEST).read_bytes()).hexdigest()
         self.model = build_model(config, self.dataset)
         if config.init_from is not None and self.resumed_from is None:
             fresh = initialize_from(self.model, config.init_from, replace_head=config.replace_head)
@@ -128,10 +184,18 @@ class Trainer:
         if self.resumed_from is not None:
             then, now = self.state.load(self.resumed_from), self._identity()
             self.differences = {k: (then.get(k), now[k]) for k in now if then.get(k) != now[k]}
+        self.saved_steps = self.state.steps
+        self.intact = True  # whether the state is that of a step, and no save of it has failed
+        self.unread: Exception | None = None  # why this process could not read its next batch
         self.log: RunLog | None = None
         self.verified = None
-        if config.verify_data and accelerator.is_local_main_process:  # last, as it may take minutes
-            self.verified = verify_once(self.dataset, config.output, progress=accelerator.is_main_process)
+        if config.verify_data:  # last, as it may take minutes
+            self.verified = _together(accelerator, self._verify)
+
+    def _verify(self) -> dict | None:
+        if self.accelerator.is_local_main_process:
+            progress = self.accelerator.is_main_process and sys.stderr is not None
+            return verify_once(self.dataset, self.config.output, progress=progress)
 
     # Building
 
@@ -154,11 +218,9 @@ class Trainer:
                     "to go on from there, or another output"
                 )
             return folder
-        found = [None]
-        if self.accelerator.is_main_process:
-            found = [
-                latest_checkpoint(self.checkpoints, on_damage=lambda text: print(f"edt: {text}", file=sys.stderr))
-            ]
+        main = self.accelerator.is_main_process
+        look = partial(latest_checkpoint, self.checkpoints, on_damage=lambda text: say(f"edt: {text}"))
+        found = [_together(self.accelerator, lambda: look() if main else None)]
         if self.processes > 1:
             torch.distributed.broadcast_object_list(found)
         if found[0] is None and list_checkpoints(self.checkpoints):
@@ -224,28 +286,42 @@ class Trainer:
 
     def run(self) -> Path | None:
         self._check_disk()
-        if not self.accelerator.is_main_process:
-            return self._run()
-        with open_folder(self.config.output), tracebacks(self.config.output):
-            self.config.save(self.config.output / CONFIG_FILE)
-            if self.verified is not None:
-                remember_verified(self.verified, self.config.output)
-            return self._run()
+        with tracebacks(self.config.output) if self.accelerator.is_main_process else nullcontext():
+            try:
+                return self._run()
+            finally:
+                if self.log is not None:
+                    self.log.close()
 
-    def _run(self) -> Path | None:
-        config, accelerator, state = self.config, self.accelerator, self.state
-        multiply_adds = sum(part.multiply_adds for part in cost_table(self.model))
+    def _begin(self, multiply_adds: int) -> RunLog:
+        """Writes what a run leaves before its first step; so a folder that cannot be written is found here."""
+        config, output = self.config, self.config.output
+        if self.accelerator.is_main_process:
+            try:
+                config.save(output / CONFIG_FILE)
+                if self.verified is not None:
+                    remember_verified(self.verified, output)
+                self.checkpoints.mkdir(exist_ok=True)
+            except OSError as error:
+                raise OSError(f"output {output} cannot be written: {error}") from error
+            if not os.access(self.checkpoints, os.W_OK):
+                raise OSError(f"output {output} cannot be written: its {CHECKPOINTS} are not writable")
         peak = config.peak_tflops * 1e12 if config.peak_tflops else peak_operations(self.device, config.precision)
-        self.log = RunLog(
-            accelerator,
-            config.output,
-            first_step=state.steps,
+        return RunLog(
+            self.accelerator,
+            output,
+            first_step=self.state.steps,
             steps=config.steps,
             batch_size=config.batch_size,
             log_every=config.log_every,
             operations_per_image=6 * (2 if config.masking else 1) * multiply_adds,
             peak_operations=peak,
         )
+
+    def _run(self) -> Path | None:
+        config, accelerator, state = self.config, self.accelerator, self.state
+        multiply_adds = sum(part.multiply_adds for part in cost_table(self.model))
+        self.log = _together(accelerator, lambda: self._begin(multiply_adds))
         self._introduce(multiply_adds)
         if state.steps >= config.steps:
             self.log.say(f"{config.output} has its {state.steps} steps; give more --steps to go on")
@@ -267,9 +343,24 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
             flip=config.flip,
         )
-        saved, first_step = self.resumed_from, state.steps
-        for batch in loader:
-            self.log.step(state.steps + 1, self.step(batch))
+        self.order = loader.dataset.order
+        try:
+            return self._steps(iter(loader))
+        except FloatingPointError:
+            raise  # the weights may be what is wrong: earlier ones must not make room for them
+        except Exception:
+            self._save_what_is_done()
+            raise
+
+    def _steps(self, batches: Iterator[dict[str, Tensor]]) -> Path:
+        config, state = self.config, self.state
+        first_step, saved, batch = state.steps, self.resumed_from, None
+        while True:
+            batch = self._read(batches, batch)
+            figures = self.step(batch)
+            if figures is None:
+                self._stop_unread()
+            self.log.step(state.steps, figures)
             self._say_memory(state.steps - first_step)
             last = state.steps >= config.steps or self.stopping
             with self.log.pause():
@@ -281,13 +372,60 @@ class Trainer:
                 if config.sample_every and not self.stopping and (last or state.steps % config.sample_every == 0):
                     self.draw_samples()
             if last:
-                break
+                return saved
+
+    def _read(self, batches: Iterator[dict[str, Tensor]], before: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """The next batch. Where it cannot be read the one before stands in for it, in a step that changes nothing
+        and tells the other processes (`unread`)."""
+        try:
+            return next(batches)
+        except Exception as error:
+            self.unread = error
+            if before is None:
+                self._stop_unread()
+            return before
+
+    def _stop_unread(self) -> NoReturn:
+        """Ends the run of a process that could not read its data, or of another that could not."""
+        step = self.state.steps + 1
+        saved = self._save_what_is_done(self.processes)
+        left = f"; the steps before it are in {saved}" if saved is not None else ""
+        if self.unread is None:
+            raise RuntimeError(f"another process could not read its data for step {step}{left}")
+        why = str(self.unread)
+        if "Traceback" in why:  # of a worker: the last line says what it was
+            why = re.sub(r"^\w+: ", "", why.strip().splitlines()[-1])
+        raise OSError(
+            f"data {self.config.data}: the {self.local_batch_size} images of step {step} cannot be read: {why}"
+            f"{left}"
+        ) from self.unread
+
+    def _save_what_is_done(self, agreed: int = 1) -> Path | None:
+        """After an error: a checkpoint of the steps that are in none yet, if they are good and so many processes
+        as come here are all. Its folder, or None."""
+        state = self.state
+        if (
+            self.processes != agreed
+            or not self.intact
+            or state.skipped_in_a_row
+            or state.steps == self.saved_steps
+        ):
+            return None
+        try:
+            saved = self.save()
+        except Exception as error:  # the first error is what ends the run, and is raised
+            say(f"edt: the steps since {self.saved_steps} are lost: {error}")
+            return None
+        with suppress(OSError):  # it may be what failed
+            self.log.flush(state.steps)
+        self.log.say(f"all {state.steps} steps are saved in {saved}")
         return saved
 
-    def step(self, batch: dict[str, Tensor]) -> dict[str, float]:
+    def step(self, batch: dict[str, Tensor]) -> dict[str, float] | None:
         """A step of the optimiser on this process's samples; the figures are of all processes.
 
-        One whose loss or gradient is not finite changes nothing but the position and the count of such steps.
+        One whose loss or gradient is not finite changes nothing but the position and the count of such steps. One
+        whose samples a process could not read changes nothing, and has no figures.
         """
         config, accelerator, state = self.config, self.accelerator, self.state
         generator = keyed_generator(self.device, config.seed, _STEP, state.steps, accelerator.process_index)
@@ -300,15 +438,19 @@ class Trainer:
         losses, alignment = self._backward(latents, labels, draws, images)
         gradients = state.take_gradients()
         # What the host and the other processes must know of a step goes into one exchange and one read.
-        stop = torch.full_like(draws.weight, bool(self.stop))
+        stop = torch.full_like(draws.weight, bool(self.stop) if self.unread is None else _UNREAD)
         rows = torch.stack([draws.timestep, draws.weight, stop, *losses]).double().T.contiguous()
         rows = accelerator.gather(rows)  # (samples of all processes, 3 + passes)
         timestep, weight, stop, losses = rows[:, 0].long(), rows[:, 1], rows[:, 2], rows[:, 3:].T
         means = [*(weight * losses).mean(1), accelerator.reduce(alignment.double(), "mean")]
         *means, alignment, norm, stop = torch.stack([*means, self._norm(gradients), stop.max()]).tolist()
+        if stop == _UNREAD:
+            state.clear_gradients()
+            return None
         self.stopping = bool(stop)
         self.stop.requested |= self.stopping
 
+        self.intact = False
         learning_rate = config.learning_rate_at(state.steps)
         if all(map(math.isfinite, (*means, alignment, norm))):
             if config.max_grad_norm is not None and norm > config.max_grad_norm:
@@ -320,10 +462,11 @@ class Trainer:
             state.skipped_steps += 1
             state.skipped_in_a_row += 1
             if state.skipped_in_a_row >= config.max_skipped_steps:
-                raise FloatingPointError(self._what_is_not_finite(timestep, losses))
+                raise FloatingPointError(self._what_is_not_finite(timestep, losses, latents, images))
         state.clear_gradients()
         state.steps += 1
         state.samples_seen += config.batch_size
+        self.intact = True
         figures = dict(zip(("full_loss", "masked_loss"), means))
         if self.encoder is not None:
             figures["alignment_loss"] = alignment
@@ -373,8 +516,8 @@ class Trainer:
         norm = nn.utils.get_total_norm(gradients).double()
         return self.accelerator.reduce(norm.square(), "sum").sqrt() if self.sharded else norm
 
-    def _what_is_not_finite(self, timestep: Tensor, losses: Tensor) -> str:
-        """What, where, and what is left."""
+    def _what_is_not_finite(self, timestep: Tensor, losses: Tensor, latents: Tensor, images: Tensor | None) -> str:
+        """What, where, why, and what is left."""
         wrong, names = ~losses.isfinite(), names_not_finite(self.state)
         if wrong.any():
             passes = [name for name, row in zip(("full", "masked"), wrong) if row.any()]
@@ -382,18 +525,41 @@ class Trainer:
             what = f"the loss of the {' and the '.join(passes)} pass is not finite at timesteps {few(at, 5)}"
         else:
             what = f"the gradient is not finite in {few(names, 5) or 'what other processes hold'}"
+        causes = [self._cause(latents, images)]
+        if self.processes > 1:
+            causes *= self.processes
+            torch.distributed.all_gather_object(causes, causes[0])
+        unknown = f"learning_rate {self.config.learning_rate:g} may be too high"
+        cause = next((cause for cause in causes if cause is not None), unknown)
         checkpoints = list_checkpoints(self.checkpoints)
         left = f"the last good checkpoint is {checkpoints[-1][1]}" if checkpoints else "there is no checkpoint yet"
         return (
             f"{what}, in step {self.state.steps + 1} and {self.state.skipped_in_a_row - 1} before it; "
-            f"learning_rate {self.config.learning_rate:g} may be too high; {left}"
+            f"{cause}; {left}"
         )
+
+    def _cause(self, latents: Tensor, images: Tensor | None) -> str | None:
+        """What of this process was not finite before anything was computed: its data or its weights."""
+        wrong = (~latents.flatten(1).isfinite().all(1)).nonzero()[:, 0].cpu().numpy()
+        if len(wrong):
+            first = self.state.samples_seen + self.accelerator.process_index * self.local_batch_size
+            items = sorted(set(self.order(first + wrong)[0].tolist()))
+            return (
+                f"the latents of items {few(items, 5)} in {self.config.data} are not finite: make these data anew"
+            )
+        weights = [name for name, shard in self.state.shards.items() if not shard.isfinite().all()]
+        if weights:
+            return f"the weights {few(weights)} are not finite: go on from an earlier checkpoint, or other weights"
+        if images is not None and not self._encode(images).isfinite().all():
+            return f"alignment_encoder {self.config.alignment_encoder} returns features that are not finite"
+        return None
 
     # What it leaves behind
 
     def save(self) -> Path:
         """Writes a checkpoint; every process takes part."""
         steps, identity = self.state.steps, self._identity()
+        self.intact = False  # until it is written
         saved = self.checkpoints / f"step-{steps:08d}"
         if not self.accelerator.is_main_process:
             self.state.save(None, identity)
@@ -411,6 +577,7 @@ class Trainer:
                 left = f"the last good one is {good[-1][1]}" if good else "there is none before it"
                 raise OSError(f"checkpoint of step {steps} could not be written: {error}; {left}") from error
         self.accelerator.wait_for_everyone()
+        self.saved_steps, self.intact = steps, True
         return saved
 
     def _identity(self) -> dict:
@@ -424,7 +591,7 @@ class Trainer:
             if gpu
             else f"cpu, {torch.get_num_threads()} threads",
             "kernels": select_backend(q=torch.empty(0, device=self.device)),
-            "data": hashlib.sha256((self.dataset.folder / MANIFEST).read_bytes()).hexdigest(),
+            "data": self.data_digest,
             "torch": torch.__version__,
         }
 
@@ -435,7 +602,9 @@ class Trainer:
         dtype = self.objective.autocast_dtype
         with self.state.averaged_weights(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             latents, labels = draw_grid(self.model, config, generator)
-        if self.accelerator.is_main_process:
+        if not latents.isfinite().all():
+            self.log.say(f"step {steps}: the averaged weights draw numbers that are not finite; no grid is drawn")
+        elif self.accelerator.is_main_process:
             file = config.output / "samples" / f"step-{steps:08d}.png"
             save_grid(file, latents, labels, f"step {steps}", self.vae)
 
@@ -491,16 +660,14 @@ class Trainer:
                 f"{needed / 1e9:.2f} GB, and {self.config.keep_checkpoints} are kept"
             )
 
-    def close(self) -> None:
-        if self.log is not None:
-            self.log.close()
-        if torch.distributed.is_initialized():
-            _ENDED_GROUPS.append(torch.distributed.group.WORLD)
-        self.accelerator.end_training()
-
 
 def open_training_data(config: TrainConfig) -> LatentDataset:
     """With its images where the alignment needs them; those of pixel data are the data."""
+    if not config.data.is_dir():
+        raise FileNotFoundError(
+            f"data folder {config.data}: there is no such folder; edt extract makes one. It was looked for at "
+            f"{config.data.absolute()}; --data says where it is now"
+        )
     dataset = open_dataset(config.data)
     if config.alignment_encoder is not None and dataset.manifest.kind == "latents":
         dataset = open_dataset(config.data, with_images=True)
@@ -525,16 +692,15 @@ def build_model(config: TrainConfig, dataset: LatentDataset) -> EDTTransformer2D
 
 
 @contextmanager
-def _precision_flags(precision: str) -> Iterator[None]:
-    """TF32 products where they are asked for; convolutions whose gradients repeat, for exact resume."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
-    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+def _repeatable_convolutions() -> Iterator[None]:
+    """Convolutions whose gradients repeat, for exact resume."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic
     cudnn.deterministic = True
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = before
+        cudnn.deterministic = before
 
 
 def _images(batch: dict[str, Tensor]) -> Tensor:

@@ -2,9 +2,11 @@
 
 import argparse
 import math
+import sys
 import types
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -13,9 +15,11 @@ import yaml
 
 from .config import PRESETS
 from .diffusion import NUM_TRAIN_TIMESTEPS
+from .text_files import read_text
 
 CONFIG_FILE = "config.yaml"  # beside the run
 _NOT_SAVED = ("recipe", "config", "resume")
+_MOST_WORKERS = 1024  # of a process, each a process itself: more are a slip of the finger that takes the machine
 
 
 @dataclass(frozen=True)
@@ -127,15 +131,25 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises ValueError for a field that cannot work; called before anything is spent."""
+        hints = get_type_hints(TrainConfig)
+        for name, value in vars(self).items():
+            if not _fits(value, hints[name]):
+                raise ValueError(f"{name} is {_shown(value)}; it must be {_describe(hints[name])}")
+            if isinstance(value, (str, Path)) and "\0" in str(value):
+                raise ValueError(f"{name} is {str(value)!r}, with a NUL; no file or name has one")
         if self.model not in PRESETS:
             raise ValueError(f"model is {self.model!r}; it must be one of {', '.join(PRESETS)}")
         at_least = {"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "decay_steps": 1,
                     "warmup_steps": 0, "num_workers": 0, "checkpoint_every": 1, "keep_checkpoints": 1,
                     "log_every": 1, "sample_every": 0, "sample_count": 1, "sample_steps": 1, "seed": 0,
-                    "max_skipped_steps": 1}  # fmt: skip
+                    "max_skipped_steps": 1, "keep_every": 1}  # fmt: skip
+        at_most = {"num_workers": _MOST_WORKERS, "sample_count": 10_000, "seed": 2**63 - 1}
         for name, low in at_least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+            value, high = getattr(self, name), at_most.get(name, 2**31 - 1)
+            if value is not None and value < low:
+                raise ValueError(f"{name} is {_shown(value)}; it must be at least {low}")
+            if value is not None and value > high:
+                raise ValueError(f"{name} is {_shown(value)}; it must be at most {high}")
         if self.sample_steps > NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"sample_steps is {self.sample_steps}; it must be at most {NUM_TRAIN_TIMESTEPS}")
         for name in ("learning_rate", "max_grad_norm", "peak_tflops"):
@@ -147,8 +161,6 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; it must be finite and not negative")
-        if self.keep_every is not None and self.keep_every < 1:
-            raise ValueError(f"keep_every is {self.keep_every}; it must be at least 1")
         if self.sample_every and self.sample_guidance != 1 and not self.class_dropout and not self.unconditional:
             raise ValueError(
                 f"sample_guidance is {self.sample_guidance}; with class_dropout 0 no null class is learned, use 1"
@@ -166,11 +178,18 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """YAML of all fields but where defaults and the first weights came from: a run goes on from its own."""
-        values = {name: value for name, value in asdict(self).items() if name not in _NOT_SAVED}
+        values = {name: value for name, value in asdict(self.absolute()).items() if name not in _NOT_SAVED}
         values = {name: plain(value) for name, value in values.items()}
         temporary = path.with_suffix(".tmp")  # a run goes on by it, so it is there whole or not at all
-        temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+        temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
         temporary.replace(path)
+
+    def absolute(self) -> "TrainConfig":
+        """With paths that are the same from any folder: a run may be started again from another."""
+        paths = {name: value.absolute() for name, value in vars(self).items() if isinstance(value, Path)}
+        if self.vae is not None and Path(self.vae).exists():  # else it is a name
+            paths["vae"] = str(Path(self.vae).absolute())
+        return replace(self, **paths)
 
 
 def plain(value):
@@ -230,10 +249,11 @@ def load_config(path: Path, **overrides) -> TrainConfig:
     """
     if not path.is_file():
         raise FileNotFoundError(f"config {path} does not exist; it must be a YAML file of edt train's fields")
+    text = read_text(path, "config")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {path} is no YAML: {error}") from error
+        values = yaml.load(text, Loader=_PlainLoader)
+    except Exception as error:  # PyYAML's own, and what its makers of numbers and dates let through
+        raise ValueError(f"config {path} is no YAML that edt train reads: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {path} has {type(values).__name__}; it must be a mapping of edt train's fields")
     known = {f.name for f in fields(TrainConfig)} - {"recipe", "config"}
@@ -253,25 +273,67 @@ def _typed(path: Path, name: str, value, hint):
             return None
         hint = next(option for option in get_args(hint) if option is not type(None))
     origin, choices = get_origin(hint), get_args(hint)
-    if origin is Literal and value in choices:
-        return value
     if origin is tuple and isinstance(value, list):
         kinds = choices[:1] * len(value) if choices[-1] is Ellipsis else choices
         if len(kinds) == len(value):
             return tuple(_typed(path, name, item, kind) for item, kind in zip(value, kinds))
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML takes 1e-4, without a point, for text
-        try:
+    if hint is float and type(value) in (int, float, str):  # YAML takes 1e-4, without a point, for text
+        with suppress(ValueError, OverflowError):
             return float(value)
-        except ValueError:
-            pass
-    if origin is None and type(value) is hint:
+    if hint is not float and _fits(value, hint):
         return value
-    needed = " or ".join(map(repr, choices)) if origin is Literal else getattr(hint, "__name__", hint)
-    raise ValueError(f"config {path} has {value!r} for {name}; it must be {needed}")
+    raise ValueError(f"config {path} has {_shown(value)} for {name}; it must be {_describe(hint)}")
+
+
+def _fits(value, hint) -> bool:
+    """Whether a value is of a field's type; integers are floats too, where a float holds them."""
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin is types.UnionType:
+        return any(_fits(value, choice) for choice in choices)
+    if origin is Literal:
+        return isinstance(value, str) and value in choices
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = choices[:1] * len(value) if choices[-1] is Ellipsis else choices
+        return len(kinds) == len(value) and all(map(_fits, value, kinds))
+    if hint is float:
+        return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _describe(hint) -> str:
+    if get_origin(hint) is types.UnionType:
+        return " or ".join(map(_describe, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return "None" if hint is types.NoneType else getattr(hint, "__name__", str(hint))
+
+
+def _shown(value) -> str:
+    """A value within an error: of a long one its beginning."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = "a very large number"
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without what a file of settings never has and what hides a slip or a bomb: aliases, and keys twice."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"it has an alias, *{self.peek_event().anchor}; write the value itself")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise ValueError(f"it has {', '.join(twice)} more than once")
+        return super().construct_mapping(node, deep)
 
 
 def recipe(name: str, **overrides) -> TrainConfig:

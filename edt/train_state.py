@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import EMAModel
 from pytorch_optimizer import Adan
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -15,11 +16,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .diffusion import LossSecondMomentSampler
 from .objective import TrainingObjective
+from .text_files import read_json
 from .train_config import TrainConfig, plain
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # what `from_pretrained` looks for
 _MODEL_PREFIX = "model."  # of the network's parameters in the objective
 _SAMPLER_PREFIX = "timestep_sampler/"
+_COUNTS = ("steps", "samples_seen", "skipped_steps", "skipped_in_a_row", "ema_steps")  # in state.json
+_KINDS = {int: "a count", dict: "an object"}
 
 
 def build_optimizer(config: TrainConfig, parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -178,27 +182,37 @@ class TrainState:
         Raises:
             ValueError: for a checkpoint of another model or optimiser.
         """
-        state = json.loads((folder / "state.json").read_text())
-        if state["optimizer"]["name"] != self.optimizer_name:
+        state = _read_state(folder)
+        if state["optimizer"].get("name") != self.optimizer_name:
             raise ValueError(
                 f"optimizer is {self.optimizer_name!r}; checkpoint {folder} was trained with "
-                f"{state['optimizer']['name']!r}"
+                f"{state['optimizer'].get('name')!r}"
             )
         self._check_config(folder)
-        training = load_file(folder / "training.safetensors")
-        weights = {f"{_MODEL_PREFIX}{k}": v for k, v in load_file(folder / "model" / WEIGHTS).items()}
+        training = _read_tensors(folder / "training.safetensors")
+        weights = {f"{_MODEL_PREFIX}{k}": v for k, v in _read_tensors(folder / "model" / WEIGHTS).items()}
         weights |= {name: v for name, v in training.items() if not name.startswith(_SAMPLER_PREFIX)}
-        self._check_fit(folder, weights)
-        averages = load_file(folder / "ema" / WEIGHTS)
+        self._check_fit(folder, weights, self.parameters)
+        averages = {f"{_MODEL_PREFIX}{k}": v for k, v in _read_tensors(folder / "ema" / WEIGHTS).items()}
+        self._check_fit(
+            folder, averages, {k: v for k, v in self.parameters.items() if k.startswith(_MODEL_PREFIX)}
+        )
         with torch.no_grad():
             for name, shard in self.shards.items():
                 shard.copy_(self._shard(name, weights[name]))
             for name, average in zip(self._of_model(self.shards), self.ema.shadow_params):
-                average.copy_(self._shard(f"{_MODEL_PREFIX}{name}", averages[name]))
-        self._load_optimizer(load_file(folder / "optimizer.safetensors"), state["optimizer"]["groups"])
-        self.timestep_sampler.load_state_dict(
-            {k.removeprefix(_SAMPLER_PREFIX): v for k, v in training.items() if k.startswith(_SAMPLER_PREFIX)}
-        )
+                average.copy_(self._shard(f"{_MODEL_PREFIX}{name}", averages[f"{_MODEL_PREFIX}{name}"]))
+        sampler = {
+            k.removeprefix(_SAMPLER_PREFIX): v for k, v in training.items() if k.startswith(_SAMPLER_PREFIX)
+        }
+        try:
+            self._load_optimizer(_read_tensors(folder / "optimizer.safetensors"), state["optimizer"]["groups"])
+            self.timestep_sampler.load_state_dict(sampler)
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"checkpoint {folder} has a state of the optimizer or the timestep sampler that does not fit: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         self.steps, self.samples_seen = state["steps"], state["samples_seen"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self.ema.optimization_step = state["ema_steps"]
@@ -209,6 +223,8 @@ class TrainState:
         state = {}
         for key, value in buffers.items():
             name, buffer = key.rsplit("/", 1)
+            if value.ndim and value.shape != self.parameters[name].shape:
+                raise ValueError(f"{key} has shape {tuple(value.shape)}")
             state.setdefault(numbers[name], {})[buffer] = self._shard(name, value) if value.ndim else value
         # What the config sets is as it is now; the rest, such as Adan's count of steps, as it was.
         groups = [
@@ -219,22 +235,22 @@ class TrainState:
 
     def _check_config(self, folder: Path) -> None:
         """What no tensor's shape shows."""
-        then, now = json.loads((folder / "model" / "config.json").read_text()), self.model.config
+        then, now = read_json(folder / "model" / "config.json", "config", dict), self.model.config
         for name in ("task_routing", "patch_size", "amm_form"):
             if plain(then.get(name)) != plain(now[name]):
                 raise ValueError(
                     f"checkpoint {folder} has {name} {then.get(name)}; this run's model has {now[name]}"
                 )
 
-    def _check_fit(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
+    def _check_fit(self, folder: Path, weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+        for name, parameter in parameters.items():
             given = tuple(weights[name].shape) if name in weights else "nothing"
             if given != tuple(parameter.shape):
                 raise ValueError(
                     f"checkpoint {folder} has {given} for {name}; this run needs {tuple(parameter.shape)}: "
                     "it was of another model, or of other data"
                 )
-        if extra := sorted(set(weights) - set(self.parameters)):
+        if extra := sorted(set(weights) - set(parameters)):
             raise ValueError(f"checkpoint {folder} has {', '.join(extra[:5])}, which this run's model has not")
 
     def _shard(self, name: str, whole: Tensor) -> Tensor:
@@ -247,7 +263,32 @@ class TrainState:
 
 def steps_of(folder: Path) -> int:
     """Of a checkpoint."""
-    return json.loads((folder / "state.json").read_text())["steps"]
+    return _read_state(folder)["steps"]
+
+
+def _read_state(folder: Path) -> dict:
+    """state.json of a checkpoint, after a check that `save` wrote such a one."""
+    file = folder / "state.json"
+    state = read_json(file, "state", dict)
+    kinds = {**dict.fromkeys(_COUNTS, int), "optimizer": dict, "run": dict}
+    for name, kind in kinds.items():
+        value = state.get(name)
+        if type(value) is not kind or (kind is int and not 0 <= value < 2**63):
+            raise ValueError(f"state {file} has no {name} as edt train writes it, which is {_KINDS[kind]}")
+    if state.get("format") != 1:
+        raise ValueError(f"state {file} is of format {state.get('format')}; this code reads 1")
+    if not isinstance(groups := state["optimizer"].get("groups"), list) or not all(
+        type(g) is dict for g in groups
+    ):
+        raise ValueError(f"state {file} has no groups of the optimizer as edt train writes them")
+    return state
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint file {file} is truncated or no safetensors file: {error}") from error
 
 
 def names_not_finite(state: TrainState) -> list[str]:

@@ -219,7 +219,7 @@ class Failing(Implementation):
 
     def build(self, case, device):
         assert os.environ["EDT_KERNELS_BACKEND"] == "reference"
-        assert torch.backends.cuda.matmul.allow_tf32 == self.tf32
+        assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if self.tf32 else "ieee")
         raise self.error(self.text)
 
 
@@ -228,13 +228,13 @@ def test_settings_are_restored_after_a_failure(before, monkeypatch):
     monkeypatch.delenv("EDT_KERNELS_BACKEND", raising=False)
     if before is not None:
         monkeypatch.setenv("EDT_KERNELS_BACKEND", before)
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    tf32 = [backend.allow_tf32 for backend in backends]
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    tf32 = [backend.fp32_precision for backend in backends]
     failing, ours = measured(tiny("model"), Failing(tf32=True), implementations("model")[0])
     assert (failing.status, failing.reason, failing.ms) == ("failed", "ValueError: no such thing", None)
     assert ours.status == "ok"
     assert os.environ.get("EDT_KERNELS_BACKEND") == before
-    assert [backend.allow_tf32 for backend in backends] == tf32
+    assert [backend.fp32_precision for backend in backends] == tf32
 
 
 @pytest.mark.parametrize(

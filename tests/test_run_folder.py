@@ -131,8 +131,8 @@ def test_running_mean():
         (None, "metrics.jsonl does not exist; edt train writes it"),
         ("", "metrics.jsonl is empty; edt train writes its first line after log_every steps"),
         ('{"step": 1', "metrics.jsonl is empty"),
-        ("{}\n", "metrics.jsonl has lines without a step"),
-        ("[1]\n", "metrics.jsonl has lines without a step"),
+        ("{}\n", "metrics.jsonl has a line 1 that edt train did not write: it has no step"),
+        ("[1]\n", "metrics.jsonl has a line 1 that edt train did not write: it is list, not an object"),
         ("no\n{}\n", "metrics.jsonl has a line 1 that is no JSON"),
     ],
 )

@@ -1,4 +1,5 @@
 import json
+import re
 import time
 
 import pytest
@@ -107,6 +108,44 @@ def test_metrics_that_are_none(tmp_path):
     (tmp_path / METRICS_FILE).write_text('{"step": 1}\nstep two\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"has a line 2 that is no JSON: 'step two'"):
         read_metrics(tmp_path / METRICS_FILE)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (b"\xff\xfe\n{}\n", r"has a line 1 that is no JSON: '\\xff"),
+        (b"[]\n", "has a line 1 that edt train did not write: it is list, not an object"),
+        (b'{"step": 1}\n5\n', "has a line 2 that edt train did not write: it is int, not an object"),
+        (b'{"loss": 1}\n', "has a line 1 that edt train did not write: it has no step"),
+        (b'{"step": true}\n', "has a line 1 that edt train did not write: its step is True"),
+        (b'{"step": 1e400}\n', "has a line 1 that edt train did not write: its step is inf"),
+        (b'{"step": -1}\n', "its step is -1"),
+        (b'{"step": 1' + b"0" * 30 + b"}\n", "its step is 10000"),
+        (b'{"step": 1, "full_loss": "a"}\n', "full_loss is a, not a number"),
+        (b'{"step": 1, "full_loss": null}\n', "full_loss is None, not a number"),
+        (b'{"step": 1, "full_loss": 1' + b"0" * 400 + b"}\n", "full_loss is 10000"),
+        (b'{"step": 1, "\\u001b[31m": []}\n', r"\\x1b\[31m is \[\], not a number"),
+    ],
+)
+def test_lines_of_others(tmp_path, lines, message):
+    file = tmp_path / METRICS_FILE
+    file.write_bytes(lines)
+    for read in (read_metrics, lambda file: keep_lines_until(file, 10)):
+        with pytest.raises(ValueError, match=f"{file} has a line .*") as error:
+            read(file)
+        assert re.search(message, str(error.value))
+        assert "\x1b" not in str(error.value)
+    assert file.read_bytes() == lines
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2, "full', b"\0\0\0\0", b"\xff", b"[" * 100_000, b"\0\n"])
+def test_a_last_line_that_a_power_cut_tore(tmp_path, torn):
+    """Of any bytes; a run that goes on drops it."""
+    file = tmp_path / METRICS_FILE
+    file.write_bytes(b'{"step": 1, "full_loss": NaN}\n' + torn)
+    assert [line["step"] for line in read_metrics(file)] == [1]
+    keep_lines_until(file, 5)
+    assert file.read_text() == '{"step": 1, "full_loss": NaN}\n'
 
 
 def test_the_bar(tmp_path, capsys):

@@ -1,12 +1,16 @@
 """What a training step does, and what does not change it."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from image_folders import save_vae
 from training_runs import (
+    ROOT,
     TINY,
     differing,
     newest,
@@ -447,3 +451,51 @@ def test_compiled_steps_agree_with_eager_ones(data, tmp_path, monkeypatch, train
     for one, other in zip(first, second, strict=True):
         for name in ("full_loss", "masked_loss", "gradient_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-3)
+
+
+# What a user set of float32 products, in a process of its own: torch has no way back from it.
+SET_BY_USERS = {
+    "nothing": "pass",
+    "new": "torch.backends.fp32_precision = 'tf32'",
+    "new, of convolutions": "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "legacy": "torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cudnn.allow_tf32 = False",
+    "legacy of products": "torch.set_float32_matmul_precision('high')",
+}
+USE_TF32 = """
+import torch
+from edt.devices import tf32
+{how}
+cudnn = torch.backends.cudnn
+def now():
+    return [backend.fp32_precision for backend in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)]
+def legacy():
+    try:
+        return torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32
+    except RuntimeError:
+        return "mixed"
+before, legacy_before = now(), legacy()
+for allowed in (True, False):
+    try:
+        with tf32(allowed):
+            assert now() == ["tf32" if allowed else "ieee"] * 3
+            raise KeyError
+    except KeyError:
+        pass
+    assert (now(), legacy()) == (before, legacy_before)
+{then}
+assert (now(), legacy()) == (before, legacy_before)
+"""
+
+
+@pytest.mark.parametrize("how", SET_BY_USERS)
+def test_what_a_user_set_of_tf32_is_as_it_was(data, tmp_path, how):
+    """And a run trains, whichever of torch's two switches it was."""
+    config = small_config(data, tmp_path / "run", steps=1, precision="tf32")
+    then = (
+        "from pathlib import PosixPath\nfrom edt.config import PRESETS\nfrom edt.train import TrainConfig, train\n"
+        f"PRESETS['tiny'] = {TINY}\ntrain({config})"
+    )
+    code = USE_TF32.format(how=SET_BY_USERS[how], then=then if how == "new" else "")
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )

@@ -89,17 +89,28 @@ def test_every_field_through_yaml(tmp_path):
     config = TrainConfig(**{**OTHER, "recipe": None, "resume": "latest"})
     config.save(tmp_path / "config.yaml")
     assert set(yaml.safe_load((tmp_path / "config.yaml").read_text())) == set(OTHER) - set(NOT_SAVED)
-    assert load_config(tmp_path / "config.yaml") == config
-    assert parse(["--config", "config.yaml"]) == replace(config, config=Path("config.yaml"))
+    kept = config.absolute()
+    assert load_config(tmp_path / "config.yaml") == kept
+    assert parse(["--config", "config.yaml"]) == replace(kept, config=Path("config.yaml"))
     values = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert values["trackers"] == ["wandb", "tensorboard"]
-    assert values["data"] == "other/data"
+
+
+def test_paths_are_kept_absolute(tmp_path):
+    """For a run is started again from anywhere. A VAE may be a folder, or a name, which stays."""
+    (tmp_path / "vae").mkdir()
+    for vae, kept in (("vae", str(tmp_path / "vae")), ("some/vae", "some/vae")):
+        TrainConfig(**{**OTHER, "recipe": None, "vae": vae}).save(tmp_path / "config.yaml")
+        values = yaml.safe_load((tmp_path / "config.yaml").read_text())
+        paths = {name: values[name] for name in ("data", "output", "init_from", "vae")}
+        assert paths == {"data": str(tmp_path / "other/data"), "output": str(tmp_path / "other/run"),
+                         "init_from": str(tmp_path / "weights"), "vae": kept}  # fmt: skip
 
 
 def test_defaults_through_yaml(tmp_path):
     """Those that are None too."""
     TrainConfig(data=Path("data")).save(tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml") == TrainConfig(data=Path("data"))
+    assert load_config(tmp_path / "config.yaml") == TrainConfig(data=Path("data")).absolute()
 
 
 def test_the_command_line_is_before_yaml_and_yaml_before_defaults(tmp_path):
@@ -122,8 +133,9 @@ def test_the_folder_of_a_run_is_enough(tmp_path):
     config = TrainConfig(**{**OTHER, "recipe": None, "resume": "latest", "output": Path("where/it/was")})
     (tmp_path / "moved").mkdir()
     config.save(tmp_path / "moved" / CONFIG_FILE)
-    assert parse(["--output", "moved"]) == replace(config, output=Path("moved"))
-    assert parse(["--output=moved", "--steps", "100"]) == replace(config, output=Path("moved"), steps=100)
+    kept = replace(config.absolute(), output=Path("moved"))
+    assert parse(["--output", "moved"]) == kept
+    assert parse(["--output=moved", "--steps", "100"]) == replace(kept, steps=100)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -165,6 +177,22 @@ def test_without_data(capsys):
         ("- steps", "has list; it must be a mapping of edt train's fields"),
         ("", "has NoneType; it must be a mapping"),
         ("steps: [1", "is no YAML"),
+        ("data: &a x\noutput: *a", r"is no YAML that edt train reads: it has an alias, \*a; write the value"),
+        ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "is no YAML that edt train reads: it has an alias"),
+        ("<<: {steps: 1}\nbase: &b {}\nrun: {<<: *b}", "is no YAML that edt train reads"),
+        ("steps: 1\nsteps: 2", "is no YAML that edt train reads: it has steps more than once"),
+        ("model: !!python/object/apply:os.system [true]", "is no YAML that edt train reads"),
+        ("model: !!set {a, b}", "has {'[ab]', '[ab]'} for model; it must be str"),
+        ("model: 2020-01-01", r"has datetime\.date\(2020, 1, 1\) for model; it must be str"),
+        ("model: 2020-13-45", "is no YAML that edt train reads: month must be in 1..12"),
+        ("model: !!int ''", "is no YAML that edt train reads"),
+        ("? [a]\n: 1", "is no YAML that edt train reads"),
+        ("[" * 20_000, "is no YAML that edt train reads"),
+        (f"steps: 1{'0' * 5000}", "is no YAML that edt train reads: Exceeds the limit"),
+        (f"learning_rate: 1{'0' * 400}", "has 10+… for learning_rate; it must be float"),
+        ("1: 2", "has 1; edt train has no such field"),
+        ("data: !!binary aGk=", "has b'hi' for data; it must be Path"),
+        ("task_routing: [0.8, [4.0]]", r"has \[4.0\] for task_routing; it must be float"),
     ],
 )
 def test_yaml_that_is_wrong(tmp_path, capsys, text, message):
@@ -175,6 +203,73 @@ def test_yaml_that_is_wrong(tmp_path, capsys, text, message):
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
     assert error[0].startswith("edt: error: config my.yaml ")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_yaml_with_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "my.yaml").write_bytes("data: dätä\nsteps: 3\n".encode(encoding))
+    config = load_config(tmp_path / "my.yaml")
+    assert (config.data, config.steps) == (Path("dätä"), 3)
+
+
+def test_yaml_of_a_code_page(tmp_path, capsys):
+    (tmp_path / "my.yaml").write_bytes("data: dätä\n".encode("latin-1"))
+    assert main(["train", "--config", "my.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("edt: error: config my.yaml is not UTF-8 (byte 7: ")
+
+
+def test_names_that_are_not_ascii(tmp_path):
+    config = TrainConfig(data=tmp_path / "dätä 数", output=tmp_path)
+    config.save(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+COUNTS = [name for name, value in OTHER.items() if type(value) is int]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_have_bounds(name):
+    """Also where a slip of the finger would take all memory, or start a million processes."""
+    for value, message in ((-1, "must be at least"), (10**400, "must be at most"), (10**5000, "must be at most")):
+        with pytest.raises(ValueError, match=f"^{name} is .*{message}"):
+            replace(TrainConfig(data=Path("data")), **{name: value}).check()
+    assert as_arguments({name: 10**400})[1] == str(10**400)
+    with pytest.raises(ValueError, match=f"^{name} is True; it must be int"):
+        replace(TrainConfig(data=Path("data")), **{name: True}).check()
+
+
+@pytest.mark.parametrize("name", [name for name, value in OTHER.items() if type(value) is float])
+def test_numbers_have_bounds(name):
+    for value in (float("nan"), float("inf"), -1.0, 10**400, "1", True, None):
+        if value is not None or name not in ("max_grad_norm", "peak_tflops"):
+            with pytest.raises(ValueError, match=f"^{name} is "):
+                replace(TrainConfig(data=Path("data")), **{name: value}).check()
+    for wrong in (0.5j, [], ()):
+        with pytest.raises(ValueError, match=f"^{name} is .*; it must be float"):
+            replace(TrainConfig(data=Path("data")), **{name: wrong}).check()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": "data"}, "data is 'data'; it must be Path"),
+        ({"output": None}, "output is None; it must be Path"),
+        ({"init_from": 3}, "init_from is 3; it must be Path or None"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; it must be 'adan' or 'adamw'"),
+        ({"precision": None}, "precision is None; it must be 'auto' or "),
+        ({"trackers": "wandb"}, "trackers is 'wandb'; it must be "),
+        ({"trackers": ("wandb", 3)}, "trackers is .*; it must be "),
+        ({"task_routing": (0.5,)}, "task_routing is .*; it must be "),
+        ({"masking": 1}, "masking is 1; it must be bool"),
+        ({"data": Path("a\0b")}, "data is .*, with a NUL"),
+        ({"vae": "a\0b"}, "vae is .*, with a NUL"),
+        ({"num_workers": 2000}, "num_workers is 2000; it must be at most 1024"),
+    ],
+    ids=str,
+)
+def test_fields_of_another_type(fields, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        TrainConfig(**{"data": Path("data"), **fields}).check()
 
 
 def test_sources_that_are_wrong(capsys):

@@ -3,16 +3,22 @@
 import contextlib
 import ctypes
 import errno
+import io
+import json
 import os
 import shutil
+import sys
 
+import numpy as np
 import pytest
 import torch
 from disks import small_disk
 from safetensors.torch import save_file
 from training_runs import (
+    TINY,
     assert_same_run,
     differing,
+    forked,
     newest,
     small_arguments,
     small_config,
@@ -24,9 +30,10 @@ from training_runs import (
 from edt import train as train_module
 from edt import train_state
 from edt.cli import main
-from edt.data import to_latents, write_dataset
-from edt.run_checkpoint import list_checkpoints, verify_checkpoint
+from edt.data import LatentDataset, SampleOrder, to_latents, write_dataset
+from edt.run_checkpoint import CHECKSUMS, list_checkpoints, verify_checkpoint
 from edt.run_log import read_metrics
+from edt.shards import sha256
 from edt.train import train
 
 pytestmark = pytest.mark.usefixtures("_tiny_training")
@@ -201,15 +208,53 @@ def test_a_skipped_step_leaves_no_trace_in_later_gradients(data, tmp_path, monke
 
 
 def test_too_many_in_a_row(data, tmp_path, monkeypatch, capsys):
+    """Of data that are not finite: they are named, by the numbers of the items, and not the learning rate."""
     poison_latents(monkeypatch, range(5, 100), [])
     arguments = small_arguments(data, tmp_path / "run", steps=20, checkpoint_every=4, max_skipped_steps=3)
     error = error_of(arguments, capsys, code=1)
     good = tmp_path / "run" / "checkpoints" / "step-00000004"
     assert error.startswith("edt: training stopped: the loss of the full and the masked pass is not finite at ")
+    item = SampleOrder(20, 0)(np.array([6 * 8 + 3]))[0][0]  # the fourth sample of step 7
     assert error.endswith(
-        f", in step 7 and 2 before it; learning_rate 0.001 may be too high; the last good checkpoint is {good}"
+        f", in step 7 and 2 before it; the latents of items {item} in {data} are not finite: make these data "
+        f"anew; the last good checkpoint is {good}"
     )
     assert newest(tmp_path / "run") == good
+
+
+def test_data_that_are_not_finite(tmp_path, capsys):
+    """As stored, or as their scaling makes them."""
+    latents = np.zeros((10, 4, 8, 8), np.float32)
+    for name, factor, items in (("nan", 1.0, "4"), ("scaled", 3e38, "0, 1, 2, 3, 4 and 5 more")):
+        data = tmp_path / name
+        latents[:] = 9
+        write_dataset(data, latents, np.arange(10) % 3, scaling_factor=factor)
+        if name == "nan":
+            stored = np.load(data / "data-00000.npy")
+            stored[4] = NAN
+            np.save(data / "data-00000.npy", stored)
+        fields = {"batch_size": 10, "max_skipped_steps": 1, "verify_data": False}
+        error = error_of(small_arguments(data, tmp_path / f"run {name}", **fields), capsys, code=1)
+        assert f"; the latents of items {items}" in error
+        assert "learning_rate" not in error
+
+
+def test_weights_that_are_not_finite_are_named(data, tmp_path, monkeypatch):
+    """They stay so whatever the learning rate is; checkpoints before them are what helps."""
+
+    def spoil(state):
+        state.shards["model.final_layer.linear.weight"].data[0, 0] = NAN
+
+    made = train_state.TrainState.__init__
+    monkeypatch.setattr(
+        train_state.TrainState, "__init__", lambda state, *args: (made(state, *args), spoil(state))[0]
+    )
+    with pytest.raises(
+        FloatingPointError,
+        match=r"in step 1 and 0 before it; the weights model\.final_layer\.linear\.weight are not finite: go on "
+        "from an earlier checkpoint, or other weights; there is no checkpoint yet",
+    ):
+        train(small_config(data, tmp_path / "run", max_skipped_steps=1))
 
 
 def test_the_count_in_a_row_survives_a_restart(data, tmp_path, monkeypatch):
@@ -248,6 +293,166 @@ def test_only_the_masked_pass(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module.TrainingObjective, "forward", masked_alone)
     with pytest.raises(FloatingPointError, match=r"the loss of the masked pass is not finite at .* and 3 more"):
         train(small_config(data, tmp_path / "run", max_skipped_steps=1))
+
+
+# What goes away during training
+
+
+def break_reading(monkeypatch, after: int, rank: str = "0"):
+    """The data cannot be read any more after so many batches, by the process of that rank."""
+    read, calls = LatentDataset.read, []
+
+    def fail(dataset, indices, views):
+        calls.append(None)
+        if len(calls) > after and os.environ.get("RANK", "0") == rank:
+            raise ValueError(f"shard {dataset.folder / 'data-00000.npy'} has 128 bytes; its header says 5248")
+        return read(dataset, indices, views)
+
+    monkeypatch.setattr(LatentDataset, "read", fail)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_that_cannot_be_read_any_more(data, tmp_path, monkeypatch, capsys, workers):
+    """The steps done are saved, and the run goes on from them once the data are back."""
+    with monkeypatch.context() as patch:
+        break_reading(patch, 2 if workers else 3)  # each of two workers reads two batches
+        arguments = small_arguments(data, tmp_path / "run", num_workers=workers, log_every=100)
+        error = error_of(arguments, capsys)
+    done = 4 if workers else 3
+    saved = tmp_path / "run" / "checkpoints" / f"step-{done:08d}"
+    assert error == (
+        f"edt: error: data {data}: the 8 images of step {done + 1} cannot be read: shard "
+        f"{data / 'data-00000.npy'} has 128 bytes; its header says 5248; the steps before it are in {saved}"
+    )
+    log = (tmp_path / "run" / "error.log").read_text()
+    assert "ValueError: shard" in log
+    assert newest(tmp_path / "run") == saved
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == done
+    train(small_config(data, tmp_path / "run", log_every=100))
+    train(small_config(data, tmp_path / "whole", log_every=100))
+    assert differing(newest(tmp_path / "run"), newest(tmp_path / "whole")) == []
+
+
+def test_data_that_cannot_be_read_at_all(data, tmp_path, monkeypatch, capsys):
+    break_reading(monkeypatch, 0)
+    error = error_of(small_arguments(data, tmp_path / "run"), capsys)
+    assert error.endswith("has 128 bytes; its header says 5248")
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
+def test_data_that_one_of_two_processes_cannot_read(data, tmp_path, monkeypatch, fsdp):
+    """Both save the steps before it together, and say so."""
+    break_reading(monkeypatch, 3, rank="1")
+    arguments = small_arguments(data, tmp_path / "run", steps=1000)
+    with forked(arguments, tmp_path / "log", processes=2, fsdp=fsdp) as run:
+        assert run.wait() == [2, 2], run.text()
+    saved = newest(tmp_path / "run")
+    assert state_of(saved)["steps"] == 3
+    verify_checkpoint(saved)
+    assert f"another process could not read its data for step 4; the steps before it are in {saved}" in run.text()
+    assert "the 4 images of step 4 cannot be read: shard " in run.text()
+
+
+def test_any_other_error_leaves_the_steps_before_it(data, tmp_path, monkeypatch, capsys):
+    """In forward or backward, which change no weight; what it interrupts is made again by the next start."""
+    backward, calls = train_module.Trainer._backward, []
+
+    def fail(trainer, *args):
+        calls.append(None)
+        if len(calls) == 4:
+            raise RuntimeError("out of something")
+        return backward(trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.Trainer, "_backward", fail)
+        assert error_of(small_arguments(data, tmp_path / "run"), capsys) == "edt: error: out of something"
+    assert newest(tmp_path / "run").name == "step-00000003"
+    train(small_config(data, tmp_path / "run"))
+    train(small_config(data, tmp_path / "whole"))
+    assert differing(newest(tmp_path / "run"), newest(tmp_path / "whole")) == []
+
+
+def test_an_error_amid_the_update_leaves_none(data, tmp_path, monkeypatch):
+    """Some weights are of this step, some of the one before."""
+    apply, calls = train_state.TrainState.apply_gradients, []
+
+    def fail(state, learning_rate):
+        calls.append(None)
+        if len(calls) == 4:
+            raise RuntimeError("amid it")
+        apply(state, learning_rate)
+
+    monkeypatch.setattr(train_state.TrainState, "apply_gradients", fail)
+    with pytest.raises(RuntimeError, match="amid it"):
+        train(small_config(data, tmp_path / "run", checkpoint_every=2))
+    assert newest(tmp_path / "run").name == "step-00000002"
+
+
+def test_the_data_folder_moves_during_a_run(data, tmp_path, monkeypatch, capsys):
+    """What is open stays open; a checkpoint looks for nothing there. What lies there later is other data."""
+    at_step(monkeypatch, 2, lambda: data.rename(tmp_path / "moved"))
+    train(small_config(data, tmp_path / "run", steps=4, checkpoint_every=3))
+    assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [3, 4]
+    monkeypatch.undo()
+    monkeypatch.setitem(train_module.PRESETS, "tiny", TINY)
+    shutil.copytree(tmp_path / "moved", data)
+    manifest = data / "manifest.json"
+    rename = lambda: manifest.write_text(manifest.read_text().replace('"a"', '"z"', 1))  # noqa: E731
+    at_step(monkeypatch, 5, rename)
+    train(small_config(data, tmp_path / "run", steps=6))
+    capsys.readouterr()
+    train(small_config(data, tmp_path / "run", steps=7))
+    assert "  data was " in capsys.readouterr().out
+
+
+def at_step(monkeypatch, number: int, action):
+    step = train_module.Trainer.step
+
+    def acting(trainer, batch):
+        if trainer.state.steps + 1 == number:
+            action()
+        return step(trainer, batch)
+
+    monkeypatch.setattr(train_module.Trainer, "step", acting)
+
+
+@pytest.mark.parametrize("stream", ["pipe", "terminal", None])
+def test_a_terminal_that_is_gone(data, tmp_path, monkeypatch, stream):
+    """Of stderr and stdout; the run goes on without them."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    read, write = os.pipe()
+    os.close(read)
+    gone = {"pipe": os.fdopen(write, "w", buffering=1), "terminal": Gone(), None: None}[stream]
+    close = lambda: [monkeypatch.setattr(sys, name, gone) for name in ("stdout", "stderr")]  # noqa: E731
+    monkeypatch.setattr(train_module.RunLog, "step", shown_always(train_module.RunLog.step))
+    if stream is None:  # closed from the start
+        close()
+    else:
+        at_step(monkeypatch, 2, close)
+    train(small_config(data, tmp_path / "run", steps=4))
+    monkeypatch.undo()
+    assert newest(tmp_path / "run").name == "step-00000004"
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [2, 4]
+
+
+def shown_always(step):
+    def refreshed(log, *args):
+        log.bar.mininterval = 0
+        step(log, *args)
+
+    return refreshed
+
+
+def test_a_grid_that_is_not_finite_ends_nothing(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_module, "draw_grid", lambda *args: (torch.full((1, 4, 8, 8), NAN), np.zeros(1)))
+    train(small_config(data, tmp_path / "run", steps=2, sample_every=1, sample_steps=1))
+    assert "step 1: the averaged weights draw numbers that are not finite; no grid" in capsys.readouterr().out
+    assert newest(tmp_path / "run").name == "step-00000002"
 
 
 # What does not fit
@@ -335,6 +540,90 @@ def test_checkpoints_of_something_else(data, tmp_path):
     after = tensors(newest(tmp_path / "run"))
     assert state_of(newest(tmp_path / "run"))["steps"] == 1
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("state.json", "[]", "is JSON, but list; it must be an object"),
+        ("state.json", '{"steps": 1', "is no JSON, or torn"),
+        ("state.json", "{}", "has no steps as edt train writes it, which is a count"),
+        ("state.json", {"steps": True}, "has no steps as edt train writes it"),
+        ("state.json", {"samples_seen": 10**30}, "has no samples_seen as edt train writes it"),
+        ("state.json", {"run": None}, "has no run as edt train writes it, which is an object"),
+        ("state.json", {"format": 2}, "is of format 2; this code reads 1"),
+        ("state.json", {"optimizer": {"name": "adan"}}, "has no groups of the optimizer"),
+        ("state.json", {"optimizer": {"name": "adan", "groups": [{}, {}]}}, "has a state of the optimizer or"),
+        ("model/config.json", "[]", "is JSON, but list; it must be an object"),
+        ("optimizer.safetensors", "torn", "is truncated or no safetensors file"),
+        ("training.safetensors", None, "has model.x/y, which this run's model has not"),
+        ("training.safetensors", {}, "has a state of the optimizer or the timestep sampler that does not fit"),
+        ("optimizer.safetensors", None, "has a state of the optimizer or the timestep sampler that does not fit"),
+        ("ema/diffusion_pytorch_model.safetensors", None, "has nothing for model."),
+    ],
+    ids=str,
+)
+def test_files_of_a_checkpoint_that_another_program_wrote(data, tmp_path, capsys, file, content, message):
+    """Their checksums are right. None: tensors of other names; {}: of none."""
+    arguments = small_arguments(data, tmp_path / "run", steps=1)
+    assert main(arguments) == 0
+    folder = newest(tmp_path / "run")
+    path = folder / file
+    if content is None:
+        save_file({"model.x/y": torch.zeros(2)}, path)
+    elif content == {}:
+        save_file({}, path)
+    elif isinstance(content, dict):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
+    else:
+        path.write_text(content)
+    listed = json.loads((folder / CHECKSUMS).read_text())
+    listed[file] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    (folder / CHECKSUMS).write_text(json.dumps(listed))
+    error = error_of(arguments, capsys)
+    assert message in error
+    assert str(folder) in error
+
+
+def test_a_list_of_no_files_is_damage(data, tmp_path, capsys):
+    assert main(small_arguments(data, tmp_path / "run", steps=1)) == 0
+    (newest(tmp_path / "run") / CHECKSUMS).write_text("{}")
+    error = error_of(small_arguments(data, tmp_path / "run", steps=1), capsys)
+    assert "has checkpoints, but every one of them is damaged" in error
+
+
+def test_data_of_an_old_config_that_are_not_found(data, tmp_path, monkeypatch, capsys):
+    """Its path was kept as it was typed, and the run is started again from another folder."""
+    monkeypatch.chdir(tmp_path)
+    assert main(small_arguments("data", "run", steps=1)) == 0
+    config = tmp_path / "run" / "config.yaml"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["train", "--output", "../run", "--steps", "2"]) == 0
+    config.write_text(config.read_text().replace(f"data: {data}", "data: data"))
+    error = error_of(["train", "--output", "../run", "--steps", "3"], capsys)
+    assert error == (
+        "edt: error: data folder data: there is no such folder; edt extract makes one. It was looked for at "
+        f"{tmp_path / 'elsewhere' / 'data'}; --data says where it is now"
+    )
+    assert main(["train", "--output", "../run", "--steps", "3", "--data", "../data"]) == 0
+    assert f"data: {tmp_path}" in config.read_text()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "config.yaml"])
+def test_a_folder_that_cannot_be_written_costs_no_step(data, tmp_path, monkeypatch, capsys, name):
+    """Something else has the name of what a run writes."""
+    (tmp_path / "run").mkdir()
+    if name == "checkpoints":
+        (tmp_path / "run" / name).write_text("")
+    elif name == "metrics.jsonl":
+        (tmp_path / "run" / name).write_text('{"loss": 1}\n')
+    else:
+        (tmp_path / "run" / name).mkdir()
+    monkeypatch.setattr(train_module.Trainer, "step", lambda *args: pytest.fail("a step"))
+    error = error_of(small_arguments(data, tmp_path / "run"), capsys)
+    assert str(tmp_path / "run") in error
+    assert "edt train did not write" in error if name == "metrics.jsonl" else "cannot be written" in error
 
 
 def test_images_smaller_than_the_model_takes(tmp_path, capsys):
