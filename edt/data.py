@@ -222,7 +222,10 @@ def _open_rows(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> _Rows:
 
 
 def _read_labels(rows: _Rows) -> ndarray:
-    labels = np.empty(rows.count, rows.dtype)
+    try:
+        labels = np.empty(rows.count, rows.dtype)
+    except MemoryError as error:
+        raise MemoryError(f"shard {rows.path} has {rows.count} labels") from error
     if rows.count:
         rows.read_into(0, memoryview(labels).cast("B"))
     return labels
@@ -331,6 +334,8 @@ def write_dataset(
         raise TypeError(f"labels has dtype {labels.dtype}; it needs integers")
     if labels.shape != (len(items),):
         raise ValueError(f"labels has shape {labels.shape}; {len(items)} items need ({len(items)},)")
+    if labels.max() >= shards.MOST_CLASSES:
+        raise ValueError(f"labels has the label {labels.max()}; it must be 0 to {shards.MOST_CLASSES - 1}")
     if class_names is None:
         class_names = number_names(int(labels.max()) + 1) if labels_given else ()
     if not isinstance(class_names, tuple | list):
@@ -338,7 +343,7 @@ def write_dataset(
     _check_labels("labels", labels, len(class_names))
     if images is not None:
         images = _array("images", images)
-        if images.shape[:2] != (len(items), 3) or images.ndim != 4 or images.dtype != np.uint8:
+        if images.shape[:2] != (len(items), 3) or images.ndim != 4 or not images.size or images.dtype != np.uint8:
             raise ValueError(
                 f"images has shape {images.shape} of {images.dtype}; it needs ({len(items)}, 3, h, w) of uint8"
             )
@@ -390,24 +395,30 @@ def write_dataset(
 def _folder(folder: str | Path) -> Path:
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder is {folder!r}; it must be a path")
+    if "\0" in os.fspath(folder):
+        raise ValueError(f"folder is {os.fspath(folder)!r}; a path has no NUL")
     return Path(folder)
 
 
 def _array(name: str, values) -> ndarray:
     if isinstance(values, Tensor):
+        if values.is_meta:
+            raise ValueError(f"{name} is on meta; it needs values")
         values = values.detach().cpu()
         values = values.float() if values.dtype == torch.bfloat16 else values  # which numpy does not have
     try:
         return np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"{name} is no array: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name} cannot be an array: {error}") from error
 
 
-def _check_whole(name: str, value: int, least: int) -> None:
+def _check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {value!r}; it must be a whole number")
     if value < least:
         raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} is {value}; it must be {least} to {most}")
 
 
 class SampleOrder:
@@ -482,11 +493,11 @@ def make_loader(
     be larger than the data. `num_workers` processes read ahead `prefetch_factor` batches each; 0 reads when
     asked. Ctrl-C is left to the main process.
     """
-    for name, value, least in (
-        ("start", start, 0), ("stride", stride, 1), ("batch_size", batch_size, 1), ("num_workers", num_workers, 0),
-        ("prefetch_factor", prefetch_factor, 1),
+    for name, value, least, most in (
+        ("start", start, 0, 2**62), ("stride", stride, 1, 2**62), ("batch_size", batch_size, 1, 2**20),
+        ("num_workers", num_workers, 0, 2**10), ("prefetch_factor", prefetch_factor, 1, 2**10),
     ):  # fmt: skip
-        _check_whole(name, value, least)
+        _check_whole(name, value, least, most)
     order = SampleOrder(len(dataset), seed, num_views=dataset.num_views, flip=flip)
     return DataLoader(
         _Batches(dataset, order, batch_size),

@@ -104,6 +104,8 @@ class ExtractOptions:
             raise ValueError(
                 f"image_size is {self.image_size}; it must be one number, or height and width, of 1 to {MOST_SIDE}"
             )
+        if self.vae == "":
+            raise ValueError("vae is empty; leave out --vae to store pixels")
         if self.vae is None and (self.store_images or self.vae_subfolder):
             raise ValueError("store_images and vae_subfolder are for latents; they need --vae")
         if self.npy_labels is not None and self.vae is not None:
@@ -135,6 +137,8 @@ def _check_type(name: str, value: object, hint: object) -> None:
         fits = isinstance(value, tuple | list) and all(type(item) is int for item in value)
     else:
         fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+    if isinstance(value, str | Path) and "\0" in str(value):
+        raise ValueError(f"{name} is {str(value)!r}; it must not have a NUL")
     if not fits:
         needed = " or ".join(
             "None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds
@@ -257,11 +261,15 @@ def _begun(folder: Path, source, settings: dict) -> Manifest | None:
             break
     else:
         # Its lock and temporary files: another has just begun, or was killed at once.
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output {folder} is a file; it must be a folder, or not there yet")
         begins = {path.name for path in shards.leftovers(folder)} | {_LOCK} if folder.is_dir() else set()
         if folder.exists() and any(entry.name not in begins for entry in folder.iterdir()):
             raise ValueError(f"output {folder} is not empty and was not begun by edt extract; give another folder")
         return None
-    begun = manifest.extraction or {}
+    begun = manifest.extraction
+    if begun is None:
+        raise ValueError(f"output {folder} has data that edt extract did not write; give another folder")
     if begun != settings:
         differing = [name for name in settings if begun.get(name) != settings[name]]
         was = ", ".join(f"{name} {begun.get(name)}" for name in differing)

@@ -27,12 +27,13 @@ def find_images(folder: Path) -> list[str]:
     waiting = [(folder, "", frozenset())]
     while waiting:
         here, prefix, above = waiting.pop()
-        real = os.path.realpath(here)
-        if real in above:
+        status = os.stat(here)
+        identity = status.st_dev, status.st_ino
+        if identity in above:
             continue
         folders, images = list_folder(here)
         found += [prefix + name for name in images]
-        waiting += [(here / name, f"{prefix}{name}/", above | {real}) for name in folders]
+        waiting += [(here / name, f"{prefix}{name}/", above | {identity}) for name in folders]
     return sorted(found)
 
 

@@ -51,7 +51,9 @@ class Shard:
         number = re.fullmatch(r"data(-\d{5,}\.npy)", self.file) if isinstance(self.file, str) else None
         for kind, name in names.items():
             if not (number and name == kind + number[1]) and not (kind == "images" and name is None):
-                raise ValueError(f"a shard's {kind} are in {name!r}; it must be {kind}-00000.npy, or its number")
+                raise ValueError(
+                    f"a shard's {kind} are in {_short(name)}; it must be {kind}-00000.npy, or its number"
+                )
         _check(f"count of {self.file}", self.count, int, least=0)
         _check(f"sha256 of {self.file}", self.sha256, dict)
         if set(self.sha256) != {name for name in names.values() if name is not None}:
@@ -97,14 +99,14 @@ class Manifest:
     def __post_init__(self):
         """Raises ValueError or TypeError, naming the field, for what no data folder can have."""
         if self.kind not in ("latents", "pixels"):
-            raise ValueError(f"kind is {self.kind!r}; it must be latents or pixels")
+            raise ValueError(f"kind is {_short(self.kind)}; it must be latents or pixels")
         latents = self.kind == "latents"
         if self.dtype != ("float16" if latents else "uint8"):
-            raise ValueError(f"dtype is {self.dtype!r}; {self.kind} are {'float16' if latents else 'uint8'}")
+            raise ValueError(f"dtype is {_short(self.dtype)}; {self.kind} are {'float16' if latents else 'uint8'}")
         for name, length in (("shape", 3), ("image_size", 2)):
             sides = getattr(self, name)
             if not isinstance(sides, tuple) or len(sides) != length:
-                raise TypeError(f"{name} is {sides!r}; it must be {length} whole numbers")
+                raise TypeError(f"{name} is {_short(sides)}; it must be {length} whole numbers")
             for side in sides:
                 _check(name, side, int, least=1, most=MOST_SIDE)
         for name in ("moments", "mirror", "stores_images"):
@@ -122,14 +124,18 @@ class Manifest:
         for name in ("scaling_factor", "shift_factor"):
             value = getattr(self, name)
             if type(value) not in (int, float):
-                raise TypeError(f"{name} is {value!r}; it must be a number")
+                raise TypeError(f"{name} is {_short(value)}; it must be a number")
             if not abs(value) <= 1e30 or (name == "scaling_factor" and not value):  # not of NaN either
                 raise ValueError(
                     f"{name} is {value}; it must be finite{' and not 0' * (name == 'scaling_factor')}"
                 )
-        for name, kind in (("vae", str), ("encode_dtype", str), ("extraction", dict)):
+        if not latents and self.image_size != self.shape[1:]:
+            raise ValueError(f"image_size is {self.image_size}; pixels {self.shape} have {self.shape[1:]}")
+        for name, kind in (("vae", str), ("extraction", dict)):
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name), kind)
+        if self.encode_dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"encode_dtype is {_short(self.encode_dtype)}; it must be float32, bfloat16 or None")
         _check("created_with", self.created_with, dict)
         _check("count", self.count, int, least=0)
         _check_skipped(self.skipped)
@@ -161,11 +167,16 @@ class Manifest:
 
 def _check(name: str, value: object, kind: type, least: int | None = None, most: int | None = None) -> None:
     if type(value) is not kind:  # a bool is no number here
-        raise TypeError(f"{name} is {value!r}; it must be of type {kind.__name__}")
+        raise TypeError(f"{name} is {_short(value)}; it must be of type {kind.__name__}")
     if (least is not None and value < least) or (most is not None and value > most):
         raise ValueError(
             f"{name} is {value}; it must be {f'at least {least}' if most is None else f'{least} to {most}'}"
         )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "…"
 
 
 def _check_skipped(skipped: object) -> None:
@@ -175,7 +186,7 @@ def _check_skipped(skipped: object) -> None:
     _check("count of skipped", skipped["count"], int, least=len(skipped["files"]))
     for file in skipped["files"]:
         if not isinstance(file, dict) or {*map(type, file.values())} != {str} or set(file) != {"path", "reason"}:
-            raise ValueError(f"skipped names {file!r}; it must be an object of path and reason")
+            raise ValueError(f"skipped names {_short(file)}; it must be an object of path and reason")
 
 
 def number_names(num_classes: int) -> tuple[str, ...]:
@@ -198,8 +209,9 @@ def read_manifest(path: Path) -> Manifest:
         content = read_json(path, "manifest")
         if not isinstance(content, dict) or "format_version" not in content:
             raise ValueError("it has no format_version")
-        if (version := content["format_version"]) != FORMAT_VERSION:
-            raise ValueError(f"its format_version is {version}; this code reads {FORMAT_VERSION}")
+        version = content["format_version"]
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise ValueError(f"its format_version is {_short(version)}; this code reads {FORMAT_VERSION}")
         if wrong := {entry.name for entry in fields(Manifest)} ^ set(content):
             raise ValueError(f"it lacks, or should not have, {', '.join(sorted(wrong))}")
         for name in ("shards", "shape", "class_names", "image_size"):
@@ -207,7 +219,7 @@ def read_manifest(path: Path) -> Manifest:
             content[name] = tuple(content[name])
         for shard in content["shards"]:
             if not isinstance(shard, dict) or set(shard) != {entry.name for entry in fields(Shard)}:
-                raise ValueError(f"its shards have {shard!r}")
+                raise ValueError(f"its shards have {_short(shard)}")
         content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
         return Manifest(**content)
     except (ValueError, TypeError) as error:
@@ -259,7 +271,7 @@ def parse_npy_header(file: BinaryIO, size: int) -> tuple[np.dtype, tuple[int, ..
         raise
     except Exception as error:  # of the parsers of its text, which is Python's
         raise ValueError(f"is truncated or no .npy file ({error})") from error
-    if dtype.hasobject or any(length < 0 for length in shape):
+    if dtype.hasobject or any(type(length) is not int or length < 0 for length in shape):
         raise ValueError(f"has {dtype} {shape}; it must be an array of numbers")
     start = file.tell()
     if size != (needed := start + math.prod(shape) * dtype.itemsize):

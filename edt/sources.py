@@ -154,7 +154,12 @@ class HubDataset:
         self.labels, self.num_classes, self.class_names = _column_labels(dataset, label_column, num_classes)
         # Undecoded: its decoder turns images by their EXIF orientation, ours does not.
         images = dataset.select_columns([image_column])
-        self.dataset = images.cast_column(image_column, datasets.Image(decode=False))
+        try:
+            self.dataset = images.cast_column(image_column, datasets.Image(decode=False))
+        except Exception as error:  # Arrow's, of many kinds
+            raise ValueError(
+                f"image_column {image_column!r} is {dataset.features[image_column]}; it must have images"
+            ) from error
         self.names = range(len(dataset))
 
     def listing(self) -> Iterator[str]:
@@ -196,10 +201,10 @@ def _load_from_disk(folder: Path, split: str):
         if not (folder / _inside(folder, file.get("filename"))).is_file():
             raise ValueError(f"source {folder} has no file {file['filename']}, which its state.json names")
     try:
-        dataset = datasets.load_from_disk(str(folder))
-    except OSError:
-        raise
-    except Exception as error:  # Arrow's, JSON's and what odd values in them lead to
+        dataset = datasets.load_from_disk(str(folder)) if files else ()
+    except Exception as error:  # Arrow's, and what odd values in its JSON lead to
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(f"source {folder} is no dataset that save_to_disk wrote: {error}") from error
     if len(dataset) == 0:
         raise ValueError(f"source {folder} is a Hugging Face dataset without rows; there is nothing to extract")
@@ -227,7 +232,7 @@ def _column_labels(dataset, column: str | None, num_classes: int | None) -> tupl
         numbers = {name: number for number, name in enumerate(names)}
         return np.array([numbers[value] for value in values]), len(names), tuple(names)
     if not all(type(value) is int for value in values):
-        odd = next(value for value in values if type(value) is not int)
+        odd = next(value for value in values if type(value) not in (int, str))
         raise ValueError(
             f"label_column {column!r} has {odd!r}; it needs integers throughout, or strings (None for no classes)"
         )

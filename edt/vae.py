@@ -1,7 +1,11 @@
 """The autoencoder between pictures and latents: loading it, and decoding."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
+
+from .text_files import read_json
 
 
 def load_autoencoder(vae: str, subfolder: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -12,6 +16,9 @@ def load_autoencoder(vae: str, subfolder: str | None = None, dtype: torch.dtype 
     """
     from diffusers import AutoencoderKL  # takes seconds, which other commands need not wait for
 
+    config = Path(vae, subfolder or "", "config.json")
+    if config.is_file():
+        read_json(config, "vae", dict)  # diffusers says of a list that it cannot connect to the Hub
     named = f"vae is {vae!r}" + (f" (subfolder {subfolder!r})" if subfolder else "")
     try:
         autoencoder, loading = AutoencoderKL.from_pretrained(
