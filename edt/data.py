@@ -1,4 +1,4 @@
-"""Reading a data folder for training: memory-mapped shards, an infinite order of samples, a loader.
+"""Reading a data folder for training: shards that stay on the disk, an infinite order of samples, a loader.
 
     dataset = open_dataset("data/imagenet-256")
     for batch in make_loader(dataset, seed=0, start=0, stride=256, batch_size=256, num_workers=4):
@@ -9,12 +9,14 @@
 
 import functools
 import itertools
-import mmap
+import math
 import os
 import shutil
 import signal
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,46 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from . import shards
-from .shards import MANIFEST, Manifest, ShardWriter
+from .shards import MANIFEST, Manifest, ShardWriter, number_names
+
+_advise = getattr(os, "posix_fadvise", None)  # macOS has none
+
+
+class _Rows:
+    """Items in an .npy file, read one by one at their places.
+
+    Read, not memory-mapped: a file that became shorter and a disk that fails are an OSError, where a mapping would
+    kill the process without a word.
+    """
+
+    def __init__(self, path: Path, start: int, dtype: np.dtype, shape: tuple[int, ...]):
+        self.path, self.start, self.dtype, self.count, self.row_shape = path, start, dtype, shape[0], shape[1:]
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self.descriptor)
+        if _advise:
+            _advise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # what lies around an item is not read with it
+
+    def read_ahead(self, row: int, size: int) -> None:
+        """Asks the disk for a row before it is read; reading alone would wait for one after the other."""
+        if _advise:
+            _advise(self.descriptor, self.start + row * size, size, os.POSIX_FADV_WILLNEED)
+
+    def read_into(self, row: int, memory: memoryview) -> None:
+        """Row `row` of a file that is seen as rows of the size of `memory`."""
+        place = self.start + row * len(memory)
+        while memory:
+            try:
+                count = os.preadv(self.descriptor, [memory], place)
+            except OSError as error:
+                error.filename = str(self.path)  # reading does not say of what
+                raise
+            if count == 0:
+                raise OSError(
+                    f"shard {self.path} became shorter since it was opened, to "
+                    f"{os.fstat(self.descriptor).st_size} bytes; nothing may write there while it is read. Delete "
+                    "it and run the same edt extract again"
+                )
+            place, memory = place + count, memory[count:]
 
 
 class LatentDataset:
@@ -43,9 +84,9 @@ class LatentDataset:
         self,
         folder: Path,
         manifest: Manifest,
-        data: list[ndarray],
+        data: list[_Rows],
         labels: list[ndarray],
-        images: list[ndarray] | None,
+        images: list[_Rows] | None,
     ):
         self.folder, self.manifest = folder, manifest
         self.num_classes, self.class_names = manifest.num_classes, manifest.class_names
@@ -59,7 +100,7 @@ class LatentDataset:
         return len(self.labels)
 
     def __reduce__(self):
-        # Pickled, a memory map would carry the data along; a spawned worker opens the folder itself.
+        # A file descriptor means nothing elsewhere; a spawned worker opens the folder itself.
         return functools.partial(open_dataset, with_images=self._images is not None), (self.folder,)
 
     def read(self, indices: ndarray, views: ndarray) -> dict[str, Tensor]:
@@ -71,8 +112,15 @@ class LatentDataset:
 
         Raises:
             IndexError: if an index or a view is not there.
+            OSError: naming the shard, if it became shorter or cannot be read.
         """
         indices, views = np.asarray(indices), np.asarray(views)
+        for name, numbers in (("indices", indices), ("views", views)):
+            if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+                raise ValueError(f"{name} is {numbers.dtype} {numbers.shape}; it must be integers (B,)")
+        if len(views) != len(indices):
+            raise ValueError(f"views has {len(views)} numbers; {len(indices)} indices need as many")
+        indices, views = indices.astype(np.int64), views.astype(np.int64)
         if len(indices) and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(
                 f"indices reach from {indices.min()} to {indices.max()}; {self.folder} has {len(self)} items"
@@ -90,29 +138,21 @@ class LatentDataset:
             batch["images"] = torch.from_numpy(images)
         return batch
 
-    def _gather(self, parts: list[ndarray], indices: ndarray, views: ndarray | None = None) -> ndarray:
-        item_shape = parts[0].shape[1 if views is None else 2 :]
-        gathered = np.empty((len(indices), *item_shape), parts[0].dtype)
+    def _gather(self, parts: list[_Rows], indices: ndarray, views: ndarray | None = None) -> ndarray:
+        row_shape = parts[0].row_shape
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
-        for number in np.unique(numbers):
-            places = np.flatnonzero(numbers == number)
-            rows = indices[places] - self._starts[number]
-            part = parts[number]
-            if views is not None:  # (n, views, …) as rows of one view each
-                rows = rows * part.shape[1] + views[places]
-                part = part.reshape(-1, *item_shape)
-            _read_ahead(parts[number], rows, part.strides[0])
-            gathered[places] = part[rows]
+        rows = indices - self._starts[numbers]
+        if views is not None:  # (n, views, …) as rows of one view each
+            rows, row_shape = rows * row_shape[0] + views, row_shape[1:]
+        gathered = np.empty((len(indices), *row_shape), parts[0].dtype)
+        size = math.prod(row_shape) * gathered.itemsize
+        places = [(parts[number], row) for number, row in zip(numbers.tolist(), rows.tolist())]
+        for part, row in places:
+            part.read_ahead(row, size)
+        memory = memoryview(gathered.reshape(-1)).cast("B")
+        for i, (part, row) in enumerate(places):
+            part.read_into(row, memory[i * size : (i + 1) * size])
         return gathered
-
-
-def _read_ahead(part: ndarray, rows: ndarray, size: int) -> None:
-    """Asks the disk for rows of so many bytes at once; copying alone would wait for page after page."""
-    mapping = part.base.base  # of the memmap that `_map` made a plain array of
-    start = part.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
-    for row in rows.tolist():
-        first = (start + row * size) // mmap.PAGESIZE * mmap.PAGESIZE
-        mapping.madvise(mmap.MADV_WILLNEED, first, start + (row + 1) * size - first)
 
 
 def _mirror(images: ndarray, views: ndarray) -> None:
@@ -130,7 +170,7 @@ def open_dataset(folder: str | Path, *, with_images: bool = False) -> LatentData
         ValueError: if the manifest is none, a file is not as it says, a label is none of its classes, or
             images are asked for where none are stored.
     """
-    folder = Path(folder)
+    folder = _folder(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder}: there is no such folder; edt extract makes one")
     if not (folder / MANIFEST).is_file():
@@ -144,36 +184,51 @@ def open_dataset(folder: str | Path, *, with_images: bool = False) -> LatentData
         raise ValueError(f"data folder {folder} has no images beside its latents; extract with --store-images")
     if not manifest.shards:
         raise ValueError(f"data folder {folder}: its manifest lists no shards")
-    parts = {kind: [] for kind in manifest.arrays()}
+    data, labels, images = [], [], []
     for shard in manifest.shards:
         for kind, (dtype, item_shape) in manifest.arrays().items():
             name = {"data": shard.file, "labels": shard.labels, "images": shard.images}[kind]
-            parts[kind].append(_map(folder / name, dtype, (shard.count, *item_shape)))
-        _check_labels(f"shard {folder / shard.labels}", parts["labels"][-1], manifest.num_classes)
-    if sum(map(len, parts["labels"])) != manifest.count or manifest.count == 0:
-        raise ValueError(f"data folder {folder}: the manifest counts {manifest.count} items, its shards hold "
-                         f"{sum(map(len, parts['labels']))}")  # fmt: skip
-    images = parts["images"] if with_images else None
-    return LatentDataset(folder, manifest, parts["data"], parts["labels"], images)
-
-
-def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> ndarray:
-    again = "delete it and run the same edt extract again"
-    if not path.is_file():
-        raise FileNotFoundError(f"shard {path} is missing; run the same edt extract again")
-    try:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"shard {path} is truncated or no .npy file ({error}); {again}") from error
-    if (mapped.dtype, mapped.shape) != (dtype, shape):
+            rows = _open_rows(folder / name, dtype, (shard.count, *item_shape))
+            if kind == "labels":
+                labels.append(_read_labels(rows))
+                _check_labels(f"shard {rows.path}", labels[-1], manifest.num_classes)
+            elif kind == "data" or with_images:
+                (data if kind == "data" else images).append(rows)
+    count = sum(map(len, labels))
+    if count != manifest.count or count == 0:
         raise ValueError(
-            f"shard {path} has {mapped.dtype} {mapped.shape}; the manifest says {dtype} {shape}; {again}"
+            f"data folder {folder}: the manifest counts {manifest.count} items, its shards hold {count}"
         )
-    size, needed = path.stat().st_size, mapped.offset + mapped.nbytes
-    if size != needed:
-        raise ValueError(f"shard {path} has {size} bytes; its header says {needed}; {again}")
-    mapped.base.madvise(mmap.MADV_RANDOM)  # what lies around an item is not read with it
-    return mapped.view(np.ndarray)  # a plain array over the mapping: indexing a memmap costs more
+    return LatentDataset(folder, manifest, data, labels, images if with_images else None)
+
+
+def _open_rows(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> _Rows:
+    again = "delete it and run the same edt extract again"
+    if not path.exists():
+        raise FileNotFoundError(f"shard {path} is missing; run the same edt extract again")
+    if not path.is_file():
+        raise ValueError(f"shard {path} is no file; {again}")
+    try:
+        with open(path, "rb") as file:
+            *found, order, start = shards.parse_npy_header(file, os.fstat(file.fileno()).st_size)
+    except ValueError as error:
+        raise ValueError(f"shard {path} {error}; {again}") from error
+    if found != [dtype, shape] or (order == "F" and len(shape) > 1):
+        raise ValueError(
+            f"shard {path} has {found[0]} {found[1]}{' in Fortran order' * (order == 'F')}; the manifest says "
+            f"{dtype} {shape}; {again}"
+        )
+    return _Rows(path, start, dtype, shape)
+
+
+def _read_labels(rows: _Rows) -> ndarray:
+    try:
+        labels = np.empty(rows.count, rows.dtype)
+    except MemoryError as error:
+        raise MemoryError(f"shard {rows.path} has {rows.count} labels") from error
+    if rows.count:
+        rows.read_into(0, memoryview(labels).cast("B"))
+    return labels
 
 
 def _check_labels(where: str, labels: ndarray, num_classes: int) -> None:
@@ -251,35 +306,47 @@ def write_dataset(
 
     Raises:
         FileExistsError: if the folder exists and is not empty.
-        TypeError, ValueError: if the arrays do not fit each other.
+        TypeError, ValueError: if the arrays do not fit each other, have values that float16 cannot hold, or
+            another process writes there.
     """
-    folder, items = Path(folder), np.asarray(items)
+    from .run_folder import open_folder  # which imports this module
+
+    folder, items = _folder(folder), _array("items", items)
     kind = "pixels" if items.dtype == np.uint8 else "latents"
     if kind == "latents" and not np.issubdtype(items.dtype, np.floating):
         raise TypeError(f"items has dtype {items.dtype}; it needs uint8 pixels or floating-point latents")
     if items.ndim == 4:
         items = items[:, None]
-    if items.ndim != 5 or len(items) == 0 or items.shape[1] not in (1, 2):
+    if items.ndim != 5 or items.size == 0 or items.shape[1] not in (1, 2):
         raise ValueError(f"items has shape {items.shape}; it needs (N, C, H, W) or (N, 1 or 2 views, C, H, W)")
-    if kind == "pixels" and (moments or images is not None or items.shape[1] == 2):
-        raise ValueError("items are pixels; moments, images and a second view are for latents")
-    if kind == "latents" and mirror:
-        raise ValueError("mirror is True; latents need those of the mirrored images as a second view instead")
+    most = np.finfo(np.float16).max
+    if kind == "latents" and not (items.min() >= -most and items.max() <= most):  # nor NaN
+        raise ValueError(
+            f"items reach from {items.min()} to {items.max()}; float16, as which they are stored, has ±{most:g}"
+        )
+    if shard_size is not None:
+        _check_whole("shard_size", shard_size, 1)
     if moments and items.shape[2] % 2:
         raise ValueError(f"items has {items.shape[2]} channels; moments need means and as many deviations")
     labels_given = labels is not None
-    labels = np.asarray(labels) if labels_given else np.zeros(len(items), np.int64)
+    labels = _array("labels", labels) if labels_given else np.zeros(len(items), np.int64)
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"labels has dtype {labels.dtype}; it needs integers")
     if labels.shape != (len(items),):
         raise ValueError(f"labels has shape {labels.shape}; {len(items)} items need ({len(items)},)")
+    if labels.max() >= shards.MOST_CLASSES:
+        raise ValueError(f"labels has the label {labels.max()}; it must be 0 to {shards.MOST_CLASSES - 1}")
     if class_names is None:
         class_names = number_names(int(labels.max()) + 1) if labels_given else ()
+    if not isinstance(class_names, tuple | list):
+        raise TypeError(f"class_names is {class_names!r}; it must be a tuple of names")
     _check_labels("labels", labels, len(class_names))
     if images is not None:
-        images = np.asarray(images)
-        if images.shape[:2] != (len(items), 3) or images.ndim != 4:
-            raise ValueError(f"images has shape {images.shape}; it needs ({len(items)}, 3, h, w)")
+        images = _array("images", images)
+        if images.shape[:2] != (len(items), 3) or images.ndim != 4 or not images.size or images.dtype != np.uint8:
+            raise ValueError(
+                f"images has shape {images.shape} of {images.dtype}; it needs ({len(items)}, 3, h, w) of uint8"
+            )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"folder {folder} is there and not empty; give another, or remove it")
 
@@ -295,35 +362,63 @@ def write_dataset(
         num_classes=len(class_names),
         class_names=tuple(class_names),
         image_size=tuple((items if images is None else images).shape[-2:]),
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
+        scaling_factor=scaling_factor.item() if isinstance(scaling_factor, np.generic) else scaling_factor,
+        shift_factor=shift_factor.item() if isinstance(shift_factor, np.generic) else shift_factor,
         count=len(items),
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(folder.name + shards.PARTIAL)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        written = []
-        for start in range(0, len(items), shard_size or len(items)):
-            part = slice(start, start + (shard_size or len(items)))
-            with ShardWriter(temporary, len(written), manifest) as writer:
-                writer.append(
-                    items[part].astype(manifest.dtype),
-                    labels[part].astype(np.int64),
-                    None if images is None else images[part],
-                )
-                written.append(writer.finish())
-        shards.write_manifest(temporary / MANIFEST, replace(manifest, shards=tuple(written)))
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if temporary.exists() and not shards.is_own(temporary):
+        raise FileExistsError(f"{temporary} is there, with other files than this writes; remove it")
+    shard_size = shard_size or len(items)
+    with open_folder(temporary):
+        for left in temporary.glob("[!.]*"):  # of a writing that was killed
+            left.unlink()
+        try:
+            written = []
+            for start in range(0, len(items), shard_size):
+                part = slice(start, start + shard_size)
+                with ShardWriter(temporary, len(written), manifest) as writer:
+                    writer.append(
+                        items[part].astype(manifest.dtype),
+                        labels[part].astype(np.int64),
+                        None if images is None else images[part],
+                    )
+                    written.append(writer.finish())
+            shards.write_manifest(temporary / MANIFEST, replace(manifest, shards=tuple(written)))
+            os.replace(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     return open_dataset(folder)
 
 
-def number_names(num_classes: int) -> tuple[str, ...]:
-    """Names of classes that have none."""
-    return tuple(map(str, range(num_classes)))
+def _folder(folder: str | Path) -> Path:
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder is {folder!r}; it must be a path")
+    if "\0" in os.fspath(folder):
+        raise ValueError(f"folder is {os.fspath(folder)!r}; a path has no NUL")
+    return Path(folder)
+
+
+def _array(name: str, values) -> ndarray:
+    if isinstance(values, Tensor):
+        if values.is_meta:
+            raise ValueError(f"{name} is on meta; it needs values")
+        values = values.detach().cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values  # which numpy does not have
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name} cannot be an array: {error}") from error
+
+
+def _check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} is {value!r}; it must be a whole number")
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} is {value}; it must be {least} to {most}")
 
 
 class SampleOrder:
@@ -334,10 +429,8 @@ class SampleOrder:
     """
 
     def __init__(self, num_samples: int, seed: int, *, num_views: int = 1, flip: bool = True):
-        if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}; it must not be negative")
+        _check_whole("num_samples", num_samples, 1)
+        _check_whole("seed", seed, 0)
         self.num_samples, self.seed = num_samples, seed
         self.flip = flip and num_views == 2
         self._epoch, self._drawn = None, None  # the last one used: 20 ms to draw for a million items
@@ -400,12 +493,11 @@ def make_loader(
     be larger than the data. `num_workers` processes read ahead `prefetch_factor` batches each; 0 reads when
     asked. Ctrl-C is left to the main process.
     """
-    for name, value, least in (
-        ("start", start, 0), ("stride", stride, 1), ("batch_size", batch_size, 1), ("num_workers", num_workers, 0),
-        ("prefetch_factor", prefetch_factor, 1),
+    for name, value, least, most in (
+        ("start", start, 0, 2**62), ("stride", stride, 1, 2**62), ("batch_size", batch_size, 1, 2**20),
+        ("num_workers", num_workers, 0, 2**10), ("prefetch_factor", prefetch_factor, 1, 2**10),
     ):  # fmt: skip
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
+        _check_whole(name, value, least, most)
     order = SampleOrder(len(dataset), seed, num_views=dataset.num_views, flip=flip)
     return DataLoader(
         _Batches(dataset, order, batch_size),

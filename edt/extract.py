@@ -5,7 +5,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -15,14 +16,18 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from . import shards
-from .data import ignore_interrupts, number_names
+from .data import ignore_interrupts
 from .devices import torch_device
+from .image_files import UnreadableError
 from .interrupt import StopRequest
-from .shards import MANIFEST, PARTIAL, PROGRESS, Manifest, Shard, ShardWriter
+from .run_folder import open_folder
+from .shards import MANIFEST, MOST_CLASSES, MOST_SIDE, PROGRESS, Manifest, Shard, ShardWriter, number_names
 from .sources import HubDataset, ImageFolder, ReleasedFeatures, listing_digest
+from .text_files import printable
+from .vae import load_autoencoder
 
-# Faults of the machine, not of an image: they end the work, which can go on later.
-_PASSING = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+_MOST_WORKERS = 1024
+_LOCK = ".lock"  # of `open_folder`
 
 
 @dataclass(frozen=True)
@@ -83,16 +88,24 @@ class ExtractOptions:
         return self.image_size[0], self.image_size[-1]
 
     def check(self) -> None:
-        """Raises ValueError for options that cannot work, FileNotFoundError for missing folders."""
+        """Raises TypeError or ValueError for options that cannot work, FileNotFoundError for missing folders."""
+        for name, hint in get_type_hints(ExtractOptions).items():
+            _check_type(name, getattr(self, name), hint)
         for name in ("shard_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.num_workers < 0 or self.seed < 0:
-            raise ValueError(f"num_workers is {self.num_workers}, seed is {self.seed}; neither may be negative")
-        if self.num_classes is not None and self.num_classes < 1:
-            raise ValueError(f"num_classes is {self.num_classes}; it must be at least 1")
-        if len(self.image_size) not in (1, 2) or min(self.image_size) < 1:
-            raise ValueError(f"image_size is {self.image_size}; it must be one number, or height and width")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
+        if not 0 <= self.num_workers <= _MOST_WORKERS:
+            raise ValueError(f"num_workers is {self.num_workers}; it must be 0 to {_MOST_WORKERS}")
+        if self.num_classes is not None and not 1 <= self.num_classes <= MOST_CLASSES:
+            raise ValueError(f"num_classes is {self.num_classes}; it must be 1 to {MOST_CLASSES}")
+        if len(self.image_size) not in (1, 2) or not all(1 <= side <= MOST_SIDE for side in self.image_size):
+            raise ValueError(
+                f"image_size is {self.image_size}; it must be one number, or height and width, of 1 to {MOST_SIDE}"
+            )
+        if self.vae == "":
+            raise ValueError("vae is empty; leave out --vae to store pixels")
         if self.vae is None and (self.store_images or self.vae_subfolder):
             raise ValueError("store_images and vae_subfolder are for latents; they need --vae")
         if self.npy_labels is not None and self.vae is not None:
@@ -103,7 +116,38 @@ class ExtractOptions:
             folder = getattr(self, name)
             if folder is not None and not folder.is_dir():
                 raise FileNotFoundError(f"{name} {folder}: there is no such folder")
+            if folder is not None and _is_within(self.output, folder):
+                raise ValueError(
+                    f"output {self.output} is in {name} {folder}; what is written would be read; give another"
+                )
+            if folder is not None and _is_within(folder, self.output):
+                raise ValueError(
+                    f"{name} {folder} is in output {self.output}, which has to be a folder of its own"
+                )
         torch_device(self.device)
+
+
+def _check_type(name: str, value: object, hint: object) -> None:
+    if get_origin(hint) is Literal:
+        if not any(type(value) is type(choice) and value == choice for choice in get_args(hint)):
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, get_args(hint)))}")
+        return
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if get_origin(hint) is tuple:
+        fits = isinstance(value, tuple | list) and all(type(item) is int for item in value)
+    else:
+        fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+    if isinstance(value, str | Path) and "\0" in str(value):
+        raise ValueError(f"{name} is {str(value)!r}; it must not have a NUL")
+    if not fits:
+        needed = " or ".join(
+            "None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds
+        )
+        raise TypeError(f"{name} is {value!r}; it must be of type {needed}")
+
+
+def _is_within(folder: Path, other: Path) -> bool:
+    return folder.resolve().is_relative_to(other.resolve())
 
 
 def extract(options: ExtractOptions, stop: StopRequest | None = None) -> tuple[Manifest, bool]:
@@ -113,8 +157,9 @@ def extract(options: ExtractOptions, stop: StopRequest | None = None) -> tuple[M
         Its manifest, and whether anything was left to do.
 
     Raises:
-        ValueError: for wrong options, or others than the folder was begun with.
-        OSError: on a full disk; complete shards are kept.
+        ValueError, TypeError: for wrong options, others than the folder was begun with, and a folder in which
+            another process writes.
+        OSError: on a full disk, and for a source that cannot be read; complete shards are kept.
     """
     options.check()
     source = open_source(options)
@@ -122,7 +167,21 @@ def extract(options: ExtractOptions, stop: StopRequest | None = None) -> tuple[M
         raise ValueError(f"num_classes is {options.num_classes}; source has {source.num_classes} of its own")
     settings = _settings(options, source)
     folder = options.output
-    begun = _begun(folder, settings)
+    # What cannot work is refused before anything is written, or another's folder taken.
+    planned = vae = None
+    if _begun(folder, source, settings) is None:
+        vae = load_vae(options)
+        planned = _plan(options, source, settings, vae)
+    with open_folder(folder):
+        return _extract(options, source, settings, planned, vae, StopRequest() if stop is None else stop)
+
+
+def _extract(
+    options: ExtractOptions, source, settings: dict, planned: Manifest | None, vae, stop: StopRequest
+) -> tuple[Manifest, bool]:
+    """`extract` in a folder whose lock is held, under which its state is read; `planned` is for a new one."""
+    folder = options.output
+    begun = _begun(folder, source, settings)
     done = {
         shard.file: shard
         for shard in (begun.shards if begun else ())
@@ -135,15 +194,13 @@ def extract(options: ExtractOptions, stop: StopRequest | None = None) -> tuple[M
     if not missing and (folder / MANIFEST).is_file():
         (folder / PROGRESS).unlink(missing_ok=True)  # left by a run that was killed in its last step
         return begun, False
-    vae = load_vae(options) if options.vae else None
-    manifest = begun or _plan(options, source, settings, vae)
+    vae = load_vae(options) if vae is None else vae
+    manifest = begun or planned or _plan(options, source, settings, vae)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for left in shards.leftovers(folder):
+            left.unlink()
         _save_progress(folder, manifest, done)
         (folder / MANIFEST).unlink(missing_ok=True)  # of a finished folder that has lost a shard
-        for left in folder.glob(f"*{PARTIAL}"):
-            left.unlink()
-        stop = StopRequest() if stop is None else stop
         for shard in _make_shards(options, source, manifest, missing, vae, stop):
             done[shard.file] = shard
             _save_progress(folder, manifest, done)
@@ -151,12 +208,14 @@ def extract(options: ExtractOptions, stop: StopRequest | None = None) -> tuple[M
         shards.write_manifest(folder / MANIFEST, manifest)
         (folder / PROGRESS).unlink(missing_ok=True)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise OSError(
-            f"{error.strerror} ({folder}): {len(done)} of {count} shards are complete and kept; make room "
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = f"{error.strerror} ({error.filename or folder})" if error.errno else str(error)
+        stopped = OSError(
+            f"{what}: {len(done)} of {count} shards are complete and kept; {'make room' if full else 'mend this'} "
             "and run the same command again"
-        ) from error
+        )
+        stopped.errno = error.errno
+        raise stopped from error
     return manifest, True
 
 
@@ -190,7 +249,7 @@ def _settings(options: ExtractOptions, source) -> dict:
     }
 
 
-def _begun(folder: Path, settings: dict) -> Manifest | None:
+def _begun(folder: Path, source, settings: dict) -> Manifest | None:
     """The manifest of an extraction into this folder so far; None for a new one.
 
     Raises:
@@ -201,16 +260,27 @@ def _begun(folder: Path, settings: dict) -> Manifest | None:
             manifest = shards.read_manifest(folder / name)
             break
     else:
-        if folder.exists() and any(not entry.name.endswith(PARTIAL) for entry in folder.iterdir()):
+        # Its lock and temporary files: another has just begun, or was killed at once.
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output {folder} is a file; it must be a folder, or not there yet")
+        begins = {path.name for path in shards.leftovers(folder)} | {_LOCK} if folder.is_dir() else set()
+        if folder.exists() and any(entry.name not in begins for entry in folder.iterdir()):
             raise ValueError(f"output {folder} is not empty and was not begun by edt extract; give another folder")
         return None
-    begun = manifest.extraction or {}
+    begun = manifest.extraction
+    if begun is None:
+        raise ValueError(f"output {folder} has data that edt extract did not write; give another folder")
     if begun != settings:
         differing = [name for name in settings if begun.get(name) != settings[name]]
         was = ", ".join(f"{name} {begun.get(name)}" for name in differing)
         now = ", ".join(f"{name} {settings[name]}" for name in differing)
+        text = f"output {folder} was begun with {was}; this is {now}. Give the same options, or another --output"
+        if differing == ["names_and_labels"]:
+            text += " (the images' names or labels are others now, or the order of the classes is)"
+        raise ValueError(text)
+    if source.class_names and manifest.class_names != source.class_names:
         raise ValueError(
-            f"output {folder} was begun with {was}; this is {now}. Give the same options, or another --output"
+            f"output {folder} was begun with other names of the classes than source has now; give another --output"
         )
     return manifest
 
@@ -275,12 +345,11 @@ def _plan(options: ExtractOptions, source, settings: dict, vae) -> Manifest:
 
 
 def load_vae(options: ExtractOptions):
-    from diffusers import AutoencoderKL  # takes seconds, which other commands need not wait for
-
-    kwargs = {} if options.vae_subfolder is None else {"subfolder": options.vae_subfolder}
-    dtype = getattr(torch, options.encode_dtype)
-    vae = AutoencoderKL.from_pretrained(options.vae, torch_dtype=dtype, **kwargs)
-    return vae.to(torch_device(options.device)).eval()
+    """The VAE on the device; None for pixels."""
+    if options.vae is None:
+        return None
+    vae = load_autoencoder(options.vae, options.vae_subfolder, getattr(torch, options.encode_dtype))
+    return vae.to(torch_device(options.device))
 
 
 def _finished(folder: Path, manifest: Manifest, done: dict[str, Shard]) -> Manifest:
@@ -299,7 +368,7 @@ def _finished(folder: Path, manifest: Manifest, done: dict[str, Shard]) -> Manif
 
 
 def _with_shards(manifest: Manifest, done: dict[str, Shard]) -> Manifest:
-    parts = tuple(done[file] for file in sorted(done))
+    parts = tuple(done[file] for file in sorted(done, key=lambda file: (len(file), file)))
     return replace(
         manifest,
         shards=parts,
@@ -313,7 +382,8 @@ def _save_progress(folder: Path, manifest: Manifest, done: dict[str, Shard]) -> 
 
 
 class _Readable(Dataset):
-    """(index, array, label) of each image, or (index, None, reason)."""
+    """(index, array, label) of each image; (index, None, reason) of one that is itself to blame; else the error,
+    which the main process raises: raised in a worker it would lose its type and number."""
 
     def __init__(self, source):
         self.source = source
@@ -321,17 +391,27 @@ class _Readable(Dataset):
     def __getitem__(self, index: int):
         try:
             return index, *self.source.load(index)
-        except MemoryError:
-            raise
-        # Decoders raise OSError, ValueError, SyntaxError, struct.error and more for a broken file.
+        except UnreadableError as error:
+            return index, None, str(error)[:200]
         except Exception as error:
-            if getattr(error, "errno", None) in _PASSING:
-                raise
-            return index, None, f"{type(error).__name__}: {error}"[:200]
+            return _portable(error, f"image {self.source.names[index]}")
 
 
-def _collate(entries: list[tuple]) -> tuple[list[int], Tensor | None, ndarray, list[tuple[int, str]]]:
-    """Indices, arrays and labels of what could be read; indices and reasons of what could not."""
+def _portable(error: Exception, name: str) -> Exception:
+    """An error that says of which image it is, and surely passes from one process to another."""
+    if isinstance(error, OSError) and error.errno is not None and error.strerror is not None:
+        return OSError(error.errno, error.strerror, str(error.filename or name))
+    kind = next((kind for kind in (OSError, MemoryError) if isinstance(error, kind)), RuntimeError)
+    return kind(f"{name}: {'' if kind is MemoryError else type(error).__name__ + ': '}{error}")
+
+
+def _collate(
+    entries: list[tuple | Exception],
+) -> tuple[list[int], Tensor | None, ndarray, list[tuple[int, str]]] | Exception:
+    """Indices, arrays and labels of what could be read; indices and reasons of what could not. Or an error."""
+    for entry in entries:
+        if isinstance(entry, Exception):
+            return entry
     read = [entry for entry in entries if entry[1] is not None]
     skipped = [(index, reason) for index, array, reason in entries if array is None]
     arrays = torch.from_numpy(np.stack([array for _, array, _ in read])) if read else None
@@ -365,7 +445,10 @@ def _make_shards(
             skipped = []
             with ShardWriter(options.output, number, manifest) as writer:
                 for _ in shard:
-                    indices, arrays, labels, unreadable = next(stream)
+                    batch = next(stream)
+                    if isinstance(batch, Exception):
+                        raise batch
+                    indices, arrays, labels, unreadable = batch
                     skipped += [{"path": str(source.names[i]), "reason": reason} for i, reason in unreadable]
                     if indices:
                         data = arrays.numpy()[:, None] if vae is None else encode(vae, arrays, indices, manifest)
@@ -414,10 +497,11 @@ def summary(manifest: Manifest, folder: Path) -> str:
     views = " in both views" if manifest.views == 2 else ""
     size = sum((folder / file).stat().st_size for shard in manifest.shards for file in shard.files)
     text = (
-        f"{folder}: {manifest.count} {manifest.kind} {manifest.shape}{views}, {classes}, "
+        f"{printable(folder)}: {manifest.count} {manifest.kind} {manifest.shape}{views}, {classes}, "
         f"{len(manifest.shards)} shards, {size / 1e9:.2f} GB"
     )
     if skipped := manifest.skipped["count"]:
         first = manifest.skipped["files"][0]
-        text += f"\n{skipped} unreadable, see {MANIFEST}; the first is {first['path']}: {first['reason']}"
+        what = printable(f"{first['path']}: {first['reason']}")
+        text += f"\n{skipped} unreadable, see {MANIFEST}; the first is {what}"
     return text

@@ -17,12 +17,12 @@ import torch
 from numpy import ndarray
 from PIL import Image
 
+from .image_files import SUFFIXES, find_images
 from .metrics import Gaussian
 
 # In the folder of edt sample: what its images depend on, and themselves.
 SETTINGS, IMAGES = "samples.json", "images"
 
-_SUFFIXES = (".png", ".jpg", ".jpeg")
 # ADM's names for means and covariances of InceptionV3's pooled and spatial features.
 _STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
@@ -60,7 +60,7 @@ def _read_header(stream) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 class FolderImages:
-    """Every PNG and JPEG below a folder, ordered by path; hidden files and others are passed over.
+    """Every image below a folder (`image_files.find_images`), ordered by path.
 
     The first image decides on size and channels (grey is one). Grey images among coloured ones are repeated to
     three channels.
@@ -72,14 +72,10 @@ class FolderImages:
         self.path = path
         if (path / SETTINGS).is_file():  # of edt sample, whose grid is no image of the set
             path = path / IMAGES
-        self.files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file()
-        )
+        self.files = [path / name for name in find_images(path)]
         self.count = len(self.files)
         if not self.files:
-            raise ValueError(f"there are no images in it ({', '.join(_SUFFIXES)})")
+            raise ValueError(f"there are no images in it ({', '.join(SUFFIXES)})")
         with Image.open(self.files[0]) as image:
             self.shape = image.height, image.width, 1 if _is_grey(image) else 3
 

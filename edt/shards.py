@@ -9,21 +9,29 @@ View 0 is the image, view 1 its mirror image. A file has its final name only onc
 
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy import ndarray
+
+from .text_files import read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"  # the manifest of an extraction that is not finished: the shards so far
 PARTIAL = ".partial"
+MOST_CLASSES = 10**6  # each has a name in the manifest, and a row in the model
+MOST_SIDE = 2**14  # of an image or a latent, in pixels
 _LISTED = 100  # skipped files named in the manifest; all are counted
+_OWN = re.compile(r"((data|labels|images)-\d{5,}\.npy|(manifest|progress)\.json)(\.partial)?|\.lock")
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,27 @@ class Shard:
     count: int
     sha256: dict[str, str]  # by file name
     skipped: dict = field(default_factory=lambda: {"count": 0, "files": []})
+
+    def __post_init__(self):
+        """Names of files of this folder alone: what a manifest names is opened, and by extract replaced."""
+        names = {"data": self.file, "labels": self.labels, "images": self.images}
+        number = re.fullmatch(r"data(-\d{5,}\.npy)", self.file) if isinstance(self.file, str) else None
+        for kind, name in names.items():
+            if not (number and name == kind + number[1]) and not (kind == "images" and name is None):
+                raise ValueError(
+                    f"a shard's {kind} are in {_short(name)}; it must be {kind}-00000.npy, or its number"
+                )
+        _check(f"count of {self.file}", self.count, int, least=0)
+        _check(f"sha256 of {self.file}", self.sha256, dict)
+        if set(self.sha256) != {name for name in names.values() if name is not None}:
+            raise ValueError(
+                f"sha256 of {self.file} is of {', '.join(map(repr, self.sha256))}, which are not its files"
+            )
+        if not all(isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) for x in self.sha256.values()):
+            raise ValueError(
+                f"sha256 of {self.file} has {list(self.sha256.values())}; it must be 64 hexadecimal digits"
+            )
+        _check_skipped(self.skipped)
 
     @property
     def files(self) -> list[str]:
@@ -67,6 +96,58 @@ class Manifest:
     created_with: dict = field(default_factory=lambda: _versions())
     format_version: int = FORMAT_VERSION
 
+    def __post_init__(self):
+        """Raises ValueError or TypeError, naming the field, for what no data folder can have."""
+        if self.kind not in ("latents", "pixels"):
+            raise ValueError(f"kind is {_short(self.kind)}; it must be latents or pixels")
+        latents = self.kind == "latents"
+        if self.dtype != ("float16" if latents else "uint8"):
+            raise ValueError(f"dtype is {_short(self.dtype)}; {self.kind} are {'float16' if latents else 'uint8'}")
+        for name, length in (("shape", 3), ("image_size", 2)):
+            sides = getattr(self, name)
+            if not isinstance(sides, tuple) or len(sides) != length:
+                raise TypeError(f"{name} is {_short(sides)}; it must be {length} whole numbers")
+            for side in sides:
+                _check(name, side, int, least=1, most=MOST_SIDE)
+        for name in ("moments", "mirror", "stores_images"):
+            _check(name, getattr(self, name), bool)
+        _check("views", self.views, int, least=1, most=2)
+        if not latents and (self.moments or self.stores_images or self.views == 2):
+            raise ValueError("kind is pixels; moments, images and a second view are for latents")
+        if latents and self.mirror:
+            raise ValueError("mirror is True; latents need those of the mirrored images as a second view instead")
+        _check("num_classes", self.num_classes, int, least=0, most=MOST_CLASSES)
+        if not isinstance(self.class_names, tuple) or not all(isinstance(name, str) for name in self.class_names):
+            raise TypeError("class_names must be a list of text")
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(f"class_names are {len(self.class_names)}; num_classes is {self.num_classes}")
+        for name in ("scaling_factor", "shift_factor"):
+            value = getattr(self, name)
+            if type(value) not in (int, float):
+                raise TypeError(f"{name} is {_short(value)}; it must be a number")
+            if not abs(value) <= 1e30 or (name == "scaling_factor" and not value):  # not of NaN either
+                raise ValueError(
+                    f"{name} is {value}; it must be finite{' and not 0' * (name == 'scaling_factor')}"
+                )
+        if not latents and self.image_size != self.shape[1:]:
+            raise ValueError(f"image_size is {self.image_size}; pixels {self.shape} have {self.shape[1:]}")
+        for name, kind in (("vae", str), ("extraction", dict)):
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), kind)
+        if self.encode_dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"encode_dtype is {_short(self.encode_dtype)}; it must be float32, bfloat16 or None")
+        _check("created_with", self.created_with, dict)
+        _check("count", self.count, int, least=0)
+        _check_skipped(self.skipped)
+        if not isinstance(self.shards, tuple) or not all(isinstance(shard, Shard) for shard in self.shards):
+            raise TypeError("shards must be a list of shards")
+        if len({shard.file for shard in self.shards}) < len(self.shards):
+            raise ValueError("shards has a file twice")
+        if any((shard.images is None) == self.stores_images for shard in self.shards):
+            raise ValueError(
+                f"stores_images is {self.stores_images}, and a shard has {'no' * self.stores_images} images"
+            )
+
     @property
     def stored_shape(self) -> tuple[int, int, int, int]:
         """(views, K·C, H, W) of an item in its file."""
@@ -84,6 +165,40 @@ class Manifest:
         return arrays
 
 
+def _check(name: str, value: object, kind: type, least: int | None = None, most: int | None = None) -> None:
+    if type(value) is not kind:  # a bool is no number here
+        raise TypeError(f"{name} is {_short(value)}; it must be of type {kind.__name__}")
+    if (least is not None and value < least) or (most is not None and value > most):
+        raise ValueError(
+            f"{name} is {value}; it must be {f'at least {least}' if most is None else f'{least} to {most}'}"
+        )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "…"
+
+
+def _check_skipped(skipped: object) -> None:
+    _check("skipped", skipped, dict)
+    if set(skipped) != {"count", "files"} or not isinstance(skipped["files"], list):
+        raise ValueError(f"skipped has {', '.join(map(repr, skipped))}; it must have a count and a list of files")
+    _check("count of skipped", skipped["count"], int, least=len(skipped["files"]))
+    for file in skipped["files"]:
+        if not isinstance(file, dict) or {*map(type, file.values())} != {str} or set(file) != {"path", "reason"}:
+            raise ValueError(f"skipped names {_short(file)}; it must be an object of path and reason")
+
+
+def number_names(num_classes: int) -> tuple[str, ...]:
+    """Names of classes that have none. Raises ValueError for more than a manifest can hold."""
+    if num_classes > MOST_CLASSES:
+        raise ValueError(
+            f"there is the label {num_classes - 1}, for which {num_classes} classes are needed; at most "
+            f"{MOST_CLASSES} are possible"
+        )
+    return tuple(map(str, range(num_classes)))
+
+
 def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("torch", "diffusers", "numpy", "pillow")}
 
@@ -91,18 +206,23 @@ def _versions() -> dict[str, str]:
 def read_manifest(path: Path) -> Manifest:
     """Raises ValueError for a file that is no manifest of this format."""
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, "manifest")
         if not isinstance(content, dict) or "format_version" not in content:
             raise ValueError("it has no format_version")
-        if (version := content["format_version"]) != FORMAT_VERSION:
-            raise ValueError(f"its format_version is {version}; this code reads {FORMAT_VERSION}")
+        version = content["format_version"]
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise ValueError(f"its format_version is {_short(version)}; this code reads {FORMAT_VERSION}")
         if wrong := {entry.name for entry in fields(Manifest)} ^ set(content):
             raise ValueError(f"it lacks, or should not have, {', '.join(sorted(wrong))}")
-        content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
-        for name in ("shape", "class_names", "image_size"):
+        for name in ("shards", "shape", "class_names", "image_size"):
+            _check(name, content[name], list)
             content[name] = tuple(content[name])
+        for shard in content["shards"]:
+            if not isinstance(shard, dict) or set(shard) != {entry.name for entry in fields(Shard)}:
+                raise ValueError(f"its shards have {_short(shard)}")
+        content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
         return Manifest(**content)
-    except (ValueError, TypeError) as error:  # of JSON and text decoding too
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a manifest written by edt extract: {error}") from error
 
 
@@ -111,7 +231,7 @@ def write_json(path: Path, content: dict) -> None:
     temporary = path.with_name(path.name + PARTIAL)
     try:
         with open(temporary, "w") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
+            file.write(json.dumps(content, indent=1) + "\n")  # ASCII, whatever names are in it
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -133,6 +253,41 @@ def sum_skipped(parts: Iterable[dict]) -> dict:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse_npy_header(file: BinaryIO, size: int) -> tuple[np.dtype, tuple[int, ...], str, int]:
+    """Dtype, shape, order ("C" or "F") and beginning of the array in an .npy file of so many bytes.
+
+    Raises:
+        ValueError: for another content, objects, and a header that says another size.
+    """
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {version}")  # 3.0 is for names of fields
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except OSError:
+        raise
+    except Exception as error:  # of the parsers of its text, which is Python's
+        raise ValueError(f"is truncated or no .npy file ({error})") from error
+    if dtype.hasobject or any(type(length) is not int or length < 0 for length in shape):
+        raise ValueError(f"has {dtype} {shape}; it must be an array of numbers")
+    start = file.tell()
+    if size != (needed := start + math.prod(shape) * dtype.itemsize):
+        truncated = "is truncated (" if size < needed else ""
+        raise ValueError(f"{truncated}has {size} bytes; its header says {needed}{')' * bool(truncated)}")
+    return dtype, shape, "F" if fortran else "C", start
+
+
+def is_own(folder: Path) -> bool:
+    """Whether nothing is in a folder but files named as those that are written here."""
+    return folder.is_dir() and all(_OWN.fullmatch(path.name) for path in folder.iterdir())
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Files that an interrupted writing left in a folder, told by their names."""
+    return [path for path in folder.glob(f"*{PARTIAL}") if _OWN.fullmatch(path.name)]
 
 
 class ArrayWriter:

@@ -1,23 +1,46 @@
 """The autoencoder between pictures and latents: loading it, and decoding."""
 
+from pathlib import Path
+
+import torch
 from torch import Tensor, nn
 
+from .text_files import read_json
 
-def load_decoder(vae: str, channels: int, subfolder: str | None = None) -> nn.Module:
+
+def load_autoencoder(vae: str, subfolder: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The AutoencoderKL of a name or a folder, or of a folder within, on the CPU.
 
     Raises:
-        ValueError: where there is none, or its latents have another number of channels.
+        ValueError: where there is none, or one that lacks weights, which would be random.
     """
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL  # takes seconds, which other commands need not wait for
 
+    config = Path(vae, subfolder or "", "config.json")
+    if config.is_file():
+        read_json(config, "vae", dict)  # diffusers says of a list that it cannot connect to the Hub
+    named = f"vae is {vae!r}" + (f" (subfolder {subfolder!r})" if subfolder else "")
     try:
-        decoder = AutoencoderKL.from_pretrained(vae, subfolder=subfolder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"vae is {vae!r}, which cannot be loaded: {reason}") from error
+        autoencoder, loading = AutoencoderKL.from_pretrained(
+            vae, subfolder=subfolder, torch_dtype=dtype, output_loading_info=True
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged or another model's folder leads to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{named}, which cannot be loaded: {reason}") from error
+    if missing := loading["missing_keys"]:
+        raise ValueError(
+            f"{named}, which lacks {len(missing)} weights of an AutoencoderKL, such as {sorted(missing)[0]}"
+        )
+    return autoencoder.eval().requires_grad_(False)
+
+
+def load_decoder(vae: str, channels: int, subfolder: str | None = None) -> nn.Module:
+    """`load_autoencoder`, for latents of so many channels; ValueError where it has others."""
+    decoder = load_autoencoder(vae, subfolder)
     check_latent_channels(decoder, vae, channels)
-    return decoder.eval().requires_grad_(False)
+    return decoder
 
 
 def check_latent_channels(vae: nn.Module, name: str, channels: int) -> None:
