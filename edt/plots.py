@@ -84,4 +84,4 @@ def save_denoising_strip(path: Path, timesteps: list[int], frames: list[ndarray]
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, format="png")
