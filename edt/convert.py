@@ -62,8 +62,8 @@ class ConvertOptions:
     vae: str | None = None
     """Into the pipeline: AutoencoderKL, such as stabilityai/sd-vae-ft-ema or a local folder."""
     labels: Path | None = None
-    """Into the pipeline, names of the classes: JSON {"0": "tench", ...} or ["tench", ...], or a text file of a name
-    a line."""
+    """Into the pipeline, names of the classes: JSON {"0": "tench", ...} or ["tench", ...], or text of a name a
+    line."""
     weights: Literal["ema", "model"] | None = None
     """Which of a training checkpoint's, averaged or raw; by default ema where there are."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -426,7 +426,7 @@ _WRITTEN_AS = (f"{_NEW}/", "new/")
 
 def _is_ours(file: Path) -> bool:
     """Whether `edt convert` wrote this .pt."""
-    if not zipfile.is_zipfile(file):
+    if not (file.is_file() and zipfile.is_zipfile(file)):
         return False
     with zipfile.ZipFile(file) as archive:
         return all(name.startswith(_WRITTEN_AS) for name in archive.namelist())

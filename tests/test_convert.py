@@ -396,7 +396,7 @@ def test_pickled_code_does_not_run(tmp_path, state):
             {"labels": "labels"},
             "labels .*labels has 2 names, for 0, 1; the model needs one for each class, 0 to 9",
         ),
-        ({"labels": "broken"}, "labels .*broken is not JSON"),
+        ({"labels": "broken"}, "labels .*broken is no JSON, or torn"),
         ({"labels": "list"}, r"labels .*list has for class 0 \['n01440764', 'tench'\]; it must be a name"),
         ({"labels": "gap"}, "labels .*gap has for class 3 ''; it must be a name"),
         ({"labels": "others"}, "labels .*others has 10 names, for 1, 2, 3 and 7 more; the model needs"),

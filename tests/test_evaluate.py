@@ -349,7 +349,7 @@ def test_exported_feature_model(sets, tmp_path, capsys):
     export(model, tmp_path / "features.pt2")
     output = tmp_path / "results" / "evaluation.json"
     args = ["--samples", str(sets / "train.npz"), "--reference", str(sets / "held_out.npz"), "--device", "cpu"]
-    args += ["--feature-model", str(tmp_path / "features.pt2"), "--output", str(output), "--batch-size", "100"]
+    args += ["--feature-model", str(tmp_path / "features.pt2"), "--trust-feature-model", "--output", str(output), "--batch-size", "100"]
     assert main(["evaluate", *args]) == 0
     report = json.loads(output.read_text())
     with torch.no_grad():
@@ -391,9 +391,10 @@ def test_feature_models_that_do_not_fit(sets, tmp_path, name, message):
     if name == "nan":
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
         nn.init.constant_(model[1].bias, math.nan)
-    export(model, tmp_path / "model.pt2", channels, dynamic=name != "static")
+    model_file = str(tmp_path / "model.pt2")
+    export(model, model_file, channels, dynamic=name != "static")
     with pytest.raises(ValueError, match=message):
-        run(sets, "held_out.npz", "held_out.npz", feature_model=str(tmp_path / "model.pt2"))
+        run(sets, "held_out.npz", "held_out.npz", feature_model=model_file, trust_feature_model=True)
 
 
 # InceptionV3: torch-fidelity's own network, with random weights.
