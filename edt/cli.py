@@ -93,9 +93,8 @@ def run_sample(options: SampleOptions) -> int:
             print(f"\ninterrupted after {drawn} images; the same command goes on from there", file=sys.stderr)
         return _INTERRUPTED
     if first:
-        print(
-            f"{drawn} images in {printable(options.output)}: images/, samples.npz (arr_0, labels), a grid in samples.png"
-        )
+        output = printable(options.output)
+        print(f"{drawn} images in {output}: images/, samples.npz (arr_0, labels), a grid in samples.png")
     return 0
 
 

@@ -84,6 +84,8 @@ def convert(options: ConvertOptions) -> str:
             that is there.
         FileNotFoundError: for a checkpoint that is not there.
     """
+    for left in options.output.resolve().parent.glob(f".*{_PARTIAL}*"):
+        _remove_if_left(left)
     if options.checkpoint.is_dir():
         return _to_file(options)
     if options.checkpoint.is_file():
@@ -439,13 +441,11 @@ _PARTIAL, _LOCK = ".partial-", "lock"
 def _replacing(output: Path) -> Iterator[Path]:
     """A path beside `output` for the file or folder that takes its place in the end, but not with an exception.
 
-    It is in a hidden folder with a file that is locked for as long as this process lives: a later call removes the
-    folders that killed ones left, after it has put back an output that was taken away.
+    It is in a hidden folder with a file that is locked for as long as this process lives, so that a later call
+    knows what a killed one left.
     """
     output = output.resolve()  # of a link, what it leads to
     output.parent.mkdir(parents=True, exist_ok=True)
-    for left in output.parent.glob(f".*{_PARTIAL}*"):
-        _remove_if_left(left)
     folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}{_PARTIAL}"))
     temporary, former = folder / _NEW, folder / "former"
     with open(folder / "unlocked", "w") as lock:
@@ -470,7 +470,8 @@ def _replacing(output: Path) -> Iterator[Path]:
 
 
 def _remove_if_left(folder: Path) -> None:
-    """Removes a folder of `_replacing` whose process is dead."""
+    """Removes a folder of `_replacing` whose process is dead, after it has put back an output that was amid its
+    replacement."""
     try:
         with open(folder / _LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

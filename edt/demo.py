@@ -226,7 +226,7 @@ def run_demo(options: DemoOptions) -> dict:
 
 
 def _check_is_ours(folder: Path) -> None:
-    """Raises ValueError where files that the demo would replace are none of an earlier one's by its report.json."""
+    """Raises ValueError where what the demo would replace is none of an earlier one's by its report.json."""
     there = [name for name in (_REPORT, *_MODEL, *_PICTURES) if os.path.lexists(folder / name)]
     if there and not (
         _REPORT in there

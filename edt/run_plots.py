@@ -125,8 +125,8 @@ def _read(folder: Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         if not _is_line(line):
             raise ValueError(
-                f"{file} has a line {number} without a step, or with a figure that is no number; it needs those that "
-                "edt train writes"
+                f"{file} has a line {number} without a step, or with a figure that is no number; it needs those "
+                "that edt train writes"
             )
     return lines
 
