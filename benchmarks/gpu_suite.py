@@ -149,8 +149,14 @@ def run(parts: list[Part], seconds: float, out: Path, state: dict, variables: di
     stale += [f"{suite}.{kind}" for suite in suites for kind in ("json", "csv")]
     if any(part.name == _LOSS_CURVES for part in parts):
         stale += ["loss_curves.json", "loss_curves.png"]
-    for name in stale:
-        (out / name).unlink(missing_ok=True)
+    there = [name for name in stale if (out / name).exists()]
+    if there and not (out / "suite.json").is_file():
+        raise SystemExit(
+            f"--out {out} has {there[0]}, and no suite.json says that this wrote it; give another --out"
+        )
+    _store(state, out / "suite.json")
+    for name in there:
+        (out / name).unlink()
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"} | (variables or {})
     begin, state["parts"] = time.monotonic(), []
     for part, end in zip(parts, deadlines(parts, seconds), strict=True):

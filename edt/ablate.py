@@ -1,6 +1,6 @@
 """What masking training and AMM do, measured on real digits: the small counterpart of the paper's ablations."""
 
-import json
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -12,9 +12,14 @@ from .demo import DemoOptions, SamplingInterruptedError, Variant, digits_folder,
 from .devices import torch_device
 from .digits import NUM_CLASSES, Judge, from_uint8, load_split_digits
 from .interrupt import StopRequest
+from .run_folder import open_folder
 from .run_log import METRICS_FILE, read_metrics
 from .shards import write_json
+from .text_files import read_json
 from .train import train
+
+_REPORT, _TABLE = "ablation.json", "table.md"
+_CASE = ("seed", "masking", "amm", "class_accuracy", "spread_over_real", "frechet_distance", "full_loss")
 
 
 @dataclass(frozen=True)
@@ -58,16 +63,16 @@ def ablate(options: AblateOptions, stop: StopRequest) -> dict:
         ValueError: for options that do not fit, or an output that has cases of other options.
     """
     options.check()
-    file = options.output / "ablation.json"
+    with open_folder(options.output):
+        return _ablate(options, stop)
+
+
+def _ablate(options: AblateOptions, stop: StopRequest) -> dict:
+    file = options.output / _REPORT
     settings = {
         name: value for name, value in asdict(options).items() if name not in ("output", "seeds", "device")
     }
-    try:
-        report = json.loads(file.read_text()) if file.is_file() else {"settings": settings, "cases": []}
-    except ValueError as error:
-        raise ValueError(
-            f"{file} is no JSON: {error}; remove it to begin anew, the runs beside it are kept"
-        ) from error
+    report = _read_report(options.output) or {"settings": settings, "cases": []}
     if report["settings"] != settings:
         raise ValueError(f"output {options.output} has cases of {report['settings']}; these are {settings}")
     judge = Judge(load_split_digits())
@@ -98,8 +103,28 @@ def ablate(options: AblateOptions, stop: StopRequest) -> dict:
                 case = {"seed": seed, "masking": masking, "amm": amm, **figures}
                 report["cases"].append({**case, "full_loss": float(np.mean(losses[-100:]))})
                 write_json(file, report)
-                (options.output / "table.md").write_text(format_table(report) + "\n")
+                (options.output / _TABLE).write_text(format_table(report) + "\n")
     return report
+
+
+def _read_report(folder: Path) -> dict | None:
+    """Of an earlier call, or None. Raises ValueError for files that none wrote."""
+    file = folder / _REPORT
+    if not os.path.lexists(file):
+        if os.path.lexists(folder / _TABLE):
+            raise ValueError(
+                f"output {folder} has a {_TABLE}, but no {_REPORT} of edt ablate; give another output"
+            )
+        return None
+    report = read_json(file, "report", dict)
+    cases = report.get("cases")
+    if not (isinstance(report.get("settings"), dict) and isinstance(cases, list) and all(map(_is_case, cases))):
+        raise ValueError(f"report {file} is none of edt ablate; remove it to begin anew, or give another output")
+    return report
+
+
+def _is_case(case) -> bool:
+    return isinstance(case, dict) and all(isinstance(case.get(name), (int, float)) for name in _CASE)
 
 
 def format_table(report: dict) -> str:

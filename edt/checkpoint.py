@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .model import EDTTransformer2DModel
 from .run_checkpoint import CHECKPOINTS, latest_checkpoint, list_checkpoints, verify_checkpoint
+from .text_files import printable, read_json
 
 # (our name, released name) of modules outside the blocks; {i} is the module's number.
 _RELEASED_MODULES = (
@@ -88,6 +89,22 @@ def load_released_state_dict(model: EDTTransformer2DModel, state_dict: dict[str,
     Raises:
         ValueError: naming missing, unexpected or misshapen keys, or position tables that differ.
     """
+    check_released_shapes(model, state_dict)
+    for released, table in released_position_tables(model).items():
+        given = state_dict[released].to(table).squeeze(0)
+        tolerance = _TABLE_DRIFT + torch.finfo(state_dict[released].dtype).eps
+        if given.shape != table.shape or not torch.allclose(given, table, rtol=0, atol=tolerance):
+            raise ValueError(
+                f"state_dict has a position table {released} that is not this model's; is sample_size right?"
+            )
+    with torch.no_grad():
+        for released, parameter in to_released_state_dict(model).items():
+            parameter.copy_(state_dict[released])
+
+
+def check_released_shapes(model: EDTTransformer2DModel, state_dict: dict[str, Tensor]) -> None:
+    """Raises ValueError unless the state dict has all released names of this model, which may be on the meta
+    device, no others, and parameters of its shapes."""
     parameters = to_released_state_dict(model)
     tables = released_position_tables(model)
     expected = {*parameters, *tables}
@@ -103,16 +120,6 @@ def load_released_state_dict(model: EDTTransformer2DModel, state_dict: dict[str,
                 f"state_dict has {released} of shape {tuple(state_dict[released].shape)}; this model needs "
                 f"{tuple(parameter.shape)}"
             )
-    for released, table in tables.items():
-        given = state_dict[released].to(table).squeeze(0)
-        tolerance = _TABLE_DRIFT + torch.finfo(state_dict[released].dtype).eps
-        if given.shape != table.shape or not torch.allclose(given, table, rtol=0, atol=tolerance):
-            raise ValueError(
-                f"state_dict has a position table {released} that is not this model's; is sample_size right?"
-            )
-    with torch.no_grad():
-        for released, parameter in parameters.items():
-            parameter.copy_(state_dict[released])
 
 
 def weights_folder(folder: str | Path) -> Path:
@@ -127,16 +134,20 @@ def weights_folder(folder: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: where the folder is none of these.
-        ValueError: where the averaged weights of the checkpoint, or of all the run's, are damaged.
+        ValueError: where the averaged weights of the checkpoint, or of all the run's, are damaged, or an index of
+            a pipeline is no JSON object.
     """
     folder = Path(folder)
     if (folder / PIPELINE_INDEX).is_file():
+        read_json(folder / PIPELINE_INDEX, "checkpoint", dict)
         folder = folder / _TRANSFORMER
     checkpoints = folder / CHECKPOINTS
     if (folder / _CONFIG).is_file():
         return folder
     if list_checkpoints(checkpoints):
-        newest = latest_checkpoint(checkpoints, lambda text: print(f"edt: {text}", file=sys.stderr), _AVERAGED)
+        newest = latest_checkpoint(
+            checkpoints, lambda text: print(f"edt: {printable(text)}", file=sys.stderr), _AVERAGED
+        )
         if newest is None:
             raise ValueError(f"checkpoint {folder} is a run whose checkpoints are all damaged; restore one")
         folder = newest / _AVERAGED
@@ -179,6 +190,10 @@ def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:
     folder = weights_folder(folder)
     if not list(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"checkpoint {folder} has a {_CONFIG} but no .safetensors weights")
+    name = EDTTransformer2DModel.__name__
+    kind = read_json(folder / _CONFIG, "checkpoint", dict).get("_class_name", name)
+    if not str(kind).endswith(name):  # FSDP puts its own before it
+        raise ValueError(f"checkpoint {folder} is of a {kind}; it must be of an {name}")
     try:
         model, loading = EDTTransformer2DModel.from_pretrained(
             folder,
@@ -188,9 +203,14 @@ def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:
             **{"variant": weights_variant(folder), **kwargs},
         )
     except (SafetensorError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the disk, not of the file
+            raise OSError(error.errno, f"checkpoint {folder} cannot be read: {error.strerror}") from error
         raise ValueError(f"checkpoint {folder} is truncated or not a safetensors checkpoint: {error}") from error
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"checkpoint {folder} has weights or a config that do not fit: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # of a config's values of wrong types almost any
+        said = f"{error}" if isinstance(error, (ValueError, TypeError, RuntimeError)) else repr(error)
+        raise ValueError(f"checkpoint {folder} has weights or a config that do not fit: {said}") from error
     missing, unexpected = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     if missing or unexpected:  # diffusers only warns, and leaves what is missing at random
         raise ValueError(

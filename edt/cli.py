@@ -95,7 +95,8 @@ def run_sample(options: SampleOptions) -> int:
             print(f"\ninterrupted after {drawn} images; the same command goes on from there", file=sys.stderr)
         return _INTERRUPTED
     if first:
-        print(f"{drawn} images in {options.output}: images/, samples.npz (arr_0, labels), a grid in samples.png")
+        output = printable(options.output)
+        print(f"{drawn} images in {output}: images/, samples.npz (arr_0, labels), a grid in samples.png")
     return 0
 
 
@@ -104,7 +105,7 @@ def run_convert(options: ConvertOptions) -> None:
 
 
 def run_plot(options: Plot) -> None:
-    print("\n".join(map(str, plot_runs(options.runs, options.output))))
+    print("\n".join(map(printable, plot_runs(options.runs, options.output))))
 
 
 def run_info(options: Info) -> None:
@@ -176,13 +177,14 @@ def _giga(multiply_adds: int) -> str:
 
 def run_demo(options: DemoOptions) -> int:
     report = demo.run_demo(options)
-    draw_more = f"edt sample --checkpoint {options.output} --classes all"
+    output = printable(options.output)
+    draw_more = f"edt sample --checkpoint {output} --classes all"
     if report["interrupted"]:
-        print(f"\ninterrupted in {report['interrupted']}. What was trained is kept in {options.output}; draw from "
+        print(f"\ninterrupted in {report['interrupted']}. What was trained is kept in {output}; draw from "
               f"it with\n  {draw_more}", file=sys.stderr)  # fmt: skip
         return _INTERRUPTED
     print(demo.format_report(report))
-    print(f"pictures, samples, checkpoint and report are in {options.output}; draw more with\n  {draw_more}")
+    print(f"pictures, samples, checkpoint and report are in {output}; draw more with\n  {draw_more}")
     return 0
 
 
@@ -294,7 +296,7 @@ def run_train(args: list[str]) -> int:
 def run_ablate(options: AblateOptions) -> int:
     with stop_on_interrupt() as stop:
         report = ablate.ablate(options, stop)
-    print(f"\n{ablate.format_table(report)}\n\nin {options.output}")
+    print(f"\n{ablate.format_table(report)}\n\nin {printable(options.output)}")
     if stop:
         print("interrupted; the same command goes on from what was done", file=sys.stderr)
         return _INTERRUPTED

@@ -1,16 +1,15 @@
 """`edt convert`: a `.pt` of the released code → the folder of an `EDTPipeline`, and back."""
 
 import argparse
+import fcntl
 import functools
 import itertools
-import json
 import math
 import os
-import pickle
 import re
+import shutil
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .checkpoint import (
     PIPELINE_INDEX,
+    check_released_shapes,
     few,
     load_checkpoint,
     load_released_state_dict,
@@ -33,6 +33,7 @@ from .checkpoint import (
 from .config import AMM_PLACEMENTS, PRESETS, published_size
 from .diffusion import make_scheduler
 from .model import NUM_STAGES, EDTTransformer2DModel
+from .text_files import printable, read_json, read_text
 from .vae import load_decoder
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -61,13 +62,14 @@ class ConvertOptions:
     vae: str | None = None
     """Into the pipeline: AutoencoderKL, such as stabilityai/sd-vae-ft-ema or a local folder."""
     labels: Path | None = None
-    """Into the pipeline, names of the classes: JSON {"0": "tench", ...}, or a text file of a name a line."""
+    """Into the pipeline, names of the classes: JSON {"0": "tench", ...} or ["tench", ...], or text of a name a
+    line."""
     weights: Literal["ema", "model"] | None = None
     """Which of a training checkpoint's, averaged or raw; by default ema where there are."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Of the model's weights; by default as they are stored."""
     overwrite: bool = False
-    """Replace an output that is there: a file, or a pipeline's folder."""
+    """Replace an output that is there: a .pt of edt convert, or a folder that has an EDTPipeline's files alone."""
 
 
 def convert(options: ConvertOptions) -> str:
@@ -82,6 +84,8 @@ def convert(options: ConvertOptions) -> str:
             that is there.
         FileNotFoundError: for a checkpoint that is not there.
     """
+    for left in options.output.resolve().parent.glob(f".*{_PARTIAL}*"):
+        _remove_if_left(left)
     if options.checkpoint.is_dir():
         return _to_file(options)
     if options.checkpoint.is_file():
@@ -98,14 +102,15 @@ def _to_pipeline(options: ConvertOptions) -> str:
     if output.is_dir() and any(output.iterdir()):
         if not options.overwrite:
             raise ValueError(f"output {output} is there already; --overwrite replaces it")
-        if not (output / PIPELINE_INDEX).is_file():
-            raise ValueError(f"output {output} is not a pipeline's folder, so --overwrite does not replace it")
         if file.resolve().is_relative_to(output.resolve()):
             raise ValueError(f"output {output} has the checkpoint in it; --overwrite would delete that")
+        _check_is_ours_alone(output)
     state, weights = read_released_file(file, options.weights)
     dtype = _chosen_dtype(options, {tensor.dtype for tensor in state.values()})
     try:
         config = recognize_config(state)
+        with torch.device("meta"):  # shapes first: a wrong one may ask for more memory than there is
+            check_released_shapes(EDTTransformer2DModel(**config), state)
         model = EDTTransformer2DModel(**config)
         load_released_state_dict(model, state)
     except ValueError as error:
@@ -126,8 +131,8 @@ def _to_pipeline(options: ConvertOptions) -> str:
     blocks = ", ".join(map(str, config["amm_blocks"]))
     amm = f"AMM ({config['amm_form']}) in blocks {blocks}" if blocks else "AMM off, as no placement is published"
     return (
-        f"{file}: {weights}, {size}, latents {latents}, {config['num_classes']} classes, {amm}\n"
-        f"a pipeline in {_name(dtype)} is in {output}"
+        f"{printable(file)}: {weights}, {size}, latents {latents}, {config['num_classes']} classes, {amm}\n"
+        f"a pipeline in {_name(dtype)} is in {printable(output)}"
     )
 
 
@@ -140,8 +145,14 @@ def _to_file(options: ConvertOptions) -> str:
         raise ValueError(f"output {output} is a folder; of a folder comes a file, such as EDT-S.pt")
     if output.suffix == ".safetensors":
         raise ValueError(f"output {output} would be no safetensors file; the released code reads a .pt")
-    if output.exists() and not options.overwrite:
-        raise ValueError(f"output {output} is there already; --overwrite replaces it")
+    if output.exists():
+        if not options.overwrite:
+            raise ValueError(f"output {output} is there already; --overwrite replaces it")
+        if not _is_ours(output):
+            raise ValueError(
+                f"output {output} is no .pt that edt convert wrote, so --overwrite does not replace it; move it, "
+                "or give another output"
+            )
     folder = weights_folder(folder)
     model = load_checkpoint(folder)
     if model.config.task_routing is not None:
@@ -154,7 +165,7 @@ def _to_file(options: ConvertOptions) -> str:
         torch.save(state, temporary)
 
     foreign = model.config.num_classes == 0 or len(set(model.latent_size)) > 1
-    return f"{len(state)} tensors in {_name(dtype)} under the released names are in {output}" + (
+    return f"{len(state)} tensors in {_name(dtype)} under the released names are in {printable(output)}" + (
         "\nthe released code, which knows classes and squares alone, has no model for them" if foreign else ""
     )
 
@@ -208,22 +219,40 @@ def _load_pickle(file: Path):
         )
     try:
         with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                # torch.load by mmap would take the compressed bytes for numbers.
+                raise _WrongFileError(f"checkpoint {file} has compressed members; it must be {expected}")
             if damaged := archive.testzip():  # which torch.load does not
-                raise ValueError(f"checkpoint {file} is damaged: {damaged} in it has another checksum")
+                raise _WrongFileError(f"checkpoint {file} is damaged: {damaged} in it has another checksum")
         with torch.serialization.safe_globals([argparse.Namespace]):
             if objects := torch.serialization.get_unsafe_globals_in_checkpoint(file):
-                raise ValueError(
+                raise _WrongFileError(
                     f"checkpoint {file} has pickled objects that are not loaded, as they could run code: "
                     f"{few(objects)}; it must be tensors and an argparse.Namespace"
                 )
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"checkpoint {file} is damaged or not {expected}: {error}") from error
+    except (_WrongFileError, OSError, MemoryError):
+        raise
+    except Exception as error:  # of a crafted pickle almost any
+        raise ValueError(
+            f"checkpoint {file} is damaged or not {expected}: {error or type(error).__name__}"
+        ) from error
+
+
+class _WrongFileError(ValueError):
+    """Says already what is wrong with the file."""
 
 
 def _is_weight(item) -> bool:
+    """Numbers that are in the file: not of another device or layout, nor repeated by a stride of 0."""
     name, tensor = item
-    return isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
+    return (
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and (tensor.device.type, tensor.layout) == ("cpu", torch.strided)
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _without_prefixes(name: str) -> str:
@@ -308,27 +337,29 @@ def _grid(num_tokens: int, bias_rows: int, table: Tensor) -> tuple[int, int]:
 
 
 def read_labels(file: Path, num_classes: int) -> dict[int, str]:
-    """Class number → name, from JSON {"0": "tench", ...} or a text file of a name a line.
+    """Class number → name, from JSON {"0": "tench", ...} or ["tench", ...], or a text file of a name a line.
 
     Raises:
-        ValueError: unless it has a name for each of `num_classes`.
+        ValueError: unless it is text (`text_files.read_text`) and has a name for each of `num_classes`.
     """
     if num_classes == 0:
         raise ValueError(f"labels {file} was given for an unconditional model; leave out --labels")
-    text = file.read_text(encoding="utf-8").strip()
-    if text.startswith("{"):
-        try:
-            names = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"labels {file} is not JSON: {error}") from error
+    text = read_text(file, "labels")
+    if file.suffix.lower() == ".json" or text.lstrip().startswith(("{", "[")):
+        names = read_json(file, "labels")
+        if not isinstance(names, (dict, list)):
+            raise ValueError(f"labels {file} is JSON of a {type(names).__name__}; it must be an object or a list")
     else:
-        names = {str(i): line.strip() for i, line in enumerate(text.splitlines())}
+        # Not splitlines, for which U+2028 or a form feed within a name ends it.
+        names = [line.strip() for line in re.split(r"\r\n|\r|\n", text.rstrip())]
+    if isinstance(names, list):
+        names = {str(i): name for i, name in enumerate(names)}
     if set(names) != set(map(str, range(num_classes))):
         raise ValueError(
             f"labels {file} has {len(names)} names, for {few(names)}; the model needs one for each class, 0 to "
             f"{num_classes - 1}"
         )
-    wrong = [i for i, name in names.items() if not (isinstance(name, str) and name)]
+    wrong = [i for i, name in names.items() if not (isinstance(name, str) and name.strip())]
     if wrong:
         raise ValueError(f"labels {file} has for class {wrong[0]} {names[wrong[0]]!r}; it must be a name")
     return {i: names[str(i)] for i in range(num_classes)}
@@ -364,20 +395,89 @@ def _cast(checkpoint: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Te
     return cast
 
 
+# What `save_pretrained` of a pipeline writes.
+_PIPELINE_FILES = re.compile(
+    rf"{re.escape(PIPELINE_INDEX)}|pipeline\.py|scheduler/scheduler_config\.json"
+    r"|transformer/edt_transformer\.py|(transformer|vae)/config\.json"
+    r"|(transformer|vae)/diffusion_pytorch_model[^/]*\.safetensors(\.index[^/]*\.json)?"
+)
+
+
+def _check_is_ours_alone(folder: Path) -> None:
+    """Raises ValueError unless the folder is an EDTPipeline's, and has no file that its `save_pretrained` does not
+    write: those would be deleted with it."""
+    kept = "so --overwrite does not replace it"
+    if not (folder / PIPELINE_INDEX).is_file():
+        raise ValueError(f"output {folder} is not a pipeline's folder, {kept}")
+    kind = read_json(folder / PIPELINE_INDEX, "output", dict).get("_class_name")
+    if kind not in ("EDTPipeline", ["pipeline", "EDTPipeline"]):
+        raise ValueError(f"output {folder} is the folder of another pipeline ({kind}), {kept}")
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not _is_folder(path))
+    if others := sorted(name for name in names if not _PIPELINE_FILES.fullmatch(name)):
+        raise ValueError(f"output {folder} has {few(others)} beside a pipeline's files, {kept}; move them")
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+# torch.save names the folder within a .pt after the file that it writes, which is a temporary one; "new" once.
+_NEW = "edt-convert"
+_WRITTEN_AS = (f"{_NEW}/", "new/")
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether `edt convert` wrote this .pt."""
+    if not (file.is_file() and zipfile.is_zipfile(file)):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return all(name.startswith(_WRITTEN_AS) for name in archive.namelist())
+
+
+_PARTIAL, _LOCK = ".partial-", "lock"
+
+
 @contextmanager
 def _replacing(output: Path) -> Iterator[Path]:
-    """A path beside `output` for the file or folder that takes its place in the end, but not with an exception."""
+    """A path beside `output` for the file or folder that takes its place in the end, but not with an exception.
+
+    It is in a hidden folder with a file that is locked for as long as this process lives, so that a later call
+    knows what a killed one left.
+    """
+    output = output.resolve()  # of a link, what it leads to
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.partial-") as folder:
-        temporary, former = Path(folder, "new"), Path(folder, "former")
-        yield temporary
-        if not output.is_dir():
-            os.replace(temporary, output)
-            return
-        try:  # a folder cannot be renamed onto one
-            os.replace(output, former)
+    folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}{_PARTIAL}"))
+    temporary, former = folder / _NEW, folder / "former"
+    with open(folder / "unlocked", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.replace(lock.name, folder / _LOCK)  # under this name it is never seen unlocked
+        except OSError:
+            pass  # a file system without locks, where nothing is ever removed for others
+        try:
+            yield temporary
+            if not output.is_dir():
+                os.replace(temporary, output)
+                return
+            os.replace(output, former)  # a folder cannot be renamed onto one
             os.replace(temporary, output)
         except BaseException:
             if former.exists():
                 os.replace(former, output)
             raise
+        finally:
+            shutil.rmtree(folder)
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Removes a folder of `_replacing` whose process is dead, after it has put back an output that was amid its
+    replacement."""
+    try:
+        with open(folder / _LOCK) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            output = folder.with_name(folder.name[1:].rpartition(_PARTIAL)[0])
+            if (folder / "former").exists() and not output.exists():
+                os.replace(folder / "former", output)
+            shutil.rmtree(folder)
+    except OSError:
+        pass  # not one of ours, of a process that runs, or removed by another meanwhile

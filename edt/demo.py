@@ -1,7 +1,7 @@
 """A small EDT from nothing to pictures: trains on real handwritten digits, samples, judges, reports."""
 
-import json
 import math
+import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from edt_kernels._backend import select_backend
 
 from . import plots
-from .checkpoint import load_checkpoint
+from .checkpoint import few, load_checkpoint
 from .config import PRESETS
 from .data import write_dataset
 from .devices import torch_device
@@ -25,15 +25,25 @@ from .digits import NUM_CLASSES, Judge, from_uint8, load_split_digits, to_uint8
 from .interrupt import StopRequest, stop_on_interrupt
 from .model import EDTTransformer2DModel
 from .run_checkpoint import CHECKPOINTS, list_checkpoints
+from .run_folder import open_folder
 from .run_log import METRICS_FILE, read_metrics
 from .run_plots import plot_runs
 from .sampling import check_guidance_scale, sample
-from .shards import MANIFEST
+from .shards import MANIFEST, read_manifest, write_json
+from .text_files import read_json
 from .train import train
 from .train_config import CONFIG_FILE, TrainConfig, load_config, recipe
 
 PRESET = "EDT-digits"
 _STRIP_FRAMES = 12
+_MAX_PER_CLASS = 10_000  # drawn at once
+_REPORT = "report.json"
+_PICTURES = ("samples_amm_off.png", "samples_amm_on.png", "samples_guided.png", "denoising.png", "samples.npz",
+             *(f"digit_{digit}.png" for digit in range(NUM_CLASSES)))  # fmt: skip
+_MODEL = ("config.json", "diffusion_pytorch_model.safetensors")
+# Of the run's configuration, what a demo's options decide.
+_OPTIONS_OF_RUN = ("data", "output", "steps", "decay_steps", "batch_size", "learning_rate", "seed", "device",
+                   "checkpoint_every", "precision")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,8 +76,13 @@ class DemoOptions:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.num_per_class < 2:
-            raise ValueError(f"num_per_class is {self.num_per_class}; a spread needs at least 2")
+        if not 2 <= self.num_per_class <= _MAX_PER_CLASS:
+            raise ValueError(
+                f"num_per_class is {self.num_per_class}; it must be at least 2, for a spread, and at most "
+                f"{_MAX_PER_CLASS}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be 0 to 2**63 - 1")
         if not 1 <= self.sampling_steps <= NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"sampling_steps is {self.sampling_steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -81,10 +96,17 @@ class SamplingInterruptedError(Exception):
 
 
 def digits_folder(folder: Path) -> Path:
-    """The training digits as a data folder for `edt train`, written where it is not there yet."""
+    """The training digits as a data folder for `edt train`, written where it is not there yet.
+
+    Raises:
+        ValueError, FileExistsError: where the folder has other data, or other files.
+    """
+    digits = load_split_digits()
     if not (folder / MANIFEST).is_file():
-        digits = load_split_digits()
         write_dataset(folder, to_uint8(digits.train_images).transpose(0, 3, 1, 2), digits.train_labels)
+    manifest = read_manifest(folder / MANIFEST)
+    if (manifest.kind, tuple(manifest.shape), manifest.count) != ("pixels", (1, 8, 8), len(digits.train_labels)):
+        raise ValueError(f"data {folder} has other data than the digits; give another output")
     return folder
 
 
@@ -110,8 +132,7 @@ def train_config(options: DemoOptions, output: Path) -> TrainConfig:
 
 def train_digits(config: TrainConfig, stop: StopRequest) -> tuple[EDTTransformer2DModel, dict[str, list[float]]]:
     """Trains, or goes on with the same run; the model with averaged weights, and the losses of each step."""
-    if _other_run(config):
-        shutil.rmtree(config.output)
+    _make_room(config)
     digits_folder(config.data)
     checkpoint = train(config, stop)
     metrics = read_metrics(config.output / METRICS_FILE)
@@ -120,14 +141,29 @@ def train_digits(config: TrainConfig, stop: StopRequest) -> tuple[EDTTransformer
     return load_checkpoint(checkpoint / "ema").to(torch_device(config.device)), losses
 
 
-def _other_run(config: TrainConfig) -> bool:
-    """Whether the output has a run with other options, or a finished one: the demo then begins anew."""
-    saved = config.output / CONFIG_FILE
-    if not saved.is_file():
-        return False
-    asked = replace(config, recipe=None, precision=load_config(saved).precision)
-    finished = list_checkpoints(config.output / CHECKPOINTS)[-1:]
-    return load_config(saved) != asked.absolute() or any(step >= config.steps for step, _ in finished)
+def _make_room(config: TrainConfig) -> None:
+    """Removes a demo's run of other options, or a finished one, so that this one begins anew.
+
+    Raises:
+        ValueError: for another run than a demo's, which is kept.
+    """
+    if not (config.output / CONFIG_FILE).is_file():
+        return
+    with open_folder(config.output):  # no other process trains there
+        saved = load_config(config.output / CONFIG_FILE)
+        asked = replace(config, recipe=None, precision=saved.precision).absolute()
+        if replace(saved, **{name: getattr(asked, name) for name in _OPTIONS_OF_RUN}) != asked:
+            raise ValueError(
+                f"output {config.output.parent} has in {config.output.name} a run of edt train that is no demo's; "
+                "give another output"
+            )
+        checkpoints = list_checkpoints(config.output / CHECKPOINTS)
+        if saved == asked and all(step < config.steps for step, _ in checkpoints[-1:]):
+            return
+        for _, folder in checkpoints:
+            shutil.rmtree(folder)
+        for name in (METRICS_FILE, CONFIG_FILE):
+            (config.output / name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -184,7 +220,24 @@ def run_demo(options: DemoOptions) -> dict:
         options = replace(options, steps=min(options.steps, 20), batch_size=min(options.batch_size, 32),
                           num_per_class=min(options.num_per_class, 4),
                           sampling_steps=min(options.sampling_steps, 4))  # fmt: skip
-    options.output.mkdir(parents=True, exist_ok=True)
+    with open_folder(options.output):
+        _check_is_ours(options.output)
+        return _run(options)
+
+
+def _check_is_ours(folder: Path) -> None:
+    """Raises ValueError where what the demo would replace is none of an earlier one's by its report.json."""
+    there = [name for name in (_REPORT, *_MODEL, *_PICTURES) if os.path.lexists(folder / name)]
+    if there and not (
+        _REPORT in there
+        and {"options", "model", "real_held_out", "variants"} <= read_json(folder / _REPORT, "report", dict).keys()
+    ):
+        raise ValueError(
+            f"output {folder} has {few(there)}, and by no {_REPORT} did edt demo write that; give another output"
+        )
+
+
+def _run(options: DemoOptions) -> dict:
     start, start_cpu = time.perf_counter(), time.process_time()
     judge = Judge(load_split_digits())
     device = torch_device(options.device)
@@ -194,7 +247,7 @@ def run_demo(options: DemoOptions) -> dict:
         Variant(f"AMM on, guidance {options.guidance_scale:g}", amm=True, guidance_scale=options.guidance_scale),
     ]
     report = {
-        "interrupted": None,
+        "interrupted": "training",
         "options": {name: value for name, value in asdict(options).items() if name != "output"},
         "model": {"preset": PRESET, **PRESETS[PRESET]},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -205,6 +258,7 @@ def run_demo(options: DemoOptions) -> dict:
         "variants": {},
     }
 
+    write_json(options.output / _REPORT, report)  # from now on the folder is a demo's
     with stop_on_interrupt() as stop:
         model, losses = train_digits(train_config(options, options.output / "run"), stop)
         report["training"] = {
@@ -213,9 +267,11 @@ def run_demo(options: DemoOptions) -> dict:
             **{f"{name}_loss": float(np.mean(values[-100:])) for name, values in losses.items()},
             "seconds": time.perf_counter() - start,
         }
-        _remove_pictures(options.output)
+        for name in _PICTURES:  # of an earlier model
+            (options.output / name).unlink(missing_ok=True)
         model.save_pretrained(options.output)
         plot_runs([options.output / "run"])
+        report["interrupted"] = None
         if stop:
             report["interrupted"] = f"training, after step {len(losses['full'])} of {options.steps}"
         else:
@@ -225,15 +281,8 @@ def run_demo(options: DemoOptions) -> dict:
                 report["interrupted"] = "sampling"
         report["seconds"] = time.perf_counter() - start
         report["cpu_seconds"] = time.process_time() - start_cpu
-        (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(options.output / _REPORT, report)
     return report
-
-
-def _remove_pictures(folder: Path) -> None:
-    """An earlier run's samples must not lie beside a new model that did not draw them."""
-    for pattern in ("samples*.png", "digit_*.png", "denoising.png", "samples.npz"):
-        for file in folder.glob(pattern):
-            file.unlink()
 
 
 def _sample_and_judge(

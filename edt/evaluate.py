@@ -2,8 +2,9 @@
 
 import importlib
 import importlib.util
-import pickle
+import os
 import sys
+import tempfile
 import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from .devices import torch_device
 from .image_sets import FolderImages, NpzImages, has_images, open_images, read_statistics
 from .metrics import Gaussian, RunningGaussian, RunningInceptionScore, frechet_distance, precision_recall
 from .shards import sha256, write_json
+from .text_files import printable, read_json
 
 INCEPTION_FEATURES = {"pool": 2048, "spatial": 7 * 17 * 17}
 NEIGHBOURS = 3
@@ -50,9 +52,11 @@ class EvaluateOptions:
     feature_model: str | None = None
     """Instead of InceptionV3: a .pt2 file of torch.export.save, exported with a dynamic batch, that takes float
     images (B, C, H, W) in [-1, 1] to features (B, F); or the word pixels, for the pixels themselves. Gives a
-    Fréchet distance, precision and recall, and downloads nothing."""
+    Fréchet distance, precision and recall, and downloads nothing. A .pt2 can run code that its author chose."""
+    trust_feature_model: bool = False
+    """Load the .pt2: torch runs code that it brings, so that of a stranger may do anything."""
     output: Path | None = None
-    """A JSON file for the figures and all that they depend on."""
+    """A JSON file for the figures and all that they depend on. It may replace an earlier report, no other file."""
     batch_size: int = 64
     """Images whose features are computed at a time."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
@@ -72,9 +76,36 @@ class EvaluateOptions:
         for name, path in (("inception_weights", self.inception_weights), ("feature_model", model)):
             if path is not None and not path.is_file():
                 raise FileNotFoundError(f"{name} {path}: there is no such file")
-        if self.output is not None and self.output.is_dir():
-            raise ValueError(f"output {self.output} is a folder; it must be a file")
+        if model is not None:
+            if model.suffix != ".pt2" or not _is_exported(model):
+                raise ValueError(f"feature_model {model} is not a .pt2 file of torch.export.save")
+            if not self.trust_feature_model:
+                raise ValueError(
+                    f"feature_model {model} is a .pt2, and to load one runs code that it brings; "
+                    "--trust-feature-model says that you trust where it comes from"
+                )
+        if self.output is not None:
+            _check_output(self.output)
         torch_device(self.device)
+
+
+def _check_output(file: Path) -> None:
+    """Raises ValueError, OSError where the report could not be written, or would replace another file."""
+    if file.exists() and not file.is_file():  # /dev/stdout is none either: a rename would take its place
+        raise ValueError(f"output {file} is {'a folder' if file.is_dir() else 'a device'}; it must be a file")
+    if os.path.lexists(file):
+        other = f"output {file} is there and no report of edt evaluate; give another"
+        try:
+            if not {"samples", "reference", "metrics"} <= read_json(file, "output", dict).keys():
+                raise ValueError(other)
+        except (OSError, ValueError) as error:
+            raise ValueError(other) from error
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"output {file} cannot be written: {error.strerror}") from error
 
 
 # An extractor takes uint8 images (B, C, H, W) on its device to float features (B, F) by name, and has a `label`,
@@ -138,7 +169,9 @@ def _check_is_plain_weights(path: Path) -> None:
     """torch-fidelity unpickles whatever a file has; this refuses all but tensors first."""
     try:
         torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of a crafted pickle almost any
         raise ValueError(f"inception_weights {path} is no file of weights; torch.load cannot read it") from error
 
 
@@ -146,11 +179,13 @@ class ExportedModel:
     """A model that torch.export.save wrote."""
 
     def __init__(self, path: Path, device: torch.device):
-        if path.suffix != ".pt2" or not _is_exported(path):
-            raise ValueError(f"feature_model {path} is not a .pt2 file of torch.export.save")
         from torch.export.passes import move_to_device_pass  # takes a second, which others need not wait for
 
-        self.path, self.model = path, move_to_device_pass(torch.export.load(path), str(device)).module()
+        self.path = path
+        try:
+            self.model = move_to_device_pass(torch.export.load(path), str(device)).module()
+        except Exception as error:  # of a damaged one almost any
+            raise ValueError(f"feature_model {path} cannot be loaded: {error!r}") from error
         self.label = {"name": "feature model", "path": str(path), "sha256": sha256(path)}
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -250,8 +285,6 @@ def evaluate(options: EvaluateOptions) -> dict:
             )
     only_statistics = bool(statistics) and not has_images(options.reference)
     reference = None if only_statistics else open_images("reference", options.reference)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.feature_model == "pixels" and samples.shape != reference.shape:
         raise ValueError(
             f"samples are {_size(samples)}, the reference is {_size(reference)}; pixels need one shape"
@@ -358,11 +391,11 @@ def format_report(report: dict) -> str:
             parts.append(f"{entry['images']} images of {'×'.join(map(str, entry['shape']))}")
         if entry.get("statistics"):
             parts.append(f"statistics of {' and '.join(entry['statistics'])} features")
-        lines.append(f"{name:16} {entry['path']} ({entry['kind']}): {', '.join(parts)}")
+        lines.append(f"{name:16} {printable(entry['path'])} ({entry['kind']}): {', '.join(parts)}")
     label = report["extractor"]
     lines.append(f"{'features':16} {label['name']}")
     if "sha256" in label:
-        lines.append(f"{'':16} {label.get('weights') or label['path']}, sha256 {label['sha256']}")
+        lines.append(f"{'':16} {printable(label.get('weights') or label['path'])}, sha256 {label['sha256']}")
     lines.append("")
     for metric, name in _NAMES.items():
         if metric in report["metrics"]:

@@ -4,9 +4,9 @@ A set of images has `path`, `kind`, `count`, `shape` (H, W, C) and `batches(batc
 (B, H, W, C). Of its images one batch is held at a time.
 """
 
+import math
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,11 +18,12 @@ from numpy import ndarray
 from PIL import Image
 
 from .image_files import SUFFIXES, find_images
-from .metrics import Gaussian
+from .metrics import MAX_FEATURES, Gaussian
 
 # In the folder of edt sample: what its images depend on, and themselves.
 SETTINGS, IMAGES = "samples.json", "images"
 
+_DEFLATED_AT_MOST = 1032  # times as many bytes come of a deflated stream
 # ADM's names for means and covariances of InceptionV3's pooled and spatial features.
 _STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
@@ -34,8 +35,7 @@ class NpzImages:
 
     def __init__(self, path: Path):
         self.path = path
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
-            shape, fortran, dtype = _read_header(stream)
+        shape, fortran, dtype = _declared(path, "arr_0")
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
             raise ValueError(f"arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, C) with C 1 or 3")
         if fortran:
@@ -52,8 +52,30 @@ class NpzImages:
                 yield batch
 
 
+def _declared(path: Path, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and dtype that an array's header in an .npz declares, before anything of
+    that size is allocated.
+
+    Raises:
+        ValueError: where the file cannot hold so much.
+    """
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
+        shape, fortran, dtype = _read_header(stream)
+        header = stream.tell()
+        member = archive.getinfo(f"{name}.npy")
+    most = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: _DEFLATED_AT_MOST}.get(member.compress_type)
+    if most is None:
+        raise ValueError(f"{name} is compressed otherwise than numpy.savez and savez_compressed do")
+    if min(shape, default=0) < 0 or dtype.hasobject:
+        raise ValueError(f"{name} is {dtype} {shape}; it must be numbers")
+    size = math.prod(shape) * dtype.itemsize
+    if header + size != member.file_size or member.file_size > most * member.compress_size + 1024:
+        raise ValueError(f"{name} is {dtype} {shape}, which is {size} bytes; the file has not so many")
+    return shape, fortran, dtype
+
+
 def _read_header(stream) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, dtype; leaves the stream at the first element."""
+    """Leaves the stream at the first element."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(stream)
@@ -76,7 +98,7 @@ class FolderImages:
         self.count = len(self.files)
         if not self.files:
             raise ValueError(f"there are no images in it ({', '.join(SUFFIXES)})")
-        with Image.open(self.files[0]) as image:
+        with _named_errors(self.files[0]), Image.open(self.files[0]) as image:
             self.shape = image.height, image.width, 1 if _is_grey(image) else 3
 
     def batches(self, batch_size: int) -> Iterator[ndarray]:
@@ -84,7 +106,12 @@ class FolderImages:
             for start in range(0, self.count, batch_size):
                 yield np.stack(list(pool.map(self._load, self.files[start : start + batch_size])))
 
-    def _load(self, file: Path) -> ndarray:
+    def check(self) -> None:
+        """Looks at the header of every image, seconds for thousands: the last one may not fit, hours later."""
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+            list(pool.map(lambda file: self._load(file, decode=False), self.files))
+
+    def _load(self, file: Path, decode: bool = True) -> ndarray | None:
         with _named_errors(file), Image.open(file) as image:
             H, W, C = self.shape
             if (image.height, image.width) != (H, W):
@@ -98,7 +125,7 @@ class FolderImages:
                 raise ValueError("is transparent; put it on a background first")
             if C == 1 and not _is_grey(image):
                 raise ValueError(f"has colours, {self.files[0].name} is grey; convert the one or the other")
-            return np.asarray(image.convert("L" if C == 1 else "RGB")).reshape(H, W, C)
+            return np.asarray(image.convert("L" if C == 1 else "RGB")).reshape(H, W, C) if decode else None
 
 
 def _is_grey(image: Image.Image) -> bool:
@@ -113,6 +140,8 @@ def open_images(name: str, path: Path) -> NpzImages | FolderImages:
         images = FolderImages(path) if path.is_dir() else NpzImages(path)
         if images.count < 2:
             raise ValueError("there is one image in it; at least 2 are needed")
+    if isinstance(images, FolderImages):
+        images.check()
     return images
 
 
@@ -136,14 +165,20 @@ def read_statistics(name: str, path: Path) -> dict[str, Gaussian]:
                 raise ValueError(f"there is no {missing[0]} in it beside {', '.join(names)}")
             if missing:
                 continue
+            shapes = [_declared(path, member)[0] for member in pair]
+            if len(shapes[0]) != 1 or shapes[1] != 2 * shapes[0] or not 1 <= shapes[0][0] <= MAX_FEATURES:
+                raise ValueError(
+                    f"{pair[0]} is {shapes[0]}, {pair[1]} is {shapes[1]}; they must be (F,) and (F, F), F 1 to "
+                    f"{MAX_FEATURES}"
+                )
             with np.load(path) as arrays:
                 mean, covariance = (arrays[member] for member in pair)
-            if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
-                raise ValueError(
-                    f"{pair[0]} is {mean.shape}, {pair[1]} is {covariance.shape}; they must be (F,) and (F, F)"
-                )
             if not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in (mean, covariance)):
                 raise ValueError(f"{pair[0]} and {pair[1]} must be finite floats")
+            if covariance.diagonal().min() < 0 or not np.allclose(
+                covariance, covariance.T, rtol=1e-3, atol=1e-5 * covariance.diagonal().max()
+            ):
+                raise ValueError(f"{pair[1]} is no covariance: it is not symmetric, or negative on its diagonal")
             found[features] = Gaussian(*(torch.from_numpy(x.astype(np.float64)) for x in (mean, covariance)))
     return found
 
@@ -152,7 +187,7 @@ def _members(path: Path) -> list[str] | None:
     """Names of the arrays in an .npz; None for a folder."""
     if path.is_dir():
         return None
-    if not zipfile.is_zipfile(path):
+    if not path.is_file() or not zipfile.is_zipfile(path):  # of a pipe one would wait
         raise ValueError("it is neither an .npz nor a folder")
     with zipfile.ZipFile(path) as archive:
         return [member.removesuffix(".npy") for member in archive.namelist()]
@@ -160,8 +195,16 @@ def _members(path: Path) -> list[str] | None:
 
 @contextmanager
 def _named_errors(what: str | Path) -> Iterator[None]:
-    """Whatever a reader raises for bad content, as a ValueError that begins with `what`."""
+    """Whatever a reader raises for bad content, as a ValueError that begins with `what`; what the operating system
+    says, such as of a mount that went away, stays an OSError."""
     try:
         yield
-    except (ValueError, OSError, SyntaxError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{what}: {error}") from error
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno is None:  # PIL's own
+            raise ValueError(f"{what}: {error}") from error
+        raise OSError(error.errno, f"{what} cannot be read: {error.strerror}") from error
+    except Exception as error:  # readers of crafted files raise almost any
+        said = f"{error}" if isinstance(error, (ValueError, SyntaxError, EOFError)) else repr(error)
+        raise ValueError(f"{what}: {said}") from error

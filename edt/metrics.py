@@ -72,14 +72,19 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     matrix square root of C·C' (scipy.linalg.sqrtm) may come out complex or not at all.
 
     Raises:
-        ValueError: for different numbers of features.
+        ValueError: for different numbers of features, or numbers too large for the products.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"statistics are of {len(a.mean)} and of {len(b.mean)} features; they must be of as many")
     values, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * values.clamp(min=0).sqrt()  # [F, F]
-    shared = torch.linalg.eigvalsh(root.T @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    product = root.T @ b.covariance @ root
+    if not product.isfinite().all():
+        raise ValueError("statistics have covariances whose product is not finite")
+    shared = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * shared
+    if not distance.isfinite():
+        raise ValueError("statistics have means or covariances too large: their distance is not finite")
     return max(float(distance), 0.0)  # rounding alone makes it negative
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from numpy import ndarray
+from PIL import Image
 
+_SOFTWARE = "edt-kernels"
 _LINE = 72  # light on the inverted scale of ink on paper
 
 
@@ -44,7 +46,7 @@ def save_label_grid(path: Path, images: ndarray, labels: ndarray, title: str, co
     axes.set_yticks([row * (H + 1) + 1 + H / 2 for row in range(len(names))], [str(name) for name in names])
     axes.tick_params(length=0, labelsize=13)
     axes.set_title(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_mosaic(path: Path, images: ndarray, title: str) -> None:
@@ -57,7 +59,7 @@ def save_mosaic(path: Path, images: ndarray, title: str) -> None:
     axes = figure.subplots()
     show(axes, images, columns)
     axes.set_title(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_class_page(path: Path, label: int, panels: dict[str, ndarray], columns: int = 10) -> None:
@@ -67,7 +69,7 @@ def save_class_page(path: Path, label: int, panels: dict[str, ndarray], columns:
         show(axes, images, columns)
         axes.set_title(title)
     figure.suptitle(f"digit {label}")
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_denoising_strip(path: Path, timesteps: list[int], frames: list[ndarray], labels: ndarray) -> None:
@@ -80,8 +82,18 @@ def save_denoising_strip(path: Path, timesteps: list[int], frames: list[ndarray]
     axes.set_xticks([column * (W + 1) + 1 + W / 2 for column in range(len(frames))], [str(t) for t in timesteps])
     axes.tick_params(length=0)
     axes.set(xlabel="timestep", title="denoising")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=100)
+def save(figure: Figure, path: Path) -> None:
+    """As a PNG that says that it is ours."""
+    figure.savefig(path, dpi=100, format="png", metadata={"Software": _SOFTWARE})
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `save` wrote this file."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == _SOFTWARE
+    except (OSError, ValueError):
+        return False

@@ -1,6 +1,7 @@
 """`edt plot`: pictures of what training runs wrote into metrics.jsonl, of one or of several over each other."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 from numpy import ndarray
 
+from . import plots
 from .run_log import METRICS_FILE, read_metrics
 
 PLOTS = "plots"  # in the run's folder
@@ -42,7 +44,7 @@ class Run:
         return self.steps[np.diff(counts, prepend=0) > 0], int(counts[-1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picture:
     """Some metrics of all runs: a panel for each, or for all of one run where they share a scale."""
 
@@ -86,20 +88,25 @@ def plot_runs(folders: list[Path] | tuple[Path, ...], output: Path | None = None
 
     Raises:
         FileNotFoundError: where a folder, or its metrics.jsonl, is missing.
-        ValueError: without a run, or where the metrics are empty or none of a run's.
+        ValueError: without a run, where the metrics are empty or none of a run's, or where the output has pictures
+            of these names that it did not draw.
     """
     if not folders:
         raise ValueError("runs is empty; it needs at least one run's folder")
     runs = [Run(name, _read(folder)) for name, folder in zip(_names(folders), folders)]
-    output = folders[0] / PLOTS if output is None else output
-    output.mkdir(parents=True, exist_ok=True)
-    files = []
-    for picture in PICTURES:
-        metrics = [metric for metric in picture.metrics if any(run.has(metric) for run in runs)]
-        if metrics:
-            files.append(output / f"{picture.name}.png")
-            _draw(picture, metrics, runs).savefig(files[-1], dpi=100)
-    return files
+    drawn = {
+        picture: [metric for metric in picture.metrics if any(run.has(metric) for run in runs)]
+        for picture in PICTURES
+    }
+    place = folders[0] / PLOTS if output is None else output  # a run's own plots are ours whatever they say
+    files = {picture: place / f"{picture.name}.png" for picture, metrics in drawn.items() if metrics}
+    for file in files.values():
+        if output is not None and os.path.lexists(file) and not plots.is_ours(file):
+            raise ValueError(f"output has {file}, which edt plot did not draw; move it, or give another output")
+    place.mkdir(parents=True, exist_ok=True)
+    for picture, file in files.items():
+        plots.save(_draw(picture, drawn[picture], runs), file)
+    return list(files.values())
 
 
 def _names(folders) -> list[str]:

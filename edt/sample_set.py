@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import plots
+from .checkpoint import few
 from .config import amm_placement
 from .cuda_graph import GraphedStep
 from .devices import torch_device
@@ -32,8 +34,9 @@ from .pipeline import EDTPipeline, load_pipeline
 from .randomness import keyed_generator
 from .run_folder import open_folder
 from .sampling import check_guidance, check_guidance_scale
-from .shards import sha256, write_json
+from .shards import PARTIAL, sha256, write_json
 from .step_cache import StepCacheConfig
+from .text_files import printable, read_json
 
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -44,6 +47,9 @@ SCHEDULERS = {
 }
 _GRID_ROWS = _GRID_COLUMNS = 20
 _TOKENS_PER_CALL = 1024  # on a CPU; more are not faster
+_HALF = ".tmp"  # of a file that is being written
+_IMAGE_NAME = re.compile(r"([0-9]{6,8})(\.png|\.tmp)")
+_MAX_IMAGES = 10_000_000  # hours before the first is drawn, on looking which are there
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class SampleOptions:
     checkpoint: Path
     """A pipeline's folder, a run of edt train, one of its checkpoints, or a folder written by save_pretrained."""
     labels: tuple[str, ...] = ()
-    """Classes to draw: numbers, ranges such as 0-9, or names that the pipeline knows."""
+    """Classes to draw: names that the pipeline knows, numbers, or ranges such as 0-9. Where classes are named by
+    numbers, these are names."""
     classes: Literal["all"] | None = None
     """Instead of --labels: every class of the model."""
     num_per_class: int = 10
@@ -94,7 +101,7 @@ class SampleOptions:
     output: Path = Path("outputs/samples")
     """Folder for images, samples.npz and samples.png."""
     overwrite: bool = False
-    """Remove what another command drew into output."""
+    """Remove what another edt sample drew into output, by its samples.json; nothing else."""
     batch_size: int = 250
     """Images drawn at a time."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -146,6 +153,11 @@ def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
     pipe = prepare_pipeline(options)
     classes = chosen_classes(options, pipe)
     num_images = options.num_images or options.num_per_class * len(classes)
+    if num_images > _MAX_IMAGES:
+        asked = "num_images" if options.num_images else f"num_per_class for {len(classes)} classes"
+        raise ValueError(f"{asked} makes a set of {num_images:.3g} images; it takes at most {_MAX_IMAGES}")
+    if rank == 0 and pipe.labels:
+        _say_classes(pipe, classes)
     labels = np.resize(classes, num_images)
     settings = _settings(options, pipe, classes, num_images)
     lock = open_folder(options.output) if rank == 0 else nullcontext()
@@ -153,7 +165,7 @@ def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
         if rank == 0:
             _begin_or_go_on(options, settings)
         processes.wait_for_everyone()
-        if _differences(options.output, settings):  # a run of training that goes on meanwhile
+        if _differences(_read_settings(options.output), settings):  # a run of training that goes on meanwhile
             raise ValueError(f"checkpoint {options.checkpoint} is not the same for all processes")
         drawn = _draw_missing(options, pipe, classes, labels, processes, device, stop)
     if num_processes > 1:
@@ -235,21 +247,48 @@ def chosen_classes(options: SampleOptions, pipe: EDTPipeline) -> list[int]:
         raise ValueError("labels: give either --labels, such as --labels 3 7 or 0-9, or --classes all")
     if options.classes:
         return list(range(num_classes))
-    numbers = []
-    for label in options.labels:
-        span = re.fullmatch(r"(-?\d+)(?:-(\d+))?", label)
-        if span is None and label not in pipe.labels:
-            known = (
-                f"or a name of one class, such as {next(iter(pipe.labels))!r}"
-                if pipe.labels
-                else "it has no names"
-            )
-            raise ValueError(f"labels has {label!r}; it must be a number, a range such as 0-9, {known}")
-        first, last = (int(span[1]), int(span[2] or span[1])) if span else [pipe.labels[label]] * 2
-        if not 0 <= first <= last < num_classes:
-            raise ValueError(f"labels has {label}; this model has classes 0 to {num_classes - 1}")
-        numbers += range(first, last + 1)
-    return numbers
+    return [number for label in options.labels for number in _classes_of(label, pipe.labels, num_classes)]
+
+
+def _classes_of(label: str, names: dict[str, int], num_classes: int) -> list[int]:
+    """A name's class; else those of a number or a range, which are names where all classes are named by numbers,
+    or all in the range."""
+    if label in names:
+        return [names[label]]
+    span = re.fullmatch(r"(-?[0-9]{1,18})(?:-([0-9]{1,18}))?", label)
+    if span is None:
+        known = f"or a name of one class, such as {next(iter(names))!r}" if names else "it has no names"
+        raise ValueError(f"labels has {label[:80]!r}; it must be a number, a range such as 0-9, {known}")
+    first, last = int(span[1]), int(span[2] or span[1])
+    numbered = {int(name): number for name, number in names.items() if re.fullmatch("[0-9]{1,18}", name)}
+    all_named = len(set(numbered.values())) == num_classes
+    if not all_named and not 0 <= first <= last < num_classes:
+        raise ValueError(f"labels has {label}; this model has classes 0 to {num_classes - 1}")
+    if not first <= last < first + max(num_classes, 1):
+        raise ValueError(f"labels has {label}; this model has {num_classes} classes")
+    asked = range(first, last + 1)
+    named = [number for number in asked if number in numbered]
+    if len(named) == len(asked):
+        return [numbered[number] for number in asked]
+    if all_named:
+        missing = next(number for number in asked if number not in numbered)
+        raise ValueError(
+            f"labels has {label}; this model's classes are named by numbers, {min(numbered)} to {max(numbered)}, "
+            f"and {missing} is none of them"
+        )
+    if named:
+        raise ValueError(
+            f"labels has {label}, of which {few(named)} are names of classes and others are not; give each alone"
+        )
+    return list(asked)
+
+
+def _say_classes(pipe: EDTPipeline, classes: list[int]) -> None:
+    """On stderr, where a class's name is not its number."""
+    names = {number: pipe.id2label.get(number, str(number)) for number in classes}
+    if any(name != str(number) for number, name in names.items()):
+        drawn = [f"{printable(name)} (number {number})" for number, name in names.items()]
+        print(f"edt: draws {'class' if len(drawn) == 1 else 'classes'} {few(drawn, 10)}", file=sys.stderr)
 
 
 # What the images do not depend on, or what is recorded as what came of it.
@@ -282,32 +321,67 @@ def _source(model) -> dict[str, str] | str:
 
 
 def _begin_or_go_on(options: SampleOptions, settings: dict) -> None:
-    """Raises ValueError where the folder has images that were drawn with other settings."""
-    folder, file = options.output, options.output / SETTINGS
-    changed = _differences(folder, settings) if file.is_file() else ["unknown"]
-    images = list(folder.glob(f"{IMAGES}/*.png"))
-    if changed and images:
-        if not options.overwrite:
-            raise ValueError(
-                f"output {folder} has images drawn with other settings ({', '.join(changed)}); give another "
-                "output, or --overwrite"
-            )
-        for drawn in (*images, folder / "samples.npz", folder / "samples.png"):
-            drawn.unlink(missing_ok=True)
-    _image_file(folder, 0).parent.mkdir(parents=True, exist_ok=True)
-    for half_written in folder.glob(f"{IMAGES}/*.tmp"):
-        half_written.unlink()
-    write_json(file, settings)
+    """Writes the settings, and where that was asked for removes what was drawn with others.
+
+    What is there is ours where a samples.json says so: the first num_images names that such a set has.
+
+    Raises:
+        ValueError: for images of other settings, a samples.json of another program, or what is no set's under a
+            name that this set needs.
+    """
+    folder, numbers = options.output, _numbers_of_files(options.output)
+    drawn_with = _read_settings(folder) if os.path.lexists(folder / SETTINGS) else None
+    written = drawn_with["num_images"] if drawn_with else 0
+    others = [name for name, number in numbers.items() if written <= number < settings["num_images"]]
+    if not drawn_with:
+        others += [f"{IMAGES}/{file.name}" for file in folder.glob(f"{IMAGES}/*.png")]
+    if others:
+        raise ValueError(
+            f"output {folder} has {few(sorted({*others}))}, drawn with other settings (unknown): by no {SETTINGS} "
+            "did edt sample write that; move it, or give another output"
+        )
+    ours = [name for name, number in numbers.items() if number < written]
+    changed = _differences(drawn_with, settings) if drawn_with else []
+    replaced = changed and any(name.endswith(".png") for name in ours)
+    if replaced and not options.overwrite:
+        raise ValueError(
+            f"output {folder} has images drawn with other settings ({', '.join(changed)}); give another "
+            "output, or --overwrite"
+        )
+    for name in ours:
+        if replaced or name.endswith(_HALF):
+            (folder / name).unlink()
+    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+    write_json(folder / SETTINGS, settings)
 
 
-def _differences(folder: Path, settings: dict) -> list[str]:
-    """Names of the settings with which the folder's images were not drawn.
+def _numbers_of_files(folder: Path) -> dict[str, int]:
+    """Of the names there that a set has, the number of the image; of those beside the images, 0."""
+    beside = ("samples.npz", "samples.png", f"samples{_HALF}", SETTINGS + PARTIAL)
+    numbers = {name: 0 for name in beside if os.path.lexists(folder / name)}
+    for file in folder.glob(f"{IMAGES}/*"):
+        if (match := _IMAGE_NAME.fullmatch(file.name)) and file.name == f"{int(match[1]):06}{file.suffix}":
+            numbers[f"{IMAGES}/{file.name}"] = int(match[1])
+    return numbers
+
+
+def _read_settings(folder: Path) -> dict:
+    """Raises ValueError for a samples.json that edt sample did not write."""
+    file = folder / SETTINGS
+    settings = read_json(file, "settings", dict)
+    number = settings.get("num_images")
+    if not {"weights", "classes", "steps", "seed"} <= settings.keys() or type(number) is not int or number < 1:
+        raise ValueError(f"settings {file} are not those of edt sample; move it, or give another output")
+    return settings
+
+
+def _differences(drawn_with: dict, settings: dict) -> list[str]:
+    """Names of the settings with which images were not drawn.
 
     A checkpoint may have moved, and a set may grow: its first images stay what they are.
     """
-    drawn_with = json.loads((folder / SETTINGS).read_text())
     names = settings.keys() - {"checkpoint"}
-    if drawn_with.get("num_images", math.inf) <= settings["num_images"]:
+    if drawn_with["num_images"] <= settings["num_images"]:
         names -= {"num_images"}
     return sorted(name for name in names if drawn_with.get(name) != settings[name])
 
@@ -364,9 +438,12 @@ def _read(folder: Path, number: int) -> np.ndarray:
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """A file is there whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    temporary = path.with_suffix(_HALF)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:  # such as of a full disk, which names no file
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _write_npz(folder: Path, labels: np.ndarray) -> None:
@@ -379,7 +456,13 @@ def _write_npz(folder: Path, labels: np.ndarray) -> None:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for i in tqdm(range(len(labels)), desc="samples.npz", unit="image", disable=len(labels) < 1000):
-                    file.write(_read(folder, i).tobytes())
+                    pixels = _read(folder, i)
+                    if (pixels.dtype, pixels.shape) != (np.uint8, shape[1:]):
+                        raise ValueError(
+                            f"{_image_file(folder, i)} is {pixels.dtype} {pixels.shape}, the first image is "
+                            f"{shape[1:]}; remove it, and the same command draws it anew"
+                        )
+                    file.write(pixels.tobytes())
             with archive.open("labels.npy", "w") as file:
                 np.lib.format.write_array(file, labels)
 
@@ -393,4 +476,4 @@ def _write_grid(options: SampleOptions, pipe: EDTPipeline, classes: list[int], n
     labels = np.array([classes[i % len(classes)] for i in numbers])
     title = f"AMM {'on' if pipe.transformer.config.amm_blocks else 'off'}, guidance {options.guidance_scale:g}, "
     title += f"{options.steps} steps" + ("" if options.scheduler == "ddpm" else f" of {options.scheduler}")
-    plots.save_label_grid(options.output / "samples.png", images, labels, title)
+    _replace(options.output / "samples.png", lambda path: plots.save_label_grid(path, images, labels, title))

@@ -1,6 +1,8 @@
 """Weights on disk and under the released names."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -175,6 +177,11 @@ def add_tensor(path):
     save_file({**load_file(path), "stages.5.weight": torch.zeros(1)}, path, metadata={"format": "pt"})
 
 
+def edit_config(folder, values):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -184,11 +191,34 @@ def add_tensor(path):
         (lambda f: truncate(f / WEIGHTS, 0.999), ValueError, "is truncated or not a safetensors"),
         (lambda f: truncate(f / WEIGHTS, 0), ValueError, "is truncated or not a safetensors"),
         (lambda f: (f / WEIGHTS).write_bytes(b"\x80\x04" * 500), ValueError, "is truncated or not a safetensors"),
-        (lambda f: (f / "config.json").write_text("{"), ValueError, "checkpoint .* config"),
         (
-            lambda f: (f / "config.json").write_text('{"_class_name": "DiT", "out_channels": null}'),
+            lambda f: (f / "config.json").write_text("{"),
             ValueError,
-            "checkpoint .* config that do not fit: out_channels is None",
+            r"checkpoint .*config\.json is no JSON, or torn",
+        ),
+        (
+            lambda f: (f / "config.json").write_text("[]"),
+            ValueError,
+            r"config\.json is JSON, but list; it must be",
+        ),
+        (
+            lambda f: (f / "config.json").write_text('{"_class_name": "DiT", "sample_size": 8}'),
+            ValueError,
+            "checkpoint .* is of a DiT; it must be of an EDTTransformer2DModel",
+        ),
+        *(
+            (
+                lambda f, value=value: edit_config(f, value),
+                ValueError,
+                f"checkpoint .* config that do not fit: {message}",
+            )
+            for value, message in (
+                ({"out_channels": None}, "out_channels is None"),
+                ({"mlp_ratio": 1e308}, ""),
+                ({"depths": {"a": 1}}, ""),
+                ({"hidden_sizes": "wide"}, ""),
+                ({"num_classes": [7]}, ""),
+            )
         ),
         (lambda f: drop_tensor(f / WEIGHTS), ValueError, r"missing merges\.1\.reduction\.weight"),
         (lambda f: add_tensor(f / WEIGHTS), ValueError, r"unexpected stages\.5\.weight"),
@@ -357,3 +387,20 @@ def test_initialize_from_weights_that_do_not_fit(overrides, message):
 def test_initialize_from_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
         edt.initialize_from(untrained(), tmp_path / "nowhere")
+
+
+def test_a_disk_that_fails_is_no_damaged_checkpoint(folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(edt.EDTTransformer2DModel, "from_pretrained", fail)
+    with pytest.raises(OSError, match=r"checkpoint .* cannot be read: Input/output error") as caught:
+        edt.load_checkpoint(folder)
+    assert caught.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"_class_name"'])
+def test_a_torn_index_of_a_pipeline(folder, text):
+    (folder / "model_index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"checkpoint .*model_index\.json is"):
+        edt.load_checkpoint(folder)

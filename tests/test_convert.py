@@ -4,6 +4,10 @@ import argparse
 import json
 import os
 import pathlib
+import signal
+import subprocess
+import sys
+import zipfile
 
 import pytest
 import torch
@@ -311,6 +315,16 @@ def flipped(folder, state):
     return folder / "flipped.pt"
 
 
+def deflated(folder, state):
+    """As a zip program packs a .pt anew."""
+    torch.save(state, folder / "plain.pt")
+    with zipfile.ZipFile(folder / "plain.pt") as old, zipfile.ZipFile(folder / "t.pt", "w") as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member), zipfile.ZIP_DEFLATED)
+    (folder / "plain.pt").unlink()
+    return folder / "t.pt"
+
+
 def safetensors(folder, state):
     save_file(state, folder / "weights.safetensors")
     return folder / "weights.safetensors"
@@ -333,6 +347,19 @@ TABLE = "concat_blocks.1.pos_embed"
         (truncated(0.999), "cut.pt is a truncated .pt of"),
         (truncated(0.5), "cut.pt is a truncated .pt of"),
         (flipped, "flipped.pt is damaged: "),
+        (deflated, "t.pt has compressed members; it must be a .pt that torch.save wrote"),
+        (write("t.pt", lambda s: {**s, BIAS: s[BIAS][:1].expand(10**12)}), "has no state dict"),
+        (write("t.pt", lambda s: {**s, BIAS: torch.empty(10**12, device="meta")}), "has no state dict"),
+        (write("t.pt", lambda s: {**s, BIAS: torch.eye(2).to_sparse()}), "has no state dict"),
+        (
+            write(
+                "t.pt",
+                lambda s: {
+                    n: torch.zeros(10**6, 1) if n.endswith("attn.proj.weight") else t for n, t in s.items()
+                },
+            ),
+            "t.pt is not one of the released EDT: ",
+        ),
         (write("t.pt", lambda s: {"model": s, "args": pathlib.Path("x")}), "pickled objects that are not loaded"),
         (write("t.pt", lambda s: {"model": s, "run": os.system}), "could run code: posix.system"),
         (write("t.pt", lambda s: [1]), "t.pt has no state dict; it has a list"),
@@ -396,7 +423,7 @@ def test_pickled_code_does_not_run(tmp_path, state):
             {"labels": "labels"},
             "labels .*labels has 2 names, for 0, 1; the model needs one for each class, 0 to 9",
         ),
-        ({"labels": "broken"}, "labels .*broken is not JSON"),
+        ({"labels": "broken"}, "labels .*broken is no JSON, or torn"),
         ({"labels": "list"}, r"labels .*list has for class 0 \['n01440764', 'tench'\]; it must be a name"),
         ({"labels": "gap"}, "labels .*gap has for class 3 ''; it must be a name"),
         ({"labels": "others"}, "labels .*others has 10 names, for 1, 2, 3 and 7 more; the model needs"),
@@ -423,6 +450,50 @@ def test_labels_of_json(tmp_path):
         conversion.read_labels(file, 0)
 
 
+NAMES = ["tench", "goldfish", "white shark, man-eater"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(NAMES).encode(),
+        json.dumps(NAMES, indent=1).encode("utf-8-sig"),
+        json.dumps(dict(enumerate(NAMES))).encode("utf-16"),
+        "\n".join(NAMES).encode("utf-8-sig"),
+        "\r\n".join([*NAMES, ""]).encode("utf-16"),
+        "\r".join(NAMES).encode("utf-32"),
+    ],
+)
+def test_labels_as_editors_write_them(tmp_path, content):
+    (tmp_path / "labels").write_bytes(content)
+    assert conversion.read_labels(tmp_path / "labels", 3) == dict(enumerate(NAMES))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("labels.txt", "tänch\nb\nc".encode("latin-1"), "labels .*labels.txt is not UTF-8"),
+        ("labels.txt", "a\nb\nc".encode("utf-16-le"), "labels .*labels.txt has a NUL"),
+        ("labels.txt", b"[tench\nb\nc", "labels .*labels.txt is no JSON, or torn"),
+        ("labels.json", b"tench\nb\nc", "labels .*labels.json is no JSON, or torn"),
+        ("labels.json", b'"tench"', "labels .*labels.json is JSON of a str; it must be an object or a list"),
+        ("labels.json", b'["a", "b"]', "labels .*labels.json has 2 names, for 0, 1; the model needs"),
+        ("labels.json", b'["a", "b", " "]', "labels .*labels.json has for class 2 ' '; it must be a name"),
+        ("labels.json", b'["a", ["b"], "c"]', "labels .*labels.json has for class 1"),
+        ("labels.txt", b"\na\nb", "labels .*labels.txt has for class 0 ''; it must be a name"),
+    ],
+)
+def test_labels_that_are_none(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        conversion.read_labels(tmp_path / name, 3)
+
+
+def test_a_name_may_have_any_space_within(tmp_path):
+    (tmp_path / "labels").write_text("a\u2028b\nc\x0cd\ne", encoding="utf-8")
+    assert conversion.read_labels(tmp_path / "labels", 3) == {0: "a\u2028b", 1: "c\x0cd", 2: "e"}
+
+
 def test_options_that_are_for_a_file(tmp_path, pipeline):
     for name, value in (("vae", "some"), ("labels", tmp_path / "labels"), ("weights", "ema")):
         with pytest.raises(ValueError, match=rf"{name} is for a \.pt; checkpoint \S+pipeline is a folder"):
@@ -443,12 +514,14 @@ def test_an_output_is_replaced_only_when_told(tmp_path, state, file, pipeline):
     (tmp_path / "notes" / "a.txt").write_text("mine")
     inside = pipeline / "tiny.pt"
     inside.write_bytes(file.read_bytes())
+    written = tmp_path / "written.pt"
     for checkpoint, output, overwrite, message in (
         (file, pipeline, False, "is there already; --overwrite replaces it"),
         (file, tmp_path / "notes", True, "is not a pipeline's folder, so --overwrite does not replace it"),
         (file, file, True, r"is a file; of a \.pt comes a folder"),
         (inside, pipeline, True, "has the checkpoint in it"),
         (pipeline, file, False, "is there already; --overwrite replaces it"),
+        (pipeline, file, True, r"tiny\.pt is no \.pt that edt convert wrote, so --overwrite does not replace it"),
         (pipeline, tmp_path / "notes", True, "is a folder; of a folder comes a file"),
         (pipeline, tmp_path / "new.safetensors", False, "would be no safetensors file"),
     ):
@@ -461,9 +534,104 @@ def test_an_output_is_replaced_only_when_told(tmp_path, state, file, pipeline):
     convert(ConvertOptions(file, tmp_path / "notes"))  # which is empty
     half = saved(tmp_path, {name: tensor.half() for name, tensor in state.items()})
     convert(ConvertOptions(half, pipeline, overwrite=True))
-    convert(ConvertOptions(pipeline, file, overwrite=True))
-    assert load_as_released(file)["x_embedder.proj.bias"].dtype == torch.float16
-    assert {path.name for path in tmp_path.iterdir()} == {"notes", "pipeline", "saved.pt", "tiny.pt"}
+    convert(ConvertOptions(tmp_path / "notes", written))
+    convert(ConvertOptions(pipeline, written, overwrite=True))
+    assert load_as_released(written)["x_embedder.proj.bias"].dtype == torch.float16
+    assert {path.name for path in tmp_path.iterdir()} == {"notes", "pipeline", "saved.pt", "tiny.pt", "written.pt"}
+
+
+@pytest.mark.parametrize(
+    "stranger", ["README.md", "transformer/notes.txt", "vae/.git/config", "checkpoints/last.pt"]
+)
+def test_a_pipeline_with_other_files_is_not_replaced(tmp_path, file, pipeline, stranger):
+    (pipeline / stranger).parent.mkdir(parents=True, exist_ok=True)
+    (pipeline / stranger).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"has {stranger} beside a pipeline's files, so --overwrite does not"):
+        convert(ConvertOptions(file, pipeline, overwrite=True))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ('{"_class_name": "StableDiffusionPipeline"}', "is the folder of another pipeline"),
+        ("{}", "is the folder of another pipeline"),
+        ("[1]", "model_index.json is JSON, but list"),
+        ('{"_class', "model_index.json is no JSON, or torn"),
+    ],
+)
+def test_a_pipeline_of_others_is_not_replaced(tmp_path, file, pipeline, index, message):
+    (pipeline / "model_index.json").write_text(index)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        convert(ConvertOptions(file, pipeline, overwrite=True))
+    assert contents(tmp_path) == before
+
+
+def test_a_link_as_output_is_followed(tmp_path, file, pipeline):
+    (tmp_path / "link").symlink_to(pipeline)
+    convert(ConvertOptions(file, tmp_path / "link", overwrite=True, dtype="float16"))
+    assert (tmp_path / "link").is_symlink()
+    assert conversion._stored_dtypes(pipeline / "transformer") == {torch.float16}
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from edt import convert
+if sys.argv[1] == "writing":
+    save = torch.save
+    def save_and_die(*args):
+        save(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = save_and_die
+else:
+    replace = os.replace
+    def die_at_the_new(source, target):
+        if os.path.basename(source) == "edt-convert":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+    os.replace = die_at_the_new
+convert.convert(convert.ConvertOptions(*map(convert.Path, sys.argv[2:]), overwrite=True))
+"""
+
+
+def left_by(folder):
+    return sorted(path.name for path in folder.glob(".*.partial-*"))
+
+
+def killed(what, checkpoint, output):
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, what, str(checkpoint), str(output)],
+        cwd=pathlib.Path(__file__).parents[1],
+    )
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_what_a_killed_one_left_is_removed(tmp_path, pipeline):
+    killed("writing", pipeline, tmp_path / "out.pt")
+    foreign = tmp_path / ".out.pt.partial-mine"
+    foreign.mkdir()
+    (foreign / "new").write_text("of an earlier version, or of a user: nothing says that its process is dead")
+    assert len(left_by(tmp_path)) == 2
+    with conversion._replacing(tmp_path / "running.pt") as temporary:  # as another process
+        temporary.write_text("half")
+        convert(ConvertOptions(pipeline, tmp_path / "out.pt"))
+        assert len(left_by(tmp_path)) == 2
+    assert left_by(tmp_path) == [foreign.name]
+    assert (tmp_path / "running.pt").read_text() == "half"
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path, file, pipeline):
+    """The former folder is out of its place, the new one not there yet."""
+    before = contents(pipeline)
+    killed("renaming", file, pipeline)
+    assert not pipeline.exists()
+    with pytest.raises(ValueError, match="is there already"):
+        convert(ConvertOptions(file, pipeline))
+    assert contents(pipeline) == before
+    assert left_by(tmp_path) == []
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -471,7 +639,7 @@ def test_an_output_is_replaced_only_when_told(tmp_path, state, file, pipeline):
 def test_an_interruption_leaves_what_was_there(tmp_path, file, pipeline, monkeypatch, what, exists):
     folder, other = tmp_path / "pipeline" if exists else tmp_path / "new", tmp_path / "other.pt"
     if exists:
-        other.write_bytes(b"before")
+        convert(ConvertOptions(pipeline, other))
     before = contents(tmp_path)
 
     def interrupt(*args):
@@ -493,7 +661,7 @@ def test_an_interruption_leaves_what_was_there(tmp_path, file, pipeline, monkeyp
         replace = os.replace
 
         def replace_all_but_the_new(source, target):
-            if pathlib.Path(source).name == "new":
+            if pathlib.Path(source).name == conversion._NEW:
                 raise KeyboardInterrupt
             replace(source, target)
 

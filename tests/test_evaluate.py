@@ -1,9 +1,11 @@
+import errno
 import importlib
 import importlib.util
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import time
 import tracemalloc
 import types
 import urllib.error
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +33,7 @@ from edt.evaluate import (
     Inception,
     _torch_fidelity_module,
     evaluate,
+    format_report,
     measure,
 )
 from edt.image_sets import open_images, read_statistics
@@ -349,7 +354,15 @@ def test_exported_feature_model(sets, tmp_path, capsys):
     export(model, tmp_path / "features.pt2")
     output = tmp_path / "results" / "evaluation.json"
     args = ["--samples", str(sets / "train.npz"), "--reference", str(sets / "held_out.npz"), "--device", "cpu"]
-    args += ["--feature-model", str(tmp_path / "features.pt2"), "--output", str(output), "--batch-size", "100"]
+    args += [
+        "--feature-model",
+        str(tmp_path / "features.pt2"),
+        "--trust-feature-model",
+        "--output",
+        str(output),
+        "--batch-size",
+        "100",
+    ]
     assert main(["evaluate", *args]) == 0
     report = json.loads(output.read_text())
     with torch.no_grad():
@@ -377,6 +390,30 @@ def test_exported_feature_model(sets, tmp_path, capsys):
     assert report["extractor"]["sha256"] in table
 
 
+def test_code_of_a_feature_model_runs_only_where_it_is_trusted(sets, tmp_path, capsys):
+    """An expression of a shape in the .pt2 is evaluated by torch.export.load, whatever it does."""
+    export(nn.Flatten(), tmp_path / "good.pt2")
+    ran, evil = tmp_path / "ran", tmp_path / "evil.pt2"
+    code = f"__import__('pathlib').Path('{ran}').touch()".encode()
+    with zipfile.ZipFile(tmp_path / "good.pt2") as good, zipfile.ZipFile(evil, "w") as changed:
+        for name in good.namelist():
+            content = good.read(name)
+            if name.endswith("models/model.json"):
+                content = re.sub(rb'("expr_str": ?")[^"]*', lambda match: match[1] + code, content, count=1)
+            changed.writestr(name, content)
+    args = ["--samples", str(sets / "held_out.npz"), "--reference", str(sets / "held_out.npz"), "--device", "cpu"]
+    args += ["--feature-model", str(evil)]
+    assert main(["evaluate", *args]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert (
+        f"feature_model {evil} is a .pt2, and to load one runs code that it brings; --trust-feature-model" in error
+    )
+    assert not ran.exists()
+    assert main(["evaluate", *args, "--trust-feature-model"]) == 2
+    assert f"feature_model {evil} cannot be loaded" in capsys.readouterr().err.splitlines()[-1]
+    assert ran.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -391,9 +428,10 @@ def test_feature_models_that_do_not_fit(sets, tmp_path, name, message):
     if name == "nan":
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
         nn.init.constant_(model[1].bias, math.nan)
-    export(model, tmp_path / "model.pt2", channels, dynamic=name != "static")
+    model_file = str(tmp_path / "model.pt2")
+    export(model, model_file, channels, dynamic=name != "static")
     with pytest.raises(ValueError, match=message):
-        run(sets, "held_out.npz", "held_out.npz", feature_model=str(tmp_path / "model.pt2"))
+        run(sets, "held_out.npz", "held_out.npz", feature_model=model_file, trust_feature_model=True)
 
 
 # InceptionV3: torch-fidelity's own network, with random weights.
@@ -576,6 +614,14 @@ def test_missing_torch_fidelity(sets, monkeypatch):
         run(sets, "train.npz", "held_out.npz")
 
 
+def write_header(path: Path, name: str, descr: str, shape: tuple[int, ...], mode: str = "w") -> None:
+    """An .npz whose array declares a shape and has but 768 bytes."""
+    with zipfile.ZipFile(path, mode) as archive, archive.open(f"{name}.npy", "w") as file:
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_2_0(file, header)
+        file.write(bytes(768 if shape != (4, 8, 8, 3) else 700))
+
+
 def save_sets(folder: Path, kind: str) -> Path:
     """Images or statistics with one fault."""
     array, path = np.zeros((4, 8, 8, 1), np.uint8), folder / "x.npz"
@@ -590,7 +636,32 @@ def save_sets(folder: Path, kind: str) -> Path:
         "not square": {"mu": np.zeros(2048), "sigma": np.zeros((2048, 3))},
         "mu alone": {"mu": np.zeros(2048)},
         "nan statistics": {"mu": np.full(3, np.nan), "sigma": np.eye(3)},
+        "no covariance": {"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))},
+        "negative": {"mu": np.zeros(3), "sigma": -np.eye(3)},
+        "no features": {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
+        "objects": {"mu": np.array([None]), "sigma": np.array([[None]])},
+        "object images": {"arr_0": np.array([None])},
     }
+    headers = {
+        "huge": ("|u1", (10**6, 10**5, 10**5, 3)),
+        "shorter": ("|u1", (4, 8, 8, 3)),
+        "below zero": ("|u1", (-4, -8, 8, 1)),
+        "endless header": ("|u1", (4,) * 9999),
+    }
+    if kind in headers:
+        write_header(path, "arr_0", *headers[kind])
+        return path
+    if kind == "huge statistics":
+        write_header(path, "mu", "<f8", (10**6,))
+        write_header(path, "sigma", "<f8", (10**6, 10**6), mode="a")
+        return path
+    if kind == "bzip2":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive, archive.open("arr_0.npy", "w") as file:
+            np.lib.format.write_array(file, array)
+        return path
+    if kind == "pipe":
+        os.mkfifo(path)
+        return path
     if kind in arrays:
         np.savez(path, **arrays[kind])
     elif kind == "no npz":
@@ -612,6 +683,11 @@ def save_sets(folder: Path, kind: str) -> Path:
             if kind == "16 bits":
                 other = Image.fromarray(np.zeros((8, 8), np.uint16))
             other.save(path / "1.png")
+            if kind == "bomb":  # 10¹⁰ pixels, as its header has it
+                content = bytearray((path / "1.png").read_bytes())
+                content[16:24] = (100_000).to_bytes(4, "big") * 2
+                content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+                (path / "1.png").write_bytes(content)
             if kind == "broken":
                 (path / "1.png").write_bytes((path / "0.png").read_bytes()[:-30])
     return path
@@ -636,6 +712,19 @@ def save_sets(folder: Path, kind: str) -> Path:
         ("samples", "transparent", "1.png: is transparent"),
         ("samples", "16 bits", "levels of more than 8 bits"),
         ("samples", "broken", "1.png: "),
+        ("samples", "object images", "x.npz: arr_0 is object (1,); it must be numbers"),
+        ("samples", "huge", "x.npz: arr_0 is uint8 (1000000, 100000, 100000, 3), which is"),
+        ("samples", "shorter", "x.npz: arr_0 is uint8 (4, 8, 8, 3), which is 768 bytes; the file has not so many"),
+        ("samples", "below zero", "x.npz: arr_0 is uint8 (-4, -8, 8, 1); it must be numbers"),
+        ("samples", "endless header", "x.npz: "),
+        ("samples", "bzip2", "x.npz: arr_0 is compressed otherwise than numpy.savez"),
+        ("samples", "pipe", "x.npz: it is neither an .npz nor a folder"),
+        ("samples", "bomb", "1.png: "),
+        ("reference", "huge statistics", "x.npz: mu is float64 (1000000,), which is 8000000 bytes"),
+        ("reference", "no covariance", "x.npz: sigma is no covariance"),
+        ("reference", "negative", "x.npz: sigma is no covariance"),
+        ("reference", "no features", "they must be (F,) and (F, F), F 1 to"),
+        ("reference", "objects", "x.npz: mu is object (1,); it must be numbers"),
         ("reference", "other dimension", "has pool statistics of 64 features; InceptionV3 has 2048"),
         ("reference", "not square", "mu is (2048,), sigma is (2048, 3)"),
         ("reference", "mu alone", "there is no sigma in it beside mu"),
@@ -662,6 +751,7 @@ def test_wrong_sets_are_one_line(sets, tmp_path, capsys, option, kind, message):
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"feature_model": "nowhere.pt2"}, "feature_model nowhere.pt2: there is no such file"),
+        ({"batch_size": -(10**400)}, "it must be at least 1"),
         ({"feature_model": __file__}, "is not a .pt2 file of torch.export.save"),
         ({"inception_weights": Path("nowhere.pth")}, "inception_weights nowhere.pth: there is no such file"),
         ({"inception_weights": Path(__file__), "feature_model": "pixels"}, "exclude each other"),
@@ -672,6 +762,78 @@ def test_wrong_sets_are_one_line(sets, tmp_path, capsys, option, kind, message):
 def test_wrong_options(sets, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(sets, "held_out.npz", "held_out.npz", **options)
+
+
+def test_all_headers_are_read_before_any_image(sets, tmp_path, monkeypatch):
+    """What does not fit is found in seconds, in the reference too, before hours of features."""
+    path = save_sets(tmp_path, "sizes")
+    monkeypatch.setattr("edt.evaluate.measure", lambda *args, **options: pytest.fail("features were computed"))
+    with pytest.raises(ValueError, match=r"1\.png: has 8×9 pixels"):
+        run(sets, "held_out.npz", path, inception_weights=None)
+
+
+def test_a_disk_that_fails_is_no_bad_image(tmp_path, monkeypatch):
+    """As of a mount that went away."""
+    for i in range(2):
+        random_image(i, (8, 8)).save(tmp_path / f"{i}.png")
+    images = open_images("samples", tmp_path)
+
+    def fail(*args):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(OSError, match=r"0\.png cannot be read: Stale file handle") as caught:
+        list(images.batches(2))
+    assert caught.value.errno == errno.ESTALE
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match="cannot be read: Stale file handle"):
+        open_images("samples", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"name": "my package"}', b"\xff\xfe\x00", b"{"])
+def test_output_that_is_no_report_stays(sets, tmp_path, content):
+    output = tmp_path / "package.json"
+    output.write_bytes(content)
+    with pytest.raises(ValueError, match=r"package\.json is there and no report of edt evaluate; give another"):
+        run(sets, "held_out.npz", "held_out.npz", feature_model="pixels", output=output)
+    assert output.read_bytes() == content
+
+
+def test_a_report_is_replaced(sets, tmp_path):
+    output = tmp_path / "report.json"
+    run(sets, "noise.npz", "held_out.npz", feature_model="pixels", output=output)
+    run(sets, "held_out.npz", "held_out.npz", feature_model="pixels", output=output)
+    assert json.loads(output.read_text())["samples"]["path"].endswith("held_out.npz")
+
+
+def test_output_that_cannot_be_written_is_found_first(sets, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"output .*file/o\.json cannot be written: "):
+        run(sets, "held_out.npz", "held_out.npz", feature_model="pixels", output=tmp_path / "file" / "o.json")
+    with pytest.raises(ValueError, match="output /dev/null is a device; it must be a file"):
+        run(sets, "held_out.npz", "held_out.npz", feature_model="pixels", output=Path("/dev/null"))
+
+
+def test_names_that_are_no_utf8(sets, tmp_path):
+    """And bear a terminal's escapes: printed by any encoding, and stored."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/gar\xe7on\x1b[31m"))
+    folder.mkdir()
+    np.savez(folder / "a.npz", arr_0=np.load(sets / "held_out.npz")["arr_0"])
+    report = run(sets, folder / "a.npz", "held_out.npz", feature_model="pixels", output=folder / "o.json")
+    text = format_report(report)
+    text.encode()
+    assert r"gar\udce7on\x1b[31m" in text
+    assert json.loads((folder / "o.json").read_text())["samples"]["path"] == str(folder / "a.npz")
+
+
+def test_statistics_beyond_floats():
+    far = Gaussian(torch.full((2,), 1e200).double(), torch.eye(2).double())
+    near = Gaussian(torch.zeros(2).double(), torch.eye(2).double())
+    with pytest.raises(ValueError, match="distance is not finite"):
+        frechet_distance(far, near)
+    wide = Gaussian(near.mean, 1e200 * near.covariance)
+    with pytest.raises(ValueError, match="product is not finite"):
+        frechet_distance(wide, wide)
 
 
 def test_sets_that_do_not_go_together(sets, colours, tmp_path):
