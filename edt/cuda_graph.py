@@ -1,11 +1,12 @@
 """Denoising steps as replays of CUDA graphs: one launch for the host where the model needs hundreds."""
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from .diffusion import predict
+from .diffusion import check_floating, check_guidance, predict
 from .model import EDTTransformer2DModel
 from .step_cache import NOTHING, Features, StepCache, StepCacheConfig
 
@@ -60,13 +61,20 @@ class GraphedStep:
         timestep: Tensor | float,
         class_labels: Tensor | None = None,
         guidance_scale: float = 1.0,
-        guidance_channels: int = 3,
+        guidance_channels: int | None = None,
     ) -> Tensor:
         """Arguments as of `edt.diffusion.predict`; the timestep is one number or a tensor of one, on any device.
 
         Raises:
             ValueError: in training mode; for a timestep of several numbers; and, at a first call, as the model.
+            TypeError, ValueError: for guidance that does not fit the model, or latents that are none.
         """
+        guidance = (guidance_scale, check_guidance(self.model.config, guidance_scale, guidance_channels))
+        check_floating(latents=latents)
+        if not (class_labels is None or isinstance(class_labels, Tensor)):
+            raise TypeError(f"class_labels is a {type(class_labels).__name__}; it must be a tensor (B,)")
+        if not isinstance(timestep, (Tensor, Real)):
+            raise TypeError(f"timestep is a {type(timestep).__name__}; it must be a tensor or a number")
         if self.model.training:
             raise ValueError("model is in training mode; call model.eval() first")
         if isinstance(timestep, Tensor) and timestep.numel() != 1:
@@ -74,7 +82,6 @@ class GraphedStep:
         cache = self.model._step_cache
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         labels_kind = None if class_labels is None else (class_labels.shape, class_labels.dtype)
-        guidance = (guidance_scale, guidance_channels)
         reuse = None if cache is None else cache.config.reuse
         key = (latents.shape, latents.dtype, labels_kind, guidance, autocast, reuse)
         if key not in self._captured:

@@ -1,6 +1,8 @@
 """The diffusion process of EDT: training losses, the timestep sampler, the sampling scheduler, guidance."""
 
 import math
+import sys
+from numbers import Real
 
 import torch
 from diffusers import DDPMScheduler
@@ -67,8 +69,32 @@ def _check_timestep(timestep: Tensor, batch_size: int) -> None:
             )
 
 
+def check_floating(**tensors: Tensor) -> None:
+    """Raises TypeError for an argument that is no floating-point tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            given = tensor.dtype if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise TypeError(f"{name} is {given}; it must be a floating-point tensor")
+
+
+def _check_same_shape(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    if tensor.shape != like.shape or tensor.device != like.device:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} on {tensor.device}; it must be {like_name}'s, "
+            f"{tuple(like.shape)} on {like.device}"
+        )
+
+
 def add_noise(x_start: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·noise; x_start and noise (B, …), timestep (B,) integers 0 to 999."""
+    """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·noise; x_start and noise (B, …), timestep (B,) integers 0 to 999.
+
+    Raises:
+        ValueError, TypeError: as `training_losses`.
+    """
+    check_floating(x_start=x_start, noise=noise)
+    if x_start.ndim == 0:
+        raise ValueError("x_start has shape (); it must be (B, …)")
+    _check_same_shape("noise", noise, "x_start", x_start)
     _check_timestep(timestep, len(x_start))
     return (
         _at("sqrt_alphas_cumprod", timestep, x_start) * x_start
@@ -97,10 +123,9 @@ def training_losses(model_output: Tensor, x_start: Tensor, noise: Tensor, timest
 
     Source: improved diffusion (arXiv 2102.09672), min-SNR weights (arXiv 2303.09556).
     """
-    for name, tensor in (("model_output", model_output), ("x_start", x_start), ("noise", noise)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} is {given}; it must be a floating-point tensor")
+    check_floating(model_output=model_output, x_start=x_start, noise=noise)
+    if x_start.ndim < 2:
+        raise ValueError(f"x_start has shape {tuple(x_start.shape)}; it must be (B, C, …)")
     batch_size, channels = x_start.shape[:2]
     expected = (batch_size, 2 * channels, *x_start.shape[2:])
     if tuple(model_output.shape) != expected:
@@ -108,8 +133,9 @@ def training_losses(model_output: Tensor, x_start: Tensor, noise: Tensor, timest
             f"model_output has shape {tuple(model_output.shape)}; x_start {tuple(x_start.shape)} needs "
             f"{expected} (noise and variance)"
         )
-    if noise.shape != x_start.shape:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}; it must be x_start's, {tuple(x_start.shape)}")
+    if model_output.device != x_start.device:
+        raise ValueError(f"model_output is on {model_output.device}; it must be on x_start's, {x_start.device}")
+    _check_same_shape("noise", noise, "x_start", x_start)
     _check_timestep(timestep, batch_size)
 
     model_output, x_start, noise = model_output.float(), x_start.float(), noise.float()
@@ -162,10 +188,9 @@ class LossSecondMomentSampler:
     """
 
     def __init__(self, history: int = 10, uniform_share: float = 0.001, device=None):
-        if history < 1:
-            raise ValueError(f"history is {history}; it must be at least 1")
-        if not 0 < uniform_share <= 1:
-            raise ValueError(f"uniform_share is {uniform_share}; it must be in (0, 1]")
+        _check_count("history", history)
+        if not (is_finite_number(uniform_share) and 0 < uniform_share <= 1):
+            raise ValueError(f"uniform_share is {uniform_share!r}; it must be in (0, 1]")
         self.uniform_share = uniform_share
         self.losses = torch.zeros(NUM_TRAIN_TIMESTEPS, history, dtype=torch.float64, device=device)
         self.counts = torch.zeros(NUM_TRAIN_TIMESTEPS, dtype=torch.int64, device=device)
@@ -180,12 +205,18 @@ class LossSecondMomentSampler:
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Timesteps (batch_size,) int64 and the weights 1/(1000·p(t)) float32 that keep the loss unbiased."""
+        _check_count("batch_size", batch_size)
+        if not (generator is None or isinstance(generator, torch.Generator)):
+            raise TypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator")
         probabilities = self.probabilities()
         timestep = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
         return timestep, (1 / (NUM_TRAIN_TIMESTEPS * probabilities[timestep])).float()
 
     def update(self, timestep: Tensor, losses: Tensor) -> None:
         """Records each sample's loss (B,), unweighted, at its timestep (B,); the newest replace the oldest."""
+        check_floating(losses=losses)
+        if not isinstance(timestep, Tensor):
+            raise TypeError(f"timestep is a {type(timestep).__name__}; it must be an int64 or int32 tensor")
         if timestep.ndim != 1 or timestep.shape != losses.shape:
             raise ValueError(
                 f"losses has shape {tuple(losses.shape)} for a timestep of shape {tuple(timestep.shape)}; both "
@@ -211,21 +242,25 @@ class LossSecondMomentSampler:
         return {"losses": self.losses, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if not isinstance(state, dict):
+            raise TypeError(f"state is a {type(state).__name__}; it must be a dict as state_dict returns it")
         for name, own in self.state_dict().items():
-            if name not in state or state[name].shape != own.shape:
-                given = tuple(state[name].shape) if name in state else "nothing"
+            if not isinstance(state.get(name), Tensor) or state[name].shape != own.shape:
+                given = tuple(state[name].shape) if isinstance(state.get(name), Tensor) else "nothing"
                 raise ValueError(f"state has {given} for {name!r}; this sampler needs {tuple(own.shape)}")
+        for name, own in self.state_dict().items():
             own.copy_(state[name])
 
 
 def make_scheduler(num_inference_steps: int = 250) -> DDPMScheduler:
     """The released ancestral sampler as a diffusers scheduler: evenly respaced steps, learned variance.
 
+    They go from timestep 999 to 0; the released single step is at 0, which leaves the noise as it is.
+
     Raises:
         ValueError: for a number of steps outside 1 to 1000.
     """
-    if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= NUM_TRAIN_TIMESTEPS:
-        raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}")
+    check_steps(num_inference_steps)
     scheduler = DDPMScheduler(
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,
         beta_start=BETA_START,
@@ -239,26 +274,79 @@ def make_scheduler(num_inference_steps: int = 250) -> DDPMScheduler:
     return scheduler
 
 
+def is_finite_number(value: object) -> bool:
+    """Whether it is a number, within the range of floats and no NaN; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _check_count(name: str, value: int) -> None:
+    if type(value) is not int:
+        raise TypeError(f"{name} is {value!r}; it must be an integer")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+def check_steps(num_inference_steps: int) -> None:
+    """Raises ValueError for what is no number of steps."""
+    if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= NUM_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"num_inference_steps is {num_inference_steps!r}; it must be an integer, 1 to {NUM_TRAIN_TIMESTEPS}"
+        )
+
+
+def check_guidance_scale(guidance_scale: float) -> None:
+    """Raises TypeError or ValueError for a scale that suits no model."""
+    if not isinstance(guidance_scale, Real) or isinstance(guidance_scale, bool):
+        raise TypeError(f"guidance_scale is {guidance_scale!r}; it must be a number, 1 is no guidance")
+    if not is_finite_number(guidance_scale) or guidance_scale < 0:
+        raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite and not negative, 1 is none")
+
+
+def check_guidance(config, guidance_scale: float, guidance_channels: int | None) -> int:
+    """The number of guided channels, by default 3 or all where there are fewer.
+
+    Raises:
+        TypeError, ValueError: for a scale or channels that do not fit the model of this configuration, which for
+            any scale but 1 needs a null class that training has seen.
+    """
+    check_guidance_scale(guidance_scale)
+    if guidance_scale != 1:
+        if config.num_classes == 0:
+            raise ValueError(f"guidance_scale is {guidance_scale}; an unconditional model has no guidance, use 1")
+        if config.class_dropout_prob == 0:
+            raise ValueError(
+                f"guidance_scale is {guidance_scale}; this model's class_dropout_prob is 0, so that its null "
+                "class was never trained; use 1, or train with a class_dropout_prob such as 0.1"
+            )
+    if guidance_channels is None:
+        return min(3, config.in_channels)
+    if type(guidance_channels) is not int or not 0 < guidance_channels <= config.in_channels:
+        raise ValueError(f"guidance_channels is {guidance_channels!r}; this model needs 1 to {config.in_channels}")
+    return guidance_channels
+
+
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, guidance_channels: int = 3) -> Tensor:
     """unconditional + scale·(conditional − unconditional) on the first channels; the rest stay conditional.
 
     Args:
         conditional, unconditional: model outputs (B, C, …), noise first.
-        scale: 1 is no guidance.
+        scale: 1 is no guidance, and at 0 the guided channels are the unconditional ones.
         guidance_channels: how many channels are guided; the released sampler guides 3 of the 4 latent channels.
 
     Raises:
-        ValueError: for outputs of different shapes, a scale that is not finite, or more channels than there are.
+        TypeError, ValueError: for what are no outputs of one shape, a scale that is not finite, or more channels
+            than there are.
     """
-    if conditional.shape != unconditional.shape:
-        raise ValueError(
-            f"unconditional has shape {tuple(unconditional.shape)}; it must be conditional's, "
-            f"{tuple(conditional.shape)}"
-        )
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
-    if not 0 < guidance_channels <= conditional.shape[1]:
-        raise ValueError(f"guidance_channels is {guidance_channels}; it must be 1 to {conditional.shape[1]}")
+    check_floating(conditional=conditional, unconditional=unconditional)
+    _check_same_shape("unconditional", unconditional, "conditional", conditional)
+    if unconditional.dtype != conditional.dtype:
+        raise TypeError(f"unconditional is {unconditional.dtype}; it must be conditional's, {conditional.dtype}")
+    if not is_finite_number(scale):
+        raise ValueError(f"scale is {scale!r}; it must be a finite number")
+    if conditional.ndim < 2:
+        raise ValueError(f"conditional has shape {tuple(conditional.shape)}; it must be (B, C, …)")
+    if type(guidance_channels) is not int or not 0 < guidance_channels <= conditional.shape[1]:
+        raise ValueError(f"guidance_channels is {guidance_channels!r}; it must be 1 to {conditional.shape[1]}")
     guided = torch.lerp(unconditional[:, :guidance_channels], conditional[:, :guidance_channels], scale)
     return torch.cat([guided, conditional[:, guidance_channels:]], dim=1)
 
@@ -269,16 +357,28 @@ def predict(
     timestep: Tensor | float,
     class_labels: Tensor | None = None,
     guidance_scale: float = 1.0,
-    guidance_channels: int = 3,
+    guidance_channels: int | None = None,
 ) -> Tensor:
     """The model's output (B, out_channels, H, W) for latents (B, in_channels, H, W), guided.
 
     With guidance both passes are one batch of 2B, for which the timestep must be a scalar; a scale of 1 runs no
-    unconditional pass. Raises as the model and `guide`.
+    unconditional pass.
+
+    Args:
+        guidance_scale: see `guide`; not negative.
+        guidance_channels: by default 3, or all where there are fewer.
+
+    Raises:
+        ValueError, TypeError: as `check_guidance` and the model.
     """
+    guidance_channels = check_guidance(model.config, guidance_scale, guidance_channels)
+    check_floating(latents=latents)
     latents = latents.to(model.dtype)
     if guidance_scale == 1:
         return model(latents, timestep, class_labels).sample
+    if not isinstance(class_labels, Tensor) or class_labels.ndim != 1:
+        given = tuple(class_labels.shape) if isinstance(class_labels, Tensor) else type(class_labels).__name__
+        raise TypeError(f"class_labels is {given}; it must be a tensor of shape (B,)")
     labels = torch.cat([class_labels, torch.full_like(class_labels, model.config.num_classes)])
-    both = model(latents.repeat(2, 1, 1, 1), timestep, labels).sample
+    both = model(latents.repeat(2, *[1] * (latents.ndim - 1)), timestep, labels).sample
     return guide(*both.chunk(2), guidance_scale, guidance_channels)

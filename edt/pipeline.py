@@ -1,33 +1,28 @@
 """`EDTPipeline`: class labels → images, as a diffusers pipeline."""
 
 import json
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import partial
-from numbers import Real
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .checkpoint import PIPELINE_INDEX, load_checkpoint, weights_folder, weights_variant
+from .checkpoint import PIPELINE_INDEX, few, load_checkpoint, weights_folder, weights_variant
 from .cuda_graph import GraphedStep
-from .diffusion import NUM_TRAIN_TIMESTEPS, make_scheduler, predict
+from .diffusion import check_guidance, check_steps, is_finite_number, make_scheduler, predict
 from .model import EDTTransformer2DModel
-from .sampling import (
-    ANCESTRAL,
-    check_guidance,
-    check_labels,
-    noise_level,
-    scheduler_step,
-    takes_learned_variance,
-)
-from .shards import MANIFEST, read_manifest
-from .train_config import CONFIG_FILE, load_config
+from .sampling import check_finite, check_scheduler, noise_level, scheduler_step, set_timesteps
+from .text_files import printable
 from .vae import check_latent_channels, decode, load_decoder
 
 # `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` loads a folder that brings its classes. These two
@@ -35,6 +30,8 @@ from .vae import check_latent_channels, decode, load_decoder
 _IMPORT = """try:
     from edt.{module} import {name}  # noqa: F401
 except ModuleNotFoundError as error:
+    if error.name not in ("edt", "edt_kernels"):  # another one is missing, which the error names
+        raise
     raise ImportError("this model needs pip install edt-kernels") from error
 """
 _CODE = {
@@ -56,8 +53,9 @@ class EDTPipeline(DiffusionPipeline):
         transformer: predicts noise and, where out_channels is twice in_channels, the variance; AMM acts in its
             `amm_blocks`.
         scheduler: as released, `edt.make_scheduler()`. Others fit by
-            `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`, such as DDIM, UniPC and Euler; the
-            learned variance, which only DDPM's takes, is split off for them.
+            `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`, such as DDIM, UniPC and Euler, all of
+            `edt.sampling.SOLVERS`; the learned variance, which only DDPM's takes, is split off for them, and their
+            timesteps are those of `edt.sampling.set_timesteps`.
         vae: the autoencoder of the latents; None for models that draw pixels (1 or 3 channels).
         id2label: names of the classes, saved with the pipeline; of "a, b" either name will do, unless another
             class has it too.
@@ -132,9 +130,10 @@ class EDTPipeline(DiffusionPipeline):
         """Draws `num_images_per_prompt` images of each label.
 
         Args:
-            class_labels: numbers, names of `id2label`, or a tensor (B,); None for unconditional models.
+            class_labels: class numbers (integers), names of `id2label` (strings, "10" too), or a tensor (B,) of
+                numbers; None for unconditional models.
             guidance_scale: s of unconditional + s·(conditional − unconditional); 1 is no guidance and runs no
-                unconditional pass.
+                unconditional pass, at 0 the guided channels are unconditional.
             num_inference_steps: denoising steps; 250 as released.
             generator: of the noise, on any device; a list has one for each image, which then does not depend on
                 the others of its batch.
@@ -147,8 +146,8 @@ class EDTPipeline(DiffusionPipeline):
             guidance_interval: (low, high): guidance acts only at noise levels low < σ ≤ high, σ = √((1−ᾱ)/ᾱ), 0.01
                 to 157; elsewhere one pass is run instead of two. Source: arXiv 2404.07724.
             callback_on_step_end: called with the pipeline, the step's number, the timestep and a dict of
-                `callback_on_step_end_tensor_inputs`; what it returns under "latents" takes their place.
-                It may set `pipe._guidance_scale` for the steps that follow.
+                `callback_on_step_end_tensor_inputs`; what it returns under "latents" takes their place. It may set
+                `pipe._guidance_scale`, to any scale that is an argument here, for the steps that follow.
             cuda_graph: replays the transformer's launches from CUDA graphs, captured in this call; or those of an
                 `edt.GraphedStep` of the transformer, which keeps them from call to call.
 
@@ -158,20 +157,27 @@ class EDTPipeline(DiffusionPipeline):
             `ImagePipelineOutput` with `images`, or (images,).
 
         Raises:
-            ValueError, TypeError: for an argument that does not fit the model, the scheduler or the VAE.
+            ValueError, TypeError: for an argument that does not fit the model, the scheduler or the VAE; for
+                latents or pictures that are not finite, at the end, naming the step.
         """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         config = self.transformer.config
         device = self._execution_device
         labels = self._class_numbers(class_labels, num_images_per_prompt, device)
         guidance_channels = check_guidance(config, guidance_scale, guidance_channels)
-        self._check_call(num_inference_steps, output_type, guidance_interval, callback_on_step_end_tensor_inputs)
-        self._check_scheduler()
-        self.scheduler.set_timesteps(num_inference_steps)
+        self._check_call(output_type, return_dict, guidance_interval, cuda_graph)
+        _check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        pixels = self.vae is None and config.in_channels in (1, 3)
+        check_scheduler(self.scheduler, config, clipping=pixels)
+        check_steps(num_inference_steps)
+        set_timesteps(self.scheduler, num_inference_steps)
         timesteps = self.scheduler.timesteps  # on the CPU, where the schedulers' arithmetic is
         batch_size = num_images_per_prompt if labels is None else len(labels)
         latents = self._noise(latents, generator, batch_size, device)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
         step = self._stepper(cuda_graph)
+        finite = []
         self.transformer.reset_cache()
         try:
             for i, timestep in enumerate(self.progress_bar(timesteps)):
@@ -187,12 +193,13 @@ class EDTPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     known = {"latents": latents}
                     given = {name: known[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = (callback_on_step_end(self, i, timestep, given) or {}).get("latents", latents)
+                    latents = _from_callback(callback_on_step_end(self, i, timestep, given), latents)
+                finite.append(latents.isfinite().all())
+            check_finite(finite, timesteps, self.transformer.dtype)
             if output_type == "latent":
                 images = latents
             else:
-                pixels = latents if self.vae is None else decode(latents, self.vae)
-                images = self.image_processor.postprocess(pixels, output_type=output_type)
+                images = self.image_processor.postprocess(self._pictures(latents), output_type=output_type)
         finally:  # after an exception too: features and offloaded models are let go
             self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -203,6 +210,17 @@ class EDTPipeline(DiffusionPipeline):
                 raise ValueError("cuda_graph is a GraphedStep of another model than this pipeline's transformer")
             return cuda_graph
         return GraphedStep(self.transformer) if cuda_graph else partial(predict, self.transformer)
+
+    def _pictures(self, latents: Tensor) -> Tensor:
+        if self.vae is None:
+            return latents
+        pictures = decode(latents, self.vae)
+        if not pictures.isfinite().all():
+            raise ValueError(
+                f"vae makes pictures that are not finite, in {str(self.vae.dtype).removeprefix('torch.')}, of "
+                "latents that are; decode in float32 or bfloat16: pipe.vae.to(torch.float32)"
+            )
+        return pictures
 
     def _class_numbers(self, class_labels, num_images_per_prompt: int, device: torch.device) -> Tensor | None:
         """(B,) int64 on the device; None for an unconditional model."""
@@ -216,107 +234,90 @@ class EDTPipeline(DiffusionPipeline):
         if class_labels is None:
             raise ValueError(f"class_labels is None; a model of {num_classes} classes needs labels or names")
         if isinstance(class_labels, Tensor):
-            if class_labels.ndim != 1 or class_labels.is_floating_point() or class_labels.dtype == torch.bool:
+            if class_labels.ndim != 1 or class_labels.is_floating_point() or class_labels.is_complex():
                 raise TypeError(
                     f"class_labels is {class_labels.dtype} of shape {tuple(class_labels.shape)}; it must be "
                     "integers (B,)"
                 )
-            numbers = class_labels.to(torch.int64)
-        else:
-            if isinstance(class_labels, (int, str)):
-                class_labels = [class_labels]
-            numbers = torch.tensor([self._class_number(label) for label in class_labels], dtype=torch.int64)
-        if len(numbers) == 0:
+            if class_labels.is_meta:
+                raise ValueError("class_labels is on meta, which has no values")
+            class_labels = class_labels.tolist()  # of bools, which are none, too
+        elif not isinstance(class_labels, Sequence | np.ndarray) or isinstance(class_labels, str):
+            class_labels = [class_labels]
+        elif isinstance(class_labels, bytes | bytearray):
+            raise TypeError(f"class_labels is a {type(class_labels).__name__}; names are str")
+        elif isinstance(class_labels, np.ndarray) and class_labels.ndim == 0:
+            class_labels = class_labels[None]
+        numbers = [self._class_number(label) for label in class_labels]
+        if not numbers:
             raise ValueError("class_labels is empty; it needs a label for each image")
-        check_labels(numbers, num_classes)
-        return numbers.repeat_interleave(num_images_per_prompt).to(device)
+        if wrong := [number for number in numbers if not 0 <= number < num_classes]:
+            found = few([_short(number) for number in wrong])
+            raise ValueError(f"class_labels has {found}; they must be 0 to {num_classes - 1}")
+        return torch.tensor(numbers, device=device).repeat_interleave(num_images_per_prompt)
 
     def _class_number(self, label: Label) -> int:
         if isinstance(label, str):
-            if label not in self.labels:
-                named = [i for i, names in self.id2label.items() if label in map(str.strip, names.split(","))]
-                if named:
-                    raise ValueError(f"class_labels has {label!r}, a name of classes {named}; give the number")
-                known = ", ".join(list(self.labels)[:10]) or "none: it has no id2label"
-                raise ValueError(f"class_labels has {label!r}; this pipeline knows the names {known}")
-            return self.labels[label]
+            if label in self.labels:
+                return self.labels[label]
+            named = [i for i, names in self.id2label.items() if label in map(str.strip, names.split(","))]
+            if named:
+                raise ValueError(f"class_labels has {label!r}, a name of classes {named}; give the number")
+            close = get_close_matches(label, self.labels, n=5) or list(self.labels)
+            known = few([printable(name) for name in close], 5) or "none: it has no id2label"
+            number = f", and for class number {label} give the integer" if label.isdecimal() else ""
+            raise ValueError(f"class_labels has {label!r}; this pipeline knows the names {known}{number}")
         try:
-            if isinstance(label, bool):
+            if isinstance(label, bool | np.bool_):
                 raise TypeError
-            return operator.index(label)  # NumPy's integers too
-        except TypeError:
-            raise TypeError(f"class_labels has {label!r}; it must have integers or names") from None
+            return operator.index(label)  # of NumPy's and torch's integers too
+        except (TypeError, RuntimeError):  # RuntimeError: a tensor without values
+            raise TypeError(f"class_labels has {_short(label)}; it must have integers or names") from None
 
-    def _check_call(self, num_inference_steps, output_type, guidance_interval, tensor_inputs) -> None:
+    def _check_call(self, output_type, return_dict, guidance_interval, cuda_graph) -> None:
         config = self.transformer.config
         if self.transformer.training:
             raise ValueError("transformer is in training mode; call pipe.transformer.eval() first")
-        if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= NUM_TRAIN_TIMESTEPS:
-            raise ValueError(
-                f"num_inference_steps is {num_inference_steps!r}; it must be 1 to {NUM_TRAIN_TIMESTEPS}"
-            )
-        if output_type not in ("pil", "np", "pt", "latent"):
+        if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'")
         if self.vae is None and config.in_channels not in (1, 3) and output_type != "latent":
             raise ValueError(
                 f"output_type is {output_type!r}, but this pipeline has no vae for its latents of "
                 f"{config.in_channels} channels; give it one or take 'latent'"
             )
+        if type(return_dict) is not bool:
+            raise TypeError(f"return_dict is {return_dict!r}; it must be True or False")
+        if not isinstance(cuda_graph, bool | GraphedStep):
+            raise TypeError(f"cuda_graph is {cuda_graph!r}; it must be True, False or an edt.GraphedStep")
         if guidance_interval is not None and not (
             isinstance(guidance_interval, Sequence)
             and len(guidance_interval) == 2
-            and all(isinstance(bound, Real) for bound in guidance_interval)
+            and is_finite_number(guidance_interval[0])
+            and (is_finite_number(guidance_interval[1]) or guidance_interval[1] == math.inf)
             and 0 <= guidance_interval[0] < guidance_interval[1]
         ):
             raise ValueError(
                 f"guidance_interval is {guidance_interval!r}; it must be None or noise levels (low, high), "
                 "0 ≤ low < high"
             )
-        if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; it takes "
-                f"{self._callback_tensor_inputs}"
-            )
-
-    def _check_scheduler(self) -> None:
-        """Raises ValueError for a scheduler that does not fit the model."""
-        config, scheduler = self.transformer.config, self.scheduler.config
-        if scheduler.get("prediction_type", "epsilon") != "epsilon":
-            raise ValueError(
-                f"scheduler has prediction_type {scheduler['prediction_type']!r}; EDT predicts epsilon"
-            )
-        if (steps := scheduler["num_train_timesteps"]) != NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"scheduler has num_train_timesteps {steps}; EDT has {NUM_TRAIN_TIMESTEPS}")
-        alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)  # schedulers of flow matching have none
-        released = make_scheduler().alphas_cumprod
-        if alphas_cumprod is None or not torch.allclose(alphas_cumprod.cpu(), released, rtol=1e-3):
-            name = type(self.scheduler).__name__
-            raise ValueError(
-                f"scheduler is {name} with other noise levels than EDT's; where it fits, take "
-                f"{name}.from_config(edt.make_scheduler().config)"
-            )
-        if isinstance(self.scheduler, ANCESTRAL):
-            if scheduler["variance_type"] == "learned":
-                raise ValueError("scheduler has variance_type 'learned'; EDT's variance is 'learned_range'")
-            if takes_learned_variance(self.scheduler) and config.out_channels != 2 * config.in_channels:
-                raise ValueError(
-                    f"scheduler has variance_type 'learned_range', but the transformer's {config.out_channels} "
-                    f"out_channels for {config.in_channels} in_channels have no variance; take 'fixed_small'"
-                )
 
     def _noise(self, latents, generator, batch_size: int, device: torch.device) -> Tensor:
         shape = (batch_size, self.transformer.config.in_channels, *self.transformer.latent_size)
         each = generator if isinstance(generator, list) else [generator]
         if not (generator is None or all(isinstance(one, torch.Generator) for one in each)):
-            raise TypeError(f"generator is {generator!r}; it must be a torch.Generator, or a list of them")
+            raise TypeError(f"generator is {_short(generator)}; it must be a torch.Generator, or a list of them")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator has {len(generator)} generators for {batch_size} images")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif not isinstance(latents, Tensor):
             raise TypeError(f"latents is a {type(latents).__name__}; it must be a tensor {shape}")
+        elif not latents.is_floating_point():
+            raise TypeError(f"latents is {latents.dtype}; it must be floating-point")
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be {shape}")
+        elif latents.is_meta or not latents.isfinite().all():
+            raise ValueError("latents has values that are not finite, or none; it must be noise, N(0, 1)")
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
 
     @classmethod
@@ -356,6 +357,9 @@ def load_pipeline(
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint`, or for a VAE that does not fit.
     """
+    from .shards import MANIFEST, read_manifest  # what training needs, drawing with a pipeline does not
+    from .train_config import CONFIG_FILE, load_config
+
     folder = Path(folder)
     model = load_checkpoint(folder, torch_dtype=torch_dtype)
     parts, subfolder = {}, None
@@ -381,6 +385,45 @@ def load_pipeline(
         raise ValueError(f"checkpoint {folder} is no complete pipeline: {error}") from error
 
 
+def _short(value: object) -> str:
+    """As Python writes it, but of any length and kind one short line."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _check_callback(callback, tensor_inputs, known: list[str]) -> None:
+    if not (callback is None or callable(callback)):
+        raise TypeError(f"callback_on_step_end is a {type(callback).__name__}; it must be callable")
+    if (
+        isinstance(tensor_inputs, str)
+        or not isinstance(tensor_inputs, Sequence)
+        or not all(isinstance(name, str) for name in tensor_inputs)
+    ):
+        raise TypeError(
+            f"callback_on_step_end_tensor_inputs is {_short(tensor_inputs)}; it must be a list of names"
+        )
+    if unknown := set(tensor_inputs) - set(known):
+        raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; it takes {known}")
+
+
+def _from_callback(returned: object, latents: Tensor) -> Tensor:
+    """The latents that a callback returned, or else those that it was given."""
+    if returned is None:
+        return latents
+    if not isinstance(returned, dict):
+        raise TypeError(f"callback_on_step_end returned a {type(returned).__name__}; it must be a dict or None")
+    new = returned.get("latents", latents)
+    if not isinstance(new, Tensor) or not new.is_floating_point() or new.shape != latents.shape or new.is_meta:
+        given = f"{new.dtype} {tuple(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
+        raise ValueError(
+            f"callback_on_step_end returned latents that are {given}; they must be floating-point "
+            f"{tuple(latents.shape)}"
+        )
+    return new.to(latents)
+
+
 def _of_one_class(names: list[tuple[str, int]]) -> dict[str, int]:
     classes = defaultdict(set)
     for name, i in names:
@@ -394,8 +437,8 @@ def _check_names(id2label, num_classes: int) -> dict[int, str]:
         return {}
     try:
         names = {int(key): name for key, name in id2label.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise TypeError(f"id2label is {id2label!r}; it must be a dict of class numbers and names") from None
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise TypeError(f"id2label is {_short(id2label)}; it must be a dict of class numbers and names") from None
     wrong = [(key, name) for key, name in names.items() if not 0 <= key < num_classes or not isinstance(name, str)]
     if wrong:
         raise ValueError(f"id2label has {wrong[:3]}; it must have names of classes 0 to {num_classes - 1}")

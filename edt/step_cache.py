@@ -43,7 +43,7 @@ class StepCacheConfig:
     reuse: Literal["deep", "encoder"] = "deep"
 
     def __post_init__(self):
-        if self.reuse not in REUSES:
+        if not isinstance(self.reuse, str) or self.reuse not in REUSES:
             raise ValueError(f"reuse is {self.reuse!r}; it must be one of {', '.join(map(repr, REUSES))}")
         if (self.interval is None) == (self.full_steps is None):
             raise ValueError(
