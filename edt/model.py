@@ -204,6 +204,13 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         self.set_amm_blocks(amm_blocks)
         self.initialize_weights()
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As any diffusers model's; with `ignore_mismatched_sizes` weights of other sizes get initial values."""
+        if kwargs.get("ignore_mismatched_sizes") and kwargs.get("device_map") is None:
+            kwargs.setdefault("low_cpu_mem_usage", False)  # which would leave them on meta
+        return super().from_pretrained(*args, **kwargs)
+
     def set_amm_blocks(self, blocks: tuple[int, ...]) -> None:
         """Places AMM in these blocks, 0-based over all stages; () switches it off. Kept by `save_pretrained`."""
         depths = self.config.depths
@@ -626,7 +633,8 @@ def _check_config(config) -> None:
     for channels, heads in zip(config.hidden_sizes, config.num_attention_heads):
         if channels % heads or channels % 4:
             raise ValueError(
-                f"hidden_sizes has {channels} for {heads} heads; it must be a multiple of the heads and of 4"
+                f"hidden_sizes has {channels} for {heads} heads; it must be a multiple of num_attention_heads and "
+                "of 4"
             )
         if int(min(channels * config.mlp_ratio, _MAX_NUMBERS)) < 1:
             raise ValueError(

@@ -54,7 +54,7 @@ def apply_amm(model, blocks, grid=None, form="exp_cos", radius=None) -> None:
             default; for a grid, form or radius that `amm_table` refuses; when AMM is in place already. Nothing is
             changed then. At run time: for images of another grid, also one of as many tokens (of Flux's only in
             eager mode, which can read `img_ids`); when AMM's processors have been replaced since, as an IP adapter
-            and `fuse_qkv_projections` do; for an attention mask; and, by the Triton kernels, for head dims above 128.
+            and `fuse_qkv_projections` do; for an attention mask; by the Triton kernels, for head dims above 128.
 
     Source: EDT (arXiv 2410.23788), section 3.2 and its plug-in experiments. Has not run on a GPU.
     """
