@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edt_kernels._tracing import HasConstants
 
-class AlignmentLoss(nn.Module):
+
+class AlignmentLoss(HasConstants):
     """λ·(−mean cos(y, z) + w·mean (S(y) − S(z))²), z = up(MLP(h)), S(z)[i, j] = mean over n of cos(zᵢₙ, zⱼₙ).
 
     h are the hidden states of the model's middle stage (`return_hidden` of its forward), y an image encoder's
@@ -72,7 +74,7 @@ class AlignmentLoss(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         # As a matrix, because the gradient of F.interpolate on a GPU adds atomically and does not repeat bitwise.
-        self.register_buffer("upsampling", _bilinear(tuple(hidden_grid), tuple(feature_grid)), persistent=False)
+        self.register_constant("upsampling", _bilinear(tuple(hidden_grid), tuple(feature_grid)))
 
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
         """hidden (B, N, C), features (B, N', F), of any floating dtypes → a scalar in float32.
@@ -86,7 +88,8 @@ class AlignmentLoss(nn.Module):
         self._check_inputs(hidden, features)
         projected = self.mlp(hidden)  # (B, N, F)
         with torch.autocast(hidden.device.type, enabled=False):
-            z = F.normalize(self.upsampling @ projected.float(), dim=-1, eps=1e-6)  # (B, N', F)
+            upsampling = self.constant_on("upsampling", projected.device)
+            z = F.normalize(upsampling @ projected.float(), dim=-1, eps=1e-6)  # (B, N', F)
             y = F.normalize(features.detach().float(), dim=-1, eps=1e-6)
             token_loss = -(y * z).sum(dim=-1).mean()
             manifold_loss = (_similarities(y) - _similarities(z)).square().mean()
@@ -194,7 +197,7 @@ def _similarities(tokens: Tensor) -> Tensor:
 
 def _bilinear(grid: tuple[int, int], out_grid: tuple[int, int]) -> Tensor:
     """Bilinear interpolation of an H×W grid to H'×W', pixels as areas: (H'·W', H·W), times tokens in rows."""
-    basis = torch.eye(math.prod(grid)).unflatten(1, grid).unsqueeze(1)  # each token's 1 among zeros
+    basis = torch.eye(math.prod(grid), device="cpu").unflatten(1, grid).unsqueeze(1)  # each token's 1 among zeros
     return F.interpolate(basis, size=out_grid, mode="bilinear", align_corners=False).flatten(1).T.contiguous()
 
 

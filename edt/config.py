@@ -1,5 +1,8 @@
 """Named configurations: model sizes as released and as published, and where AMM goes."""
 
+import sys
+from numbers import Real
+
 # 0-based numbers of the blocks with AMM, counted over all stages; as released, by model and guidance scale.
 AMM_PLACEMENTS = {
     "EDT-S,B/2 guidance 1-1.5": (7, 10),
@@ -75,8 +78,13 @@ def published_amm_blocks(preset: str, guidance_scale: float) -> tuple[int, ...]:
     """The blocks with AMM that the authors use for a preset at a guidance scale.
 
     EDT-S and B were published for scales 1 to 1.5 and from 2 on; scales between take the nearer range.
+
+    Raises:
+        ValueError: for a name that is no preset, or a scale that is no finite number.
     """
-    if preset not in PRESETS:
+    if not is_number(guidance_scale):
+        raise ValueError(f"guidance_scale is {guidance_scale!r}; it must be a finite number")
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
     if preset in ("EDT-S/2", "EDT-B/2") and guidance_scale >= 1.75:
         return AMM_PLACEMENTS["EDT-S,B/2 guidance 2-"]
@@ -99,6 +107,11 @@ def amm_placement(config, guidance_scale: float) -> tuple[int, ...]:
         return own
     published = [published_amm_blocks(preset, scale) for scale in (1.0, 2.0)]
     return published_amm_blocks(preset, guidance_scale) if own in published else own
+
+
+def is_number(value) -> bool:
+    """Whether it is a finite real number of float's range; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _plain(value):

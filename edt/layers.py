@@ -9,27 +9,30 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import edt_kernels
+from edt_kernels._tracing import HasConstants, in_func_transform
 
 
 def sincos_position_embedding(channels: int, grid: tuple[int, int]) -> Tensor:
     """[sin(x·ω), cos(x·ω), sin(y·ω), cos(y·ω)] with ω_k = 10000^(−k/(channels/4)) → (H·W, channels)."""
     H, W = grid
-    omega = 10000.0 ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels / 4))
-    y = torch.arange(H, dtype=torch.float64).repeat_interleave(W)
-    x = torch.arange(W, dtype=torch.float64).repeat(H)
+    # On the CPU also where the default device is meta: this is in no state dict.
+    omega = 10000.0 ** -(torch.arange(channels // 4, dtype=torch.float64, device="cpu") / (channels / 4))
+    y = torch.arange(H, dtype=torch.float64, device="cpu").repeat_interleave(W)
+    x = torch.arange(W, dtype=torch.float64, device="cpu").repeat(H)
     angles = [position[:, None] * omega for position in (x, y)]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=-1).float()
 
 
-class PositionEmbedding(nn.Module):
+class PositionEmbedding(HasConstants):
     """Adds the fixed sin-cos table of a grid."""
 
     def __init__(self, channels: int, grid: tuple[int, int]):
         super().__init__()
-        self.register_buffer("table", sincos_position_embedding(channels, grid), persistent=False)
+        self.register_constant("table", sincos_position_embedding(channels, grid))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.table  # (B, N, C)
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x (B, N, C), the branch → (B, N, C) of `dtype`, the residual stream's."""
+        return x + self.constant_on("table", x.device).to(dtype)
 
 
 class Modulation(nn.Module):
@@ -55,7 +58,7 @@ class PatchEmbedding(nn.Module):
         return rearrange(self.proj(latents), "b c h w -> b (h w) c")
 
 
-class TimestepEmbedding(nn.Module):
+class TimestepEmbedding(HasConstants):
     """Sinusoid of 256 → Linear, SiLU, Linear."""
 
     frequencies = 256
@@ -66,13 +69,13 @@ class TimestepEmbedding(nn.Module):
         self.fc2 = nn.Linear(channels, channels)
         half = self.frequencies // 2
         # Made on the CPU: one rounding of a GPU's exp, times timesteps up to 999, moves the network's output by
-        # 10⁻⁵. Kept as integers: .to(bfloat16) would round a floating-point buffer.
+        # 10⁻⁵.
         omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / half)
-        self.register_buffer("omega_bits", omega.view(torch.int32), persistent=False)
+        self.register_constant("omega", omega)
 
     def forward(self, timestep: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """(B,) → (B, C0). The Linears' input has `dtype`: their weights' own may be one of storage alone."""
-        angles = timestep.float()[:, None] * self.omega_bits.view(torch.float32)  # (B, 128)
+        angles = timestep.float()[:, None] * self.constant_on("omega", timestep.device)  # (B, 128)
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.fc2(F.silu(self.fc1(sinusoid.to(dtype))))
 
@@ -115,7 +118,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
-        if not hidden.requires_grad or _in_func_transform():  # torch.func takes no saved-tensor hooks
+        if not hidden.requires_grad or in_func_transform():  # torch.func takes no saved-tensor hooks
             return self._activate_and_project(hidden)
         # GELU's output is as large as its input and cheap to compute again, so backward does: a fifth less memory
         # for activations. `checkpoint` stops before fc2's product. It calls fc2 as a module, so that what wraps or
@@ -124,10 +127,6 @@ class MLP(nn.Module):
 
     def _activate_and_project(self, hidden: Tensor) -> Tensor:
         return self.fc2(F.gelu(hidden, approximate="tanh"))
-
-
-def _in_func_transform() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Block(nn.Module):
@@ -206,7 +205,7 @@ class TokenMerge(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor, keep: Tensor | None = None) -> Tensor:
         shift, scale = self.modulation(cond).unbind(1)
-        return self.position(self.reduction(self.merge(x, shift, scale, keep)))  # (B, N/4, C')
+        return self.position(self.reduction(self.merge(x, shift, scale, keep)), x.dtype)  # (B, N/4, C')
 
 
 class TokenSplitConcat(nn.Module):
@@ -237,7 +236,7 @@ class TokenSplitConcat(nn.Module):
         if expanded is None:
             expanded = self.expand(x)
         shift, scale = self.modulation(cond).unbind(1)
-        return self.position(self.fuse(self.split(expanded, skip, shift, scale))), expanded
+        return self.position(self.fuse(self.split(expanded, skip, shift, scale)), skip.dtype), expanded
 
 
 class FinalLayer(nn.Module):

@@ -1,18 +1,26 @@
 """EDT: the U-shaped diffusion transformer of "EDT: An Efficient Diffusion Transformer Framework Inspired by
 Human-like Sketching" (arXiv 2410.23788), as released."""
 
+import inspect
 import math
+from collections.abc import Collection
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import PRESETS
+from edt_kernels._checks import enabled_autocast_dtype
+from edt_kernels._tracing import has_readable_values
+
+from .config import PRESETS, is_number
 from .layers import (
     Block,
     FinalLayer,
@@ -23,12 +31,13 @@ from .layers import (
     TokenMerge,
     TokenSplitConcat,
 )
-from .masking import draw_keep_mask
+from .masking import check_draw, draw_keep_mask
 from .step_cache import NOTHING, Features, StepCache, StepCacheConfig
 from .task_routing import check_task_routing, routing_mask
 
 NUM_STAGES = 5
 NUM_MERGES = 2
+_MAX_NUMBERS = 10**11  # in the weights or tables that one argument makes; EDT-XL has 7·10⁸ in all
 BLOCK_MODULATIONS = 6  # shift, scale and gate, of attention and MLP
 
 
@@ -97,7 +106,7 @@ class Stage(nn.Module):
         return x
 
 
-class EDTTransformer2DModel(ModelMixin, ConfigMixin):
+class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
     """Latents, timesteps and class labels → predicted noise and variance.
 
     Five stages of adaLN-Zero blocks on the grids H×W, H/2×W/2, H/4×W/4, H/2×W/2, H×W of patches; token merges
@@ -123,17 +132,19 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
             what was trained with it needs it for sampling.
 
     Raises:
-        ValueError: for a configuration that does not fit together.
+        TypeError: for an argument of the wrong kind.
+        ValueError: for a configuration that does not fit together, or one of more numbers than a machine holds.
 
     Source: arXiv 2410.23788 and its released implementation.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
-    # Their shapes and places in a stage make ten variants in EDT-S; `compile_repeated_blocks` compiles them all if
-    # torch._dynamo.config.recompile_limit is above its default of 8.
     _repeated_blocks = ("Block",)
-    _skip_layerwise_casting_patterns = ("patch_embedding", "position", "final_layer")
+    # Block-level offloading takes the lists in these for blocks: what they hold, not the stages as a whole. The
+    # numbers are the members of the first three.
+    _group_offload_block_modules = ("stages", "merges", "splits", *map(str, range(NUM_STAGES)))
+    _skip_layerwise_casting_patterns = ("patch_embedding", "final_layer")
 
     @register_to_config
     def __init__(
@@ -157,6 +168,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self._step_cache: StepCache | None = None
+        self._context_caches: dict[str, StepCache] = {}
         _check_config(self.config)
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self.latent_size = (height, width)
@@ -194,17 +206,16 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As any diffusers model's; with `torch_dtype` the model is what `.to(torch_dtype)` would make of it."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for module in model.modules():  # diffusers casts what it loads, which the position tables are not
-            if isinstance(module, PositionEmbedding):
-                module.to(model.dtype)
-        return loaded
+        """As any diffusers model's; with `ignore_mismatched_sizes` weights of other sizes get initial values."""
+        if kwargs.get("ignore_mismatched_sizes") and kwargs.get("device_map") is None:
+            kwargs.setdefault("low_cpu_mem_usage", False)  # which would leave them on meta
+        return super().from_pretrained(*args, **kwargs)
 
     def set_amm_blocks(self, blocks: tuple[int, ...]) -> None:
         """Places AMM in these blocks, 0-based over all stages; () switches it off. Kept by `save_pretrained`."""
         depths = self.config.depths
+        if isinstance(blocks, str) or not isinstance(blocks, Collection):
+            raise TypeError(f"blocks is {blocks!r}; it must be a tuple of block numbers")
         _check_block_numbers("blocks", blocks, sum(depths))
         first = 0
         for stage, depth in zip(self.stages, depths, strict=True):
@@ -244,9 +255,11 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
 
         With `mid_mask` the first is of stage 0's tokens; then one for each merge, of the tokens it gathers.
         `device` defaults to the generator's, else to the model's.
+
+        Raises:
+            TypeError, ValueError: for a batch size, generator or device that does not fit.
         """
-        if device is None:
-            device = generator.device if generator is not None else self.device
+        device = check_draw(batch_size, generator, device) or self.device
         draws = [(self.merges[i].grid, ratios) for i, ratios in enumerate(self.config.mask_ratios)]
         if self.config.mid_mask is not None:
             draws.insert(0, (self.merges[0].grid, self.config.mid_mask[1]))
@@ -262,11 +275,13 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
 
         None for an unconditional model, which has no labels. `device` defaults to the generator's, else to the
         model's.
+
+        Raises:
+            TypeError, ValueError: for a batch size, generator or device that does not fit.
         """
+        device = check_draw(batch_size, generator, device) or self.device
         if self.label_embedding is None:
             return None
-        if device is None:
-            device = generator.device if generator is not None else self.device
         return torch.rand(batch_size, generator=generator, device=device) < self.config.class_dropout_prob
 
     def forward(
@@ -283,7 +298,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
 
         Args:
             hidden_states: noised latents (B, in_channels, height, width).
-            timestep: (B,) or a scalar, 0 to 999.
+            timestep: (B,) or a scalar, 0 to 999, any finite real numbers.
             class_labels: (B,) integers, 0 to num_classes, the last of them null; None for unconditional models.
             keep_masks: the masked pass: (B, N) bools in order of use, as `draw_keep_masks` returns them.
             return_dict: False for a plain tuple.
@@ -298,9 +313,14 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
 
         Raises:
             ValueError, TypeError: for an argument that does not fit the configuration; class labels out of range
-                are only found on a CPU.
+                and timesteps that are not finite are only found on a CPU, outside of graphs and transforms.
         """
         self._check_inputs(hidden_states, timestep, class_labels, keep_masks, label_drops)
+        stream_dtype = hidden_states.dtype
+        if (
+            enabled_autocast_dtype(hidden_states) is not None
+        ):  # autocast is for products; sums of blocks stay exact
+            stream_dtype = torch.promote_types(stream_dtype, torch.float32)
         batch_size = hidden_states.shape[0]
         middle, skip, expanded = self._reused_features(hidden_states, keep_masks, return_hidden)
         keep_masks = [None] * NUM_MERGES if keep_masks is None else list(keep_masks)
@@ -309,10 +329,11 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
         cond = self._embed_conditioning(timestep, class_labels, hidden_states, label_drops)
         cond = F.silu(cond)  # (B, C0), once for all modulations
         routing = self._routing_masks(timestep, batch_size, hidden_states.device)  # a stage: (B, 1, C) or None
-        tokens = x = self.position(self.patch_embedding(hidden_states))  # (B, N, C0)
+        tokens = x = self.position(self.patch_embedding(hidden_states), stream_dtype)  # (B, N, C0)
 
         if middle is None and expanded is None:
-            x = self.stages[0](x, cond, mid_keep, replacement=self.position.table, routing=routing[0])
+            positions = None if mid_keep is None else self.position.constant_on("table", x.device)
+            x = self.stages[0](x, cond, mid_keep, replacement=positions, routing=routing[0])
             skip = x = self.merges[0](x, cond, keep_masks[0])  # (B, N/4, C1)
             x = self.stages[1](x, cond, routing=routing[1])
             x = self.merges[1](x, cond, keep_masks[1])  # (B, N/16, C2)
@@ -349,14 +370,17 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
             ValueError: if a cache is enabled already.
         """
         if not isinstance(config, StepCacheConfig):
-            raise TypeError(f"config is a {type(config).__name__}; it must be an edt.StepCacheConfig")
+            raise TypeError(
+                f"config is a {type(config).__name__}; it must be an edt.StepCacheConfig: diffusers' caches skip "
+                "blocks of one shape in a row, and a U has none"
+            )
         if self._step_cache is not None:
             raise ValueError(f"a cache is enabled, {self._step_cache.config}; call disable_cache() first")
         self._step_cache = StepCache(config)
 
     def disable_cache(self) -> None:
         """Computes every call in full again, and lets go of stored features; nothing where none is enabled."""
-        self._step_cache = None
+        self._step_cache, self._context_caches = None, {}
 
     @property
     def is_cache_enabled(self) -> bool:
@@ -364,12 +388,50 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
 
     def reset_cache(self) -> None:
         """Begins a new sampling: the next call is step 0, and stored features are let go."""
+        self._context_caches = {}
         if self._step_cache is not None:
             self._step_cache.reset()
 
-    def _reset_stateful_cache(self) -> None:
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """By this name diffusers' pipelines reset a model's cache when they are done."""
         self.reset_cache()
+
+    @contextmanager
+    def cache_context(self, name: str, **kwargs):
+        """Within it, calls are the steps of the sampling `name`: passes of one step that are calls of their own,
+        such as "cond" and "uncond", count steps and keep features apart. Nothing where no cache is enabled."""
+        outer = self._step_cache
+        if outer is not None:
+            self._step_cache = self._context_caches.setdefault(name, StepCache(outer.config))
+        try:
+            yield
+        finally:
+            if self._step_cache is not None:  # else it was disabled within
+                self._step_cache = outer
+
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """As any diffusers model's. A stage's shapes, AMM, a block's place in its stage and the mode make 10 to 24
+        variants of a block, more than torch compiles of one function by default: `recompile_limit` allows four for
+        each block where it is not given."""
+        limit = 4 * sum(self.config.depths)
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            kwargs.setdefault("recompile_limit", limit)
+        else:  # torch 2.11 and 2.12 have it for the whole process only, and read it when a variant is compiled
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+        super().compile_repeated_blocks(*args, **kwargs)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Raises ValueError: `edt_kernels.amm_attention` has no other backends than its own two."""
+        raise ValueError(
+            f"backend is {backend!r}; EDT's attention has a bias and a modulation that diffusers' backends do not "
+            "know. On a GPU it runs on its Triton kernels; the environment variable EDT_KERNELS_BACKEND chooses "
+            "(triton or reference)"
+        )
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op=None) -> None:
+        """Raises ValueError where `valid`: as `set_attention_backend`."""
+        if valid:
+            self.set_attention_backend("xformers")
 
     def _reused_features(self, hidden_states: Tensor, keep_masks, return_hidden: bool) -> Features:
         """Begins a step of the cache, where one is enabled."""
@@ -391,7 +453,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
     def _embed_conditioning(
         self, timestep, class_labels, hidden_states: Tensor, label_drops: Tensor | None = None
     ) -> Tensor:
-        batch_size, device = len(hidden_states), hidden_states.device
+        batch_size, device = hidden_states.shape[0], hidden_states.device
         timestep = torch.as_tensor(timestep, device=device).expand(batch_size)
         cond = self.timestep_embedding(timestep, hidden_states.dtype)
         if self.label_embedding is None:
@@ -421,17 +483,13 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
                 f"{', '.join(map(str, latent_shape))})"
             )
         batch_size = hidden_states.shape[0]
-        if not isinstance(timestep, (Tensor, Real)):
-            raise TypeError(f"timestep is a {type(timestep).__name__}; it must be a tensor or a number")
-        if isinstance(timestep, Tensor) and tuple(timestep.shape) not in ((), (1,), (batch_size,)):
-            raise ValueError(
-                f"timestep has shape {tuple(timestep.shape)}; it must be a scalar or ({batch_size},), as "
-                f"hidden_states has {batch_size} samples"
-            )
-        _check_class_labels(class_labels, self.config.num_classes, batch_size)
-        _check_label_drops(label_drops, self.config.num_classes, batch_size)
+        _check_timestep(timestep, batch_size)
+        _check_class_labels(class_labels, self.config.num_classes, hidden_states)
+        _check_label_drops(label_drops, self.config.num_classes, hidden_states)
         if keep_masks is None:
             return
+        if not isinstance(keep_masks, (tuple, list)):
+            raise TypeError(f"keep_masks is {type(keep_masks).__name__}; it must be a list of bool tensors")
         merges = [math.prod(merge.grid) for merge in self.merges]
         needed = merges if self.config.mid_mask is None else [merges[0], *merges]
         if not all(isinstance(mask, Tensor) for mask in keep_masks):
@@ -445,6 +503,8 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin):
             )
         if any(mask.dtype != torch.bool for mask in keep_masks):
             raise TypeError(f"keep_masks has dtypes {[mask.dtype for mask in keep_masks]}; they must be bool")
+        for mask in keep_masks:
+            _check_device("keep_masks", mask, hidden_states)
 
 
 def load_preset(name: str, **overrides) -> EDTTransformer2DModel:
@@ -452,13 +512,32 @@ def load_preset(name: str, **overrides) -> EDTTransformer2DModel:
 
     Raises:
         ValueError: for a name that is no preset.
+        TypeError: for an override that is no argument of the model; both as the model itself.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"name is {name!r}; it must be one of {', '.join(PRESETS)}")
     return EDTTransformer2DModel(**{**PRESETS[name], **overrides})
 
 
-def _check_class_labels(class_labels, num_classes: int, batch_size: int) -> None:
+def _check_timestep(timestep, batch_size: int) -> None:
+    if not isinstance(timestep, Tensor):
+        if not isinstance(timestep, Real) or isinstance(timestep, bool):
+            raise TypeError(f"timestep is a {type(timestep).__name__}; it must be a tensor or a number")
+        if not is_number(timestep):
+            raise ValueError(f"timestep is {timestep}; it must be finite")
+        return
+    if timestep.dtype == torch.bool or timestep.is_complex():
+        raise TypeError(f"timestep is {timestep.dtype}; it must be of real numbers")
+    if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (batch_size, 1)):
+        raise ValueError(
+            f"timestep has shape {tuple(timestep.shape)}; it must be a scalar or ({batch_size},), as "
+            f"hidden_states has {batch_size} samples"
+        )
+    if has_readable_values(timestep) and not timestep.isfinite().all():
+        raise ValueError("timestep has values that are not finite")
+
+
+def _check_class_labels(class_labels, num_classes: int, hidden_states: Tensor) -> None:
     if num_classes == 0:
         if class_labels is not None:
             raise ValueError("class_labels was given to an unconditional model (num_classes 0); it must be None")
@@ -468,10 +547,8 @@ def _check_class_labels(class_labels, num_classes: int, batch_size: int) -> None
         raise TypeError(
             f"class_labels is {given}; a model of {num_classes} classes needs an int64 or int32 tensor"
         )
-    if tuple(class_labels.shape) != (batch_size,):
-        raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}; it must be ({batch_size},)")
-    # Reading values off a GPU would stall it, and a compiled graph cannot branch on them.
-    if class_labels.device.type == "cpu" and not torch.compiler.is_compiling() and batch_size > 0:
+    _check_one_each("class_labels", class_labels, hidden_states)
+    if has_readable_values(class_labels):
         low, high = class_labels.min().item(), class_labels.max().item()
         if low < 0 or high > num_classes:
             raise ValueError(
@@ -480,7 +557,7 @@ def _check_class_labels(class_labels, num_classes: int, batch_size: int) -> None
             )
 
 
-def _check_label_drops(label_drops, num_classes: int, batch_size: int) -> None:
+def _check_label_drops(label_drops, num_classes: int, hidden_states: Tensor) -> None:
     if label_drops is None:
         return
     if num_classes == 0:
@@ -488,8 +565,21 @@ def _check_label_drops(label_drops, num_classes: int, batch_size: int) -> None:
     if not isinstance(label_drops, Tensor) or label_drops.dtype != torch.bool:
         given = label_drops.dtype if isinstance(label_drops, Tensor) else type(label_drops).__name__
         raise TypeError(f"label_drops is {given}; it must be a bool tensor")
-    if tuple(label_drops.shape) != (batch_size,):
-        raise ValueError(f"label_drops has shape {tuple(label_drops.shape)}; it must be ({batch_size},)")
+    _check_one_each("label_drops", label_drops, hidden_states)
+
+
+def _check_one_each(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
+    batch_size = hidden_states.shape[0]
+    if tensor.ndim != 1 or tensor.shape[0] != batch_size:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({batch_size},)")
+    _check_device(name, tensor, hidden_states)
+
+
+def _check_device(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
+    if tensor.device != hidden_states.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}; it must be on hidden_states' device, {hidden_states.device}"
+        )
 
 
 def _check_block_numbers(name: str, blocks, num_blocks: int) -> None:
@@ -503,7 +593,7 @@ def _is_range(pair) -> bool:
     return (
         isinstance(pair, (tuple, list))
         and len(pair) == 2
-        and all(isinstance(bound, Real) for bound in pair)
+        and all(map(is_number, pair))
         and 0 <= pair[0] <= pair[1] < 1
     )
 
@@ -524,8 +614,11 @@ def _check_config(config) -> None:
         raise TypeError(f"sample_size is {config.sample_size!r}; it must be an integer, or two (height, width)")
     if len(sides) != 2:
         raise ValueError(f"sample_size is {config.sample_size}; it must be one side, or (height, width)")
-    if not (isinstance(config.mlp_ratio, Real) and config.mlp_ratio > 0):
-        raise ValueError(f"mlp_ratio is {config.mlp_ratio!r}; it must be a positive number")
+    for name in ("mlp_ratio", "class_dropout_prob"):
+        if isinstance(getattr(config, name), bool) or not isinstance(getattr(config, name), Real):
+            raise TypeError(f"{name} is {getattr(config, name)!r}; it must be a number")
+    if not is_number(config.mlp_ratio) or config.mlp_ratio <= 0:
+        raise ValueError(f"mlp_ratio is {config.mlp_ratio!r}; it must be positive and finite")
     height, width = sides
     multiple = 4 * config.patch_size
     if height < multiple or width < multiple or height % multiple or width % multiple:
@@ -540,7 +633,12 @@ def _check_config(config) -> None:
     for channels, heads in zip(config.hidden_sizes, config.num_attention_heads):
         if channels % heads or channels % 4:
             raise ValueError(
-                f"hidden_sizes has {channels} for {heads} heads; it must be a multiple of the heads and of 4"
+                f"hidden_sizes has {channels} for {heads} heads; it must be a multiple of num_attention_heads and "
+                "of 4"
+            )
+        if int(min(channels * config.mlp_ratio, _MAX_NUMBERS)) < 1:
+            raise ValueError(
+                f"mlp_ratio is {config.mlp_ratio}; of {channels} channels it leaves the MLP no hidden one"
             )
     sizes = tuple(config.hidden_sizes)
     if sizes[:2] != sizes[:2:-1]:
@@ -552,6 +650,13 @@ def _check_config(config) -> None:
     if not 0 <= config.class_dropout_prob <= 1:
         raise ValueError(f"class_dropout_prob is {config.class_dropout_prob}; it must be 0 to 1")
     _check_block_numbers("amm_blocks", config.amm_blocks, sum(config.depths))
+    if config.amm_form not in ("exp_cos", "cos"):
+        raise ValueError(f"amm_form is {config.amm_form!r}; it must be 'exp_cos' or 'cos'")
+    radius = config.amm_radius
+    if radius is not None and (isinstance(radius, bool) or not isinstance(radius, Real)):
+        raise TypeError(f"amm_radius is {radius!r}; it must be None or a number")
+    if radius is not None and not (is_number(radius) and 0 <= radius < _MAX_NUMBERS):
+        raise ValueError(f"amm_radius is {radius}; it must be None, or 0 or more token steps, finite")
     ratios, mid_mask = config.mask_ratios, config.mid_mask
     if not isinstance(ratios, (tuple, list)) or len(ratios) != NUM_MERGES or not all(map(_is_range, ratios)):
         raise ValueError(
@@ -567,3 +672,28 @@ def _check_config(config) -> None:
     if mid_mask is not None and not 0 <= config.mid_mask[0] < config.depths[0]:
         raise ValueError(f"mid_mask is before block {config.mid_mask[0]}; stage 0 has {config.depths[0]} blocks")
     check_task_routing(config.task_routing)
+    _check_amounts(config, height, width)
+
+
+def _check_amounts(config, height: int, width: int) -> None:
+    """Raises ValueError for what memory would end over, naming the argument; a file may ask for anything."""
+    patch, width_of_cond = config.patch_size**2, config.hidden_sizes[0]
+    tokens = height * width // patch
+    stages = list(zip(config.hidden_sizes, config.num_attention_heads, config.depths, strict=True))
+    amounts = {  # of numbers, to within a small factor
+        "patch_size": patch * width_of_cond,
+        "in_channels": patch * config.in_channels * width_of_cond,
+        "out_channels": patch * config.out_channels * width_of_cond,
+        "num_classes": (config.num_classes + 1) * width_of_cond,
+        "sample_size": tokens * max(width_of_cond, 4 * max(config.num_attention_heads)),
+        "hidden_sizes": max(4 * C * max(C, width_of_cond) for C, _, _ in stages),
+        "mlp_ratio": max(2 * C * C for C, _, _ in stages) * config.mlp_ratio,
+        # A block's modules take about as much memory as 2¹⁴ numbers.
+        "depths": sum(depth * (4 * C * C + 6 * C * width_of_cond + 2**14) for C, _, depth in stages),
+    }
+    for name, amount in amounts.items():
+        if amount > _MAX_NUMBERS:
+            raise ValueError(
+                f"{name} is {getattr(config, name)}, which means {float(min(amount, 1e300)):.0e} numbers; at most "
+                f"{_MAX_NUMBERS:.0e} are taken"
+            )

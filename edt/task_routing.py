@@ -1,11 +1,11 @@
 """Denoising Task Routing: each timestep uses a window of the channels of every block."""
 
-import math
 from numbers import Real
 
 import torch
 from torch import Tensor
 
+from .config import is_number
 from .diffusion import NUM_TRAIN_TIMESTEPS
 
 
@@ -35,6 +35,11 @@ def routing_mask(timestep: Tensor, channels: int, beta: float, alpha: float) -> 
     β = 0.8, α = 4.
     """
     check_task_routing((beta, alpha))
+    if type(channels) is not int or channels < 1:
+        raise ValueError(f"channels is {channels!r}; it must be an integer of at least 1")
+    if not isinstance(timestep, Tensor) or timestep.ndim != 1:
+        given = tuple(timestep.shape) if isinstance(timestep, Tensor) else type(timestep).__name__
+        raise TypeError(f"timestep is {given}; it must be a tensor (B,)")
     width = max(1, int(beta * channels))
     noise_level = timestep.double().div(NUM_TRAIN_TIMESTEPS - 1).clamp(0, 1)
     start = (noise_level**alpha * (channels - width)).round()[:, None]  # (B, 1)
@@ -46,16 +51,14 @@ def check_task_routing(task_routing: tuple[float, float] | None) -> None:
     """Raises TypeError or ValueError for what is neither None nor (β, α) with β in (0, 1] and finite α ≥ 0."""
     if task_routing is None:
         return
-    if not isinstance(task_routing, (tuple, list)) or not all(_is_number(value) for value in task_routing):
+    if not isinstance(task_routing, (tuple, list)) or not all(
+        isinstance(value, Real) and not isinstance(value, bool) for value in task_routing
+    ):
         raise TypeError(f"task_routing is {task_routing!r}; it must be None or two numbers (beta, alpha)")
     if len(task_routing) != 2:
         raise ValueError(f"task_routing is {task_routing!r}; it must be None or two numbers (beta, alpha)")
     beta, alpha = task_routing
     if not 0 < beta <= 1:
         raise ValueError(f"task_routing has beta {beta}; it must be above 0 and at most 1")
-    if not (math.isfinite(alpha) and alpha >= 0):
+    if not (is_number(alpha) and alpha >= 0):
         raise ValueError(f"task_routing has alpha {alpha}; it must be finite and not negative")
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

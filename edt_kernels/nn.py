@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_eps, check_even_grid, check_extra_tokens, check_grid, check_out_dtype, check_scale
+from ._tracing import HasConstants
 from .adaln import adaln
 from .amm_attention import amm_attention, amm_table
 from .gated_residual_adaln import gated_residual_adaln
@@ -22,7 +23,7 @@ _AMM_MODES = ("never", "inference", "always")
 _TABLES = ("fixed", "learned", "learned_per_head")
 
 
-class AMMAttention(nn.Module):
+class AMMAttention(HasConstants):
     """softmax(q·kᵀ·scale + bias[Δ]) ⊙ m[Δ] · v over the tokens of an H×W grid: `edt_kernels.amm_attention`.
 
     q, k, v (B, N, heads, D) → (B, N, heads, D), N = before + H·W + after.
@@ -47,10 +48,10 @@ class AMMAttention(nn.Module):
         scale: of the logits; D^−½ by default.
         num_extra_tokens: tokens (before, after) the grid; pairs with one of them have bias 0 and modulation 1.
 
-    Parameters and buffers:
+    Parameters:
         rel_pos_bias: ((2H−1)·(2W−1), heads), truncated normal of 0.02; None without.
-        modulation: (2H−1, 2W−1) or, per head, (heads, 2H−1, 2W−1). If fixed, a buffer that is not in the state
-            dict: the arguments make it.
+        modulation: (2H−1, 2W−1) or, per head, (heads, 2H−1, 2W−1). If fixed, no parameter and no buffer but a
+            constant in float32, which moves with the module: the arguments make it.
 
     Raises:
         TypeError, ValueError: for an argument that cannot work; `forward` raises what `amm_attention` does.
@@ -87,11 +88,12 @@ class AMMAttention(nn.Module):
         offsets = (2 * H - 1, 2 * W - 1)
         bias = nn.Parameter(torch.empty(math.prod(offsets), num_heads)) if rel_pos_bias else None
         self.register_parameter("rel_pos_bias", bias)
-        modulation = torch.empty((num_heads, *offsets) if table == "learned_per_head" else offsets)
+        fixed = amm_table(self.grid, form=form, radius=radius, device="cpu")
         if table == "fixed":
-            self.register_buffer("modulation", modulation, persistent=False)
+            self.register_constant("modulation", fixed)
         else:
-            self.register_parameter("modulation", nn.Parameter(modulation))
+            shape = (num_heads, *offsets) if table == "learned_per_head" else offsets
+            self.register_parameter("modulation", nn.Parameter(torch.empty(shape)))
         self.reset_parameters()
 
     @property
@@ -110,17 +112,21 @@ class AMMAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values of both tables; the fixed one's too, so that it also follows `to_empty`."""
+        """Initial values of what is learned."""
         if self.rel_pos_bias is not None:
             nn.init.trunc_normal_(self.rel_pos_bias, std=0.02)
-        self.modulation.copy_(amm_table(self.grid, form=self.form, radius=self.radius))
+        if self.table != "fixed":
+            self.modulation.copy_(amm_table(self.grid, form=self.form, radius=self.radius))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        modulated = self.amm == "always" or (self.amm == "inference" and not self.training)
+        modulation = None
+        if self.amm == "always" or (self.amm == "inference" and not self.training):
+            fixed = self.table == "fixed" and isinstance(q, Tensor)
+            modulation = self.constant_on("modulation", q.device) if fixed else self.modulation
         return amm_attention(
             q, k, v,
             grid=self.grid,
-            modulation=self.modulation if modulated else None,
+            modulation=modulation,
             rel_pos_bias=self.rel_pos_bias,
             scale=self.scale,
             num_extra_tokens=self.num_extra_tokens,

@@ -122,6 +122,68 @@ def test_bad_configurations(overrides, message):
         on_meta("EDT-S/2", **overrides)
 
 
+NAN, HUGE = float("nan"), 10**400
+INTEGERS = ("patch_size", "in_channels", "out_channels", "num_classes")
+TUPLES = ("hidden_sizes", "num_attention_heads", "depths")
+WRONG = [
+    None, True, NAN, float("inf"), -float("inf"), HUGE, -HUGE, 1e308, -1, "1", "", b"1", [], {}, object(), [None],
+    (NAN,) * 5, (HUGE,) * 5, (-1,) * 5, ("1",) * 5, (True,) * 5, (HUGE, HUGE), (NAN, NAN), (1, (NAN, NAN)),
+    (HUGE, (0.1, 0.2)), (0, 0.1), ((NAN, 0.5), (0.1, 0.2)), ((0.4, HUGE), (0.1, 0.2)), ((0.1, True), (0.1, 0.2)),
+    torch.ones(5), torch.ones(1).cfloat(), 1 + 2j, torch.empty((), device="meta"),
+]  # fmt: skip
+RIGHT = {  # of the wrong ones
+    "mlp_ratio": [], "class_dropout_prob": [], "amm_blocks": [[]], "amm_radius": [None], "mid_mask": [None],
+    "task_routing": [None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["sample_size", *INTEGERS, *TUPLES, "mlp_ratio", "class_dropout_prob", "amm_blocks", "amm_form",
+             "amm_radius", "mask_ratios", "mid_mask", "task_routing"],
+)  # fmt: skip
+def test_every_wrong_value_is_refused_by_name(name):
+    for value in WRONG:
+        if any(value is right or (isinstance(right, list) and value == right) for right in RIGHT.get(name, [])):
+            continue
+        with pytest.raises((TypeError, ValueError), match=name):
+            on_meta("EDT-digits", **{name: value})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_classes": 10**12}, {"sample_size": 8 * 10**6}, {"sample_size": (8, 8 * 10**12)},
+        {"patch_size": 10**6, "sample_size": 4 * 10**6}, {"in_channels": 10**10}, {"out_channels": 10**10},
+        {"hidden_sizes": (10**8,) * 5, "num_attention_heads": (1,) * 5}, {"mlp_ratio": 1e9}, {"mlp_ratio": 1e-9},
+        {"depths": (10**9, 1, 1, 1, 1)}, {"depths": (10**8, 1, 1, 1, 1)}, {"amm_radius": 1e308},
+        {"amm_radius": 1e200},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_amounts_that_no_memory_holds_are_refused_at_once(overrides):
+    """A file from elsewhere may ask for them; they are named before anything is allocated."""
+    with pytest.raises(ValueError, match=rf"^{next(iter(overrides))} is "):
+        edt.load_preset("EDT-digits", **overrides)
+
+
+@pytest.mark.parametrize("scale", [NAN, float("inf"), HUGE, None, "2", True, []])
+def test_placements_need_a_scale(scale):
+    with pytest.raises(ValueError, match=r"guidance_scale is .*; it must be a finite number"):
+        edt.published_amm_blocks("EDT-S/2", scale)
+
+
+@pytest.mark.parametrize("name", [None, 3, [], {}, "", "edt-s/2"])
+def test_names_that_are_no_preset(name):
+    for call in (edt.load_preset, lambda name: edt.published_amm_blocks(name, 1.0)):
+        with pytest.raises(ValueError, match=r"(name|preset) is .*; it must be one of EDT-S/2"):
+            call(name)
+
+
+def test_overrides_that_the_model_does_not_know():
+    with pytest.raises(TypeError, match="learned_sigma"):
+        edt.load_preset("EDT-digits", learned_sigma=True)
+
+
 @pytest.mark.parametrize("call", [edt.load_preset, lambda name: edt.published_amm_blocks(name, 1.0)])
 def test_unknown_preset(call):
     with pytest.raises(ValueError, match="is 'EDT-L/2'; it must be one of EDT-S/2, EDT-B/2"):

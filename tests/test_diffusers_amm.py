@@ -207,7 +207,7 @@ def test_the_table_follows_the_model_through_meta():
     assert torch.equal(run(model, inputs("dit")), run(expected, inputs("dit")))
 
 
-def test_the_table_goes_where_offloaded_weights_are_brought():
+def test_the_table_goes_where_weights_are_brought():
     model = make("dit")
     apply_amm(model, [1])
     arguments = {key: tensor.to("meta") for key, tensor in inputs("dit").items()}
@@ -295,19 +295,103 @@ def test_images_of_another_grid_are_refused(name, block, tokens):
     """In Flux's single blocks too, where text tokens could take the place of image tokens without a word."""
     model = make(name)
     apply_amm(model, [block], grid=GRID)
-    with pytest.raises(ValueError, match=rf"{tokens} image tokens, but .* grid \(4, 4\), 16 tokens"):
+    with pytest.raises(ValueError, match=rf"{tokens} image tokens.*, but .* grid \(4, 4\), 16 tokens"):
         run(model, inputs(name, grid=(3, tokens // 3)))
     remove_amm(model)
     run(model, inputs(name, grid=(3, tokens // 3)))
 
 
-def test_processors_set_over_amm_take_any_image():
+@pytest.mark.parametrize("grid", [(2, 8), (8, 2)])
+@pytest.mark.parametrize("name", ["pixart", "sd3", "flux"])  # DiT's forward takes squares only
+def test_images_of_another_grid_of_as_many_tokens_are_refused(name, grid):
+    """Every distance would be wrong without a word."""
+    model = make(name)
+    apply_amm(model, [0], grid=GRID)
+    run(model, inputs(name))
+    with pytest.raises(ValueError, match=r"16 image tokens .*, but AMM was applied with grid \(4, 4\), 16 tokens"):
+        run(model, inputs(name, grid=grid))
+    run(model, inputs(name))
+    remove_amm(model)
+    apply_amm(model, [0], grid=grid)
+    run(model, inputs(name, grid=grid))
+    with pytest.raises(ValueError, match="16 image tokens"):
+        run(model, inputs(name))
+
+
+def test_flux_positions_given_by_place_are_seen():
+    model, arguments = make("flux"), inputs("flux", grid=(2, 8))
+    apply_amm(model, [0], grid=GRID)
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids")
+    with pytest.raises(ValueError, match="16 image tokens whose img_ids are not of this grid"):
+        model(*(arguments.pop(name) for name in names), **arguments)
+
+
+def test_processors_set_over_amm_are_not_taken_for_it():
     model = make("flux")
     apply_amm(model, [0, 2], grid=GRID)
     model.set_attn_processor(FluxAttnProcessor())
+    with pytest.raises(
+        ValueError, match=r"processor of block 0 is FluxAttnProcessor, .*; call remove_amm to go on"
+    ):
+        run(model, inputs("flux"))
+    remove_amm(model)
     assert torch.equal(run(model, inputs("flux", grid=(3, 3))), run(make("flux"), inputs("flux", grid=(3, 3))))
     with pytest.raises(ValueError, match="model has no AMM in place"):
         remove_amm(model)
+
+
+def test_a_processor_set_over_one_block_stays():
+    model = make("flux")
+    apply_amm(model, [0, 2], grid=GRID)
+    own = FluxAttnProcessor()
+    model.single_transformer_blocks[0].attn.set_processor(own)
+    with pytest.raises(ValueError, match="processor of block 2 is FluxAttnProcessor"):
+        run(model, inputs("flux"))
+    remove_amm(model)
+    assert model.single_transformer_blocks[0].attn.processor is own
+    assert torch.equal(run(model, inputs("flux")), run(make("flux"), inputs("flux")))
+
+
+@pytest.mark.parametrize("blocks", [[0], [2], [0, 2]])
+def test_an_ip_adapter_over_amm_is_refused(blocks):
+    model = make("flux")
+    weights = {
+        "image_proj": {"proj.weight": torch.randn(4 * 12, 8), "proj.bias": torch.randn(48),
+                       "norm.weight": torch.ones(12), "norm.bias": torch.zeros(12)},
+        "ip_adapter": {f"{i}.to_{which}_ip.{part}": torch.randn(*((24, 12) if part == "weight" else (24,)))
+                       for i in range(2) for which in "kv" for part in ("weight", "bias")},
+    }  # fmt: skip
+    apply_amm(model, blocks, grid=GRID)
+    arguments = {**inputs("flux"), "joint_attention_kwargs": {"ip_adapter_image_embeds": [torch.randn(2, 1, 8)]}}
+
+    def load_and_run():  # a single block's processor refuses to be made anew, a double block's was replaced
+        model._load_ip_adapter_weights([weights])
+        run(model, arguments)
+
+    with pytest.raises(ValueError, match="call remove_amm"):
+        load_and_run()
+    remove_amm(model)
+    model._load_ip_adapter_weights([weights])
+    plain = run(model, arguments)
+    with pytest.raises(ValueError, match="block 0 has the attention processor FluxIPAdapterAttnProcessor"):
+        apply_amm(model, [0], grid=GRID)
+    apply_amm(model, [2], grid=GRID)
+    assert relative_error(run(model, arguments), plain) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["pixart", "sd3", "flux"])
+def test_group_offloading_to_a_disk(name, tmp_path):
+    """No hook brings back what hangs on a processor."""
+    model = make(name)
+    apply_amm(model, BLOCKS[name], grid=GRID)
+    with torch.no_grad():
+        expected = run(model, inputs(name))
+        model.enable_group_offload(
+            torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
+        )
+        for tensor in model.buffers():  # what memory that was given back may hold
+            tensor.data.fill_(torch.nan)
+        assert torch.equal(run(model, inputs(name)), expected)
 
 
 @pytest.mark.parametrize("name", ["pixart", "sd3", "flux"])

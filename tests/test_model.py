@@ -4,6 +4,8 @@ import itertools
 import math
 from collections import Counter
 
+import accelerate
+import diffusers
 import pytest
 import torch
 from released import (
@@ -587,9 +589,10 @@ def test_mlp_recomputes_gelu_but_no_product():
     assert actual_flops == flops == 3 * 2 * 2 * 10 * 24 * 40
 
 
-@torch._dynamo.config.patch(recompile_limit=16)
 def test_repeated_blocks_compile(inputs):
-    model = tiny_model(depths=(3, 1, 1, 1, 1), amm_blocks=(1,)).eval()
+    """More variants than torch compiles of one function by default."""
+    model = tiny_model().eval()
+    torch._dynamo.reset()
     with torch.no_grad():
         expected = model(*inputs).sample
         model.compile_repeated_blocks(fullgraph=True, backend="eager")
@@ -642,6 +645,21 @@ BAD_CALLS = {
     "label dtype": ((LATENTS, TIMESTEP, torch.zeros(2)), {}, TypeError, r"class_labels is torch.float32"),
     "label bool": ((LATENTS, TIMESTEP, torch.zeros(2) > 0), {}, TypeError, r"class_labels is torch.bool"),
     "label list": ((LATENTS, TIMESTEP, [0, 1]), {}, TypeError, r"class_labels is list"),
+    "timestep bool": ((LATENTS, True, LABELS), {}, TypeError, r"timestep is a bool"),
+    "timestep text": ((LATENTS, "1", LABELS), {}, TypeError, r"timestep is a str"),
+    "timestep bools": ((LATENTS, TIMESTEP > 0, LABELS), {}, TypeError, r"timestep is torch.bool"),
+    "timestep nan": ((LATENTS, math.nan, LABELS), {}, ValueError, r"timestep is nan; it must be finite"),
+    "timestep huge": ((LATENTS, 10**400, LABELS), {}, ValueError, r"timestep is 10+; it must be finite"),
+    "timesteps inf": ((LATENTS, TIMESTEP / 0, LABELS), {}, ValueError, r"timestep has values that are not finite"),
+    "label device": ((LATENTS, TIMESTEP, LABELS.to("meta")), {}, ValueError, r"class_labels is on meta; it must"),
+    "masks as one": ((LATENTS, TIMESTEP, LABELS), {"keep_masks": KEEP[0]}, TypeError, r"keep_masks is Tensor"),
+    "masks of int": ((LATENTS, TIMESTEP, LABELS), {"keep_masks": 3}, TypeError, r"keep_masks is int; it must be"),
+    "mask device": (
+        (LATENTS, TIMESTEP, LABELS),
+        {"keep_masks": [KEEP[0], KEEP[1].to("meta")]},
+        ValueError,
+        r"keep_masks is on meta; it must be on hidden_states' device, cpu",
+    ),
     "no label": ((LATENTS, TIMESTEP), {}, TypeError, r"class_labels is NoneType"),
     "one mask": ((LATENTS, TIMESTEP, LABELS), {"keep_masks": KEEP[:1]}, ValueError, r"keep_masks has shapes"),
     "mask order": (
@@ -685,6 +703,37 @@ def test_bad_input(name):
         tiny_model()(*args, **kwargs)
 
 
+BAD_DRAWS = [
+    ((None,), {}, TypeError, "batch_size is None; it must be an integer"),
+    ((True,), {}, TypeError, "batch_size is True; it must be an integer"),
+    ((-1,), {}, ValueError, "batch_size is -1; it must be 0 to "),
+    ((10**400,), {}, ValueError, "batch_size is 10+; it must be 0 to "),
+    ((2, 7), {}, TypeError, "generator is a int; it must be a torch.Generator or None"),
+    ((2,), {"device": "gpu"}, ValueError, "device is 'gpu'; it must be a torch.device"),
+    ((2,), {"device": []}, TypeError, r"device is \[\]; it must be a torch.device"),
+    (
+        (2, torch.Generator()),
+        {"device": "meta"},
+        ValueError,
+        "generator is on cpu; to draw on meta it must be there",
+    ),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs", "error", "message"), BAD_DRAWS)
+def test_bad_draws(args, kwargs, error, message):
+    model = tiny_model()
+    for draw in (model.draw_keep_masks, model.draw_label_drops):
+        with pytest.raises(error, match=message):
+            draw(*args, **kwargs)
+
+
+@pytest.mark.parametrize("blocks", [None, 7, "7", 1.0])
+def test_amm_blocks_that_are_no_collection(blocks):
+    with pytest.raises(TypeError, match=f"blocks is {blocks!r}; it must be a tuple of block numbers"):
+        tiny_model().set_amm_blocks(blocks)
+
+
 def test_labels_for_an_unconditional_model():
     with pytest.raises(ValueError, match="class_labels was given to an unconditional model"):
         tiny_model(num_classes=0)(LATENTS, TIMESTEP, LABELS)
@@ -706,23 +755,225 @@ def test_bad_amm_blocks(blocks):
         tiny_model().set_amm_blocks(blocks)
 
 
-def test_the_timestep_sinusoid_stays_exact_in_low_precision():
+def constants(model):
+    return {
+        f"{name}.{each}": getattr(module, each)
+        for name, module in model.named_modules()
+        for each in getattr(module, "_constants", ())
+    }
+
+
+def test_constants_keep_dtype_and_values_in_low_precision():
     """Frequencies rounded to bfloat16 would move the angle of t = 999 by radians."""
-    model = tiny_model().to(torch.bfloat16)
-    expected = tiny_model().timestep_embedding.omega_bits
-    assert torch.equal(model.timestep_embedding.omega_bits, expected)
-    assert expected.view(torch.float32)[0] == 1.0
+    expected, actual = constants(tiny_model()), constants(tiny_model().to(torch.bfloat16))
+    assert len(expected) == 1 + 5 + 12  # frequencies, positions, AMM tables
+    assert all(actual[name].dtype == torch.float32 for name in expected)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def spoilt(model):
+    """What is in uninitialised memory, made certain."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 77)
+    return model
+
+
+def from_meta_by_copying():
+    with torch.device("meta"):
+        model = edt.EDTTransformer2DModel(**TINY)
+    spoilt(model.to_empty(device="cpu")).load_state_dict(tiny_model().state_dict())
+    return model
+
+
+def from_meta_by_assigning():
+    with torch.device("meta"):
+        model = edt.EDTTransformer2DModel(**TINY)
+    model.load_state_dict(tiny_model().state_dict(), assign=True)
+    return model
+
+
+def from_meta_without_buffers(tmp_path):
+    with accelerate.init_empty_weights(include_buffers=True):
+        model = edt.EDTTransformer2DModel(**TINY)
+    tiny_model().save_pretrained(tmp_path)
+    return accelerate.load_checkpoint_and_dispatch(model, tmp_path, device_map={"": "cpu"})
+
+
+def emptied_and_loaded():
+    model = tiny_model()
+    spoilt(model.to("meta").to_empty(device="cpu")).load_state_dict(tiny_model().state_dict())
+    return model
+
+
+def functional():
+    empty = edt.EDTTransformer2DModel(**TINY).to("meta").eval()
+    state = tiny_model().state_dict()
+    return lambda *inputs: torch.func.functional_call(empty, state, inputs)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [from_meta_by_copying, from_meta_by_assigning, from_meta_without_buffers, emptied_and_loaded, functional],
+)
+def test_nothing_is_lost_that_no_state_dict_brings_back(load, inputs, tmp_path):
+    loaded = load(tmp_path) if load is from_meta_without_buffers else load()
+    if isinstance(loaded, torch.nn.Module):
+        loaded.eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs).sample, tiny_model().eval()(*inputs).sample)
+
+
+def test_initial_weights_after_the_meta_device(inputs):
+    with torch.device("meta"):
+        model = edt.EDTTransformer2DModel(**TINY)
+    spoilt(model.to_empty(device="cpu")).initialize_weights()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert not model.eval()(*inputs).sample.any()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_export_with_a_dynamic_batch(training, inputs):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    model = tiny_model(class_dropout_prob=0.0).train(training)
+    arguments = dict(zip(("hidden_states", "timestep", "class_labels"), inputs, strict=True))
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (), arguments, dynamic_shapes={name: {0: batch} for name in arguments}
+        )
+        for size in (1, 3, 5):
+            more = {name: tensor[[i % 3 for i in range(size)]] for name, tensor in arguments.items()}
+            assert relative_error(program.module()(**more).sample, model(**more).sample) <= PARITY
+
+
+def test_gradients_of_each_sample_by_vmap(inputs):
+    """Of samples, timesteps and labels; no check may read what a transform has no value for."""
+    model = tiny_model().eval()
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters, x, t, y):
+        return torch.func.functional_call(model, parameters, (x[None], t[None], y[None])).sample.square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(parameters, *inputs)
+    for i in range(3):
+        model.zero_grad()
+        model(*(tensor[i : i + 1] for tensor in inputs)).sample.square().mean().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(each[name][i], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 2}]
+)
+def test_group_offloading_to_a_disk(options, inputs, tmp_path):
+    model = tiny_model(mid_mask=(1, (0.15, 0.25))).eval()
+    keep_masks = model.draw_keep_masks(3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(*inputs, keep_masks=keep_masks).sample
+        model.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path), **options)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data.fill_(torch.nan)
+        assert torch.equal(model(*inputs, keep_masks=keep_masks).sample, expected)
+
+
+def test_block_level_offloading_moves_blocks():
+    from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
+
+    model = tiny_model(depths=(3, 3, 3, 3, 3))
+    model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    groups = {}
+    for module in model.modules():
+        if hasattr(module, "_diffusers_hook"):
+            group = module._diffusers_hook.get_hook(_GROUP_OFFLOADING).group
+            groups[id(group)] = [*group.parameters, *(p for m in group.modules for p in m.parameters())]
+    moved = [parameter for group in groups.values() for parameter in group]
+    assert len(moved) == len(set(moved)) == len(list(model.parameters()))
+    largest = max(parameter.numel() for parameter in moved)
+    blocks = {sum(p.numel() for p in stage.blocks[0].parameters()) for stage in model.stages}
+    assert max(sum(p.numel() for p in group) for group in groups.values()) <= max(largest, *blocks) * 2
+
+
+def test_mismatched_sizes_are_left_out(tmp_path, inputs):
+    tiny_model().save_pretrained(tmp_path)
+    model = edt.EDTTransformer2DModel.from_pretrained(tmp_path, num_classes=4, ignore_mismatched_sizes=True)
+    assert model.label_embedding.weight.shape[0] == 5
+    assert torch.equal(model.stages[2].blocks[0].mlp.fc1.weight, tiny_model().stages[2].blocks[0].mlp.fc1.weight)
+    assert model(inputs[0], inputs[1], torch.tensor([0, 4, 2])).sample.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model.set_attention_backend("flash"),
+        lambda model: model.enable_xformers_memory_efficient_attention(),
+    ],
+)
+def test_other_attentions_are_refused(call):
+    with pytest.raises(ValueError, match="EDT_KERNELS_BACKEND"):
+        call(tiny_model())
+    tiny_model().disable_xformers_memory_efficient_attention()
+
+
+@pytest.mark.parametrize(
+    "name", ["FirstBlockCacheConfig", "PyramidAttentionBroadcastConfig", "TaylorSeerCacheConfig"]
+)
+def test_caches_of_diffusers_are_refused(name):
+    with pytest.raises(TypeError, match=rf"config is a {name}; it must be an edt.StepCacheConfig"):
+        tiny_model().enable_cache(getattr(diffusers, name)())
+
+
+def test_passes_of_one_step_are_cached_apart(inputs):
+    """Counted as one, "uncond" would reuse what "cond" left."""
+    null = torch.full_like(inputs[2], TINY["num_classes"])
+    model = tiny_model().eval()
+    steps = [(torch.randn_like(inputs[0]), torch.full((3,), t)) for t in (900, 600, 300)]
+
+    def run(*which):
+        outputs = {name: [] for name in which}
+        model.enable_cache(edt.StepCacheConfig(interval=2))
+        for latents, t in steps:
+            for name in which:
+                with model.cache_context(name):
+                    labels = inputs[2] if name == "cond" else null
+                    outputs[name].append(model(latents, t, labels).sample)
+        model.disable_cache()
+        return outputs
+
+    with torch.no_grad(), model.cache_context("none is enabled"):
+        both = run("cond", "uncond")
+        for name in both:
+            alone = run(name)[name]
+            assert all(torch.equal(a, b) for a, b in zip(both[name], alone, strict=True))
+        assert not torch.equal(both["cond"][1], model(*steps[1], inputs[2]).sample)
+    assert not model.is_cache_enabled
+
+
+def test_low_rank_adapters_are_saved_and_loaded(inputs, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tiny_model().eval()
+    with torch.no_grad():
+        plain = model(*inputs).sample
+        targets = ["qkv", "fc1", "fc2", "proj", "expand"]
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        adapted = model(*inputs).sample
+        assert relative_error(adapted, plain) > 1e-3
+        model.save_lora_adapter(tmp_path)
+        other = tiny_model().eval()
+        other.load_lora_adapter(tmp_path, prefix=None)
+        assert relative_error(other(*inputs).sample, adapted) <= PARITY
+        other.fuse_lora()
+        assert relative_error(other(*inputs).sample, adapted) <= PARITY
+        other.unfuse_lora()
+        other.unload_lora()
+        assert relative_error(other(*inputs).sample, plain) <= PARITY
 
 
 def test_loading_in_16_bits_is_loading_and_casting(inputs, tmp_path):
-    """The position tables, which are in no file, too."""
     latents, timestep, labels = inputs
     tiny_model().save_pretrained(tmp_path)
     loaded = edt.EDTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     cast = tiny_model().eval().to(torch.bfloat16)
-    assert {name: b.dtype for name, b in loaded.named_buffers()} == {
-        name: b.dtype for name, b in cast.named_buffers()
-    }
+    assert not list(loaded.buffers())
     with torch.no_grad():
         outputs = [model(latents.bfloat16(), timestep, labels).sample for model in (loaded, cast)]
     assert torch.equal(*outputs)

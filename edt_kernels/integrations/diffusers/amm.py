@@ -1,5 +1,9 @@
 """Attention modulated by token distance, by attention processors."""
 
+import inspect
+import math
+import weakref
+
 import torch
 from diffusers.models.attention_processor import (
     AttnProcessor2_0,
@@ -12,6 +16,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 from ..._checks import check_grid
+from ..._tracing import HasConstants, in_func_transform
 from ...amm_attention import amm_attention, amm_table
 from ._models import blocks_of, supported
 
@@ -47,45 +52,117 @@ def apply_amm(model, blocks, grid=None, form="exp_cos", radius=None) -> None:
         TypeError: for another model, or a block number that is no integer.
         ValueError: for blocks that the model has not, that repeat, or whose attention processor is not diffusers'
             default; for a grid, form or radius that `amm_table` refuses; when AMM is in place already. Nothing is
-            changed then. At run time: for image tokens that are not H·W, for an attention mask, and, by the Triton
-            kernels, for head dims above 128.
+            changed then. At run time: for images of another grid, also one of as many tokens (of Flux's only in
+            eager mode, which can read `img_ids`); when AMM's processors have been replaced since, as an IP adapter
+            and `fuse_qkv_projections` do; for an attention mask; by the Triton kernels, for head dims above 128.
 
     Source: EDT (arXiv 2410.23788), section 3.2 and its plug-in experiments. Has not run on a GPU.
     """
     model = supported(model)
-    if _modulated(model):
+    if _guard(model) is not None:
         raise ValueError("model has AMM in place already; call remove_amm first")
     chosen = _choose(blocks, blocks_of(model))
     grid = _default_grid(model) if grid is None else check_grid(grid)
-    table = amm_table(grid, form=form, radius=radius, device="cpu")
+    with torch.inference_mode(False):  # later calls may need gradients
+        table = amm_table(grid, form=form, radius=radius, device="cpu")
     replacements = [
-        (attn, block, _make_processor(number, attn, grid, table))
+        (number, attn, _make_processor(number, attn, grid, table))
         for number, block in chosen.items()
         for attn in _image_attentions(block)
     ]
-    for attn, block, processor in replacements:
+    for _, attn, processor in replacements:
         attn.set_processor(processor)
-        if getattr(attn, "pre_only", False):  # a Flux single block
-            processor.watch(block)
+    _Guard(grid, replacements).install(model)
 
 
 def remove_amm(model) -> None:
     """Puts back the attention processors that `apply_amm` replaced: the model is what it was, bit for bit.
 
+    Processors that were set over AMM since stay.
+
     Raises:
         TypeError: for a model that `apply_amm` does not take.
         ValueError: if there is no AMM in place.
     """
-    modulated = _modulated(supported(model))
-    if not modulated:
+    guard = _guard(supported(model))
+    if guard is None:
         raise ValueError("model has no AMM in place")
-    for attn in modulated:
-        attn.processor.unwatch()
-        attn.set_processor(attn.processor.replaced)
+    for _, attn, processor in guard.replacements:
+        if attn.processor is processor:
+            attn.set_processor(processor.replaced)
+    guard.hook.remove()
 
 
-def _modulated(model) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(getattr(module, "processor", None), _AMMProcessor)]
+def _guard(model) -> "_Guard | None":
+    hooks = model._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, _Guard)), None)
+
+
+class _Guard:
+    """A pre-hook of the model, which is the one that sees images: its attentions see how many tokens, not of what
+    grid, and a processor that was replaced sees nothing."""
+
+    def __init__(self, grid, replacements):
+        self.grid = grid
+        self.replacements = replacements  # (block's number, attention, AMM's processor)
+        self.hook = None
+        self.img_ids_place = None  # among the model's positional arguments
+        self.last_img_ids = None
+
+    def install(self, model) -> None:
+        self.hook = model.register_forward_pre_hook(self, with_kwargs=True)
+        names = list(inspect.signature(model.forward).parameters)
+        self.img_ids_place = names.index("img_ids") if "img_ids" in names else None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "last_img_ids": None}  # a weak reference
+
+    def __call__(self, model, args, kwargs) -> None:
+        for number, attn, processor in self.replacements:
+            if attn.processor is not processor:
+                raise ValueError(
+                    f"the attention processor of block {number} is {type(attn.processor).__name__}, set over AMM "
+                    "since apply_amm; call remove_amm to go on without AMM. Adapters and fused projections come "
+                    "before apply_amm, which takes the blocks that they leave a default processor"
+                )
+        hidden_states = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(hidden_states, Tensor):
+            return  # the model says what is missing
+        if hidden_states.ndim == 4:  # (B, C, height, width) of latents
+            patch = model.config.patch_size
+            grid = tuple(side // patch for side in hidden_states.shape[2:])
+            if grid != self.grid:
+                self.refuse(f"{grid[0] * grid[1]} image tokens of a grid {grid}")
+            return
+        if hidden_states.shape[1] != self.grid[0] * self.grid[1]:  # Flux packs patches: (B, H·W, C)
+            self.refuse(f"{hidden_states.shape[1]} image tokens")
+        place = self.img_ids_place
+        img_ids = args[place] if place is not None and place < len(args) else kwargs.get("img_ids")
+        if isinstance(img_ids, Tensor) and not self._positions_fit(img_ids):
+            self.refuse(f"{hidden_states.shape[1]} image tokens whose img_ids are not of this grid")
+
+    def refuse(self, given) -> None:
+        raise ValueError(
+            f"the sequence has {given}, but AMM was applied with grid {self.grid}, {math.prod(self.grid)} tokens; "
+            "call remove_amm, then apply_amm with the grid of these images"
+        )
+
+    def _positions_fit(self, img_ids) -> bool:
+        """Whether img_ids (N, 3), of (_, row, column), are row-major on H×W; True where they cannot be read."""
+        if torch.compiler.is_compiling() or img_ids.is_meta or in_func_transform():
+            return True
+        if (
+            img_ids.is_cuda
+        ):  # reading waits for the GPU: once for a tensor, of which a pipeline has one for all steps
+            if self.last_img_ids is not None and self.last_img_ids() is img_ids:
+                return True
+            if torch.cuda.is_current_stream_capturing():
+                return True
+        rows, columns = img_ids.flatten(0, -2)[: math.prod(self.grid), -2:].unflatten(0, self.grid).unbind(-1)
+        fit = bool(((rows == rows[:, :1]) & (columns == columns[:1])).all())
+        if fit:
+            self.last_img_ids = weakref.ref(img_ids)
+        return fit
 
 
 def _choose(blocks, available) -> dict[int, nn.Module]:
@@ -141,22 +218,23 @@ def _make_processor(number, attn, grid, table) -> "_AMMProcessor":
     return _STAND_INS[type(replaced)](replaced, grid, table.to(device, copy=True))
 
 
-class _AMMProcessor(nn.Module):
-    """Holds the table, so that it moves with the model, and the processor that this one stands in for."""
+class _AMMProcessor(HasConstants):
+    """Holds the table, so that it moves with the model, and the processor that this one stands in for.
 
-    def __init__(self, replaced, grid, table):
+    No hooks that load weights are called for a processor, as it is called itself and not as a module: the table is
+    no buffer.
+    """
+
+    def __init__(self, replaced=None, grid=None, table=None):
+        if replaced is None:
+            raise ValueError(
+                "AMM is in place, whose attention processors cannot be made anew, as loading an IP adapter does: "
+                "call remove_amm, load it, then apply_amm for blocks that it leaves a default processor"
+            )
         super().__init__()
         self.replaced = replaced
         self.grid = grid
-        self.register_buffer("modulation", table, persistent=False)
-        self._watching = None
-
-    def _apply(self, fn, recurse=True):
-        """The table goes to the device that `fn` moves to, but stays float32 and keeps its values."""
-        device = fn(self.modulation).device
-        if device.type != "meta":
-            self.modulation = self.modulation.to(device)
-        return self
+        self.register_constant("modulation", table)
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}"
@@ -173,24 +251,9 @@ class _AMMProcessor(nn.Module):
 
     def attend(self, q, k, v, num_extra_tokens=(0, 0)) -> Tensor:
         """(B, N, heads, D) each → (B, N, heads·D)."""
-        table = self.modulation
-        if table.device != q.device:  # offloaded, with the weights
-            table = table.to(q.device)
+        table = self.constant_on("modulation", q.device)
         out = amm_attention(q, k, v, grid=self.grid, modulation=table, num_extra_tokens=num_extra_tokens)
         return out.flatten(2)
-
-    def watch(self, block) -> None:
-        """Checks what the block is given: its attention sees text and image as one and cannot."""
-        self._watching = block.register_forward_pre_hook(self._check_block_input, with_kwargs=True)
-
-    def unwatch(self) -> None:
-        if self._watching is not None:
-            self._watching.remove()
-
-    def _check_block_input(self, block, args, kwargs) -> None:
-        if block.attn.processor is self:  # else it was replaced without remove_amm
-            hidden_states = args[0] if args else kwargs["hidden_states"]
-            self.check(hidden_states.shape[1])
 
 
 class AMMAttnProcessor(_AMMProcessor):
@@ -227,7 +290,7 @@ class AMMFluxAttnProcessor(_AMMProcessor):
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
     ):
         single = encoder_hidden_states is None
-        num_image = self.grid[0] * self.grid[1] if single else hidden_states.shape[1]  # `watch` checks the single
+        num_image = self.grid[0] * self.grid[1] if single else hidden_states.shape[1]  # the guard has checked it
         self.check(num_image, attention_mask)
         q, k, v = _image_projections(attn, hidden_states, attn.fused_projections)
         if not single:
