@@ -7,7 +7,15 @@ import torch
 import triton
 from torch import Tensor
 
-from .._launch import common_alignment, define_gradient, define_op, dense_rows, on_device_of, refuse_forward_mode
+from .._launch import (
+    common_alignment,
+    define_gradient,
+    define_op,
+    dense_rows,
+    launch,
+    on_device_of,
+    refuse_forward_mode,
+)
 from .._tiles import CellTile, ScoreTile, choose_tiles
 from . import kernels, resident_kernels, short_kernels, table_kernels
 
@@ -234,7 +242,8 @@ class _Problem:
     ) -> None:
         """`pointers` are the kernel's after the table, `rows` those of them whose strides it takes, `extra` its
         run-time arguments after the sizes."""
-        kernel[(programs,)](
+        launch(
+            kernel, programs,
             self.q, self.k, self.v, self.table, *pointers, *self.strides(*rows), *self.sizes(), *extra,
             **self.constants(*rows), **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -374,7 +383,8 @@ def _launch_short_backward(p, tile, grad_out, out, logsumexp, grad_q, grad_k, gr
     )  # fmt: skip
     if needs_bias:
         seq = triton.next_power_of_2(p.q.shape[1])
-        short_kernels.reduce_short_partials[_reduction_programs(grad_bias)](
+        launch(
+            short_kernels.reduce_short_partials, _reduction_programs(grad_bias),
             partials, grad_bias, splits, heads, *p.grid, p.before,
             SEQ=seq, BLOCK=block, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM,
         )  # fmt: skip
@@ -402,17 +412,18 @@ def _launch_table_gradients(p, tile, grad_out, logsumexp, delta, grad_bias, grad
     )  # fmt: skip
     for partials, gradient in ((bias_partials, grad_bias), (modulation_partials, grad_modulation)):
         if gradient.numel():
-            table_kernels.reduce_table_partials[_reduction_programs(gradient)](
-                partials, gradient, splits, heads, H, W, **layout, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM
-            )
+            launch(
+                table_kernels.reduce_table_partials, _reduction_programs(gradient),
+                partials, gradient, splits, heads, H, W, **layout, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM,
+            )  # fmt: skip
 
 
 _OFFSETS_PER_PROGRAM = 16
 
 
-def _reduction_programs(gradient: Tensor) -> tuple[int]:
+def _reduction_programs(gradient: Tensor) -> int:
     heads, rows, columns = gradient.shape
-    return (heads * triton.cdiv(rows * columns, _OFFSETS_PER_PROGRAM),)
+    return heads * triton.cdiv(rows * columns, _OFFSETS_PER_PROGRAM)
 
 
 def _fake_forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale):
