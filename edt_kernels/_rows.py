@@ -80,7 +80,8 @@ def launch_rows(kernel, tile: RowProgram, by_row: tuple[Tensor, ...], *arguments
     with on_device_of(by_row[0]):
         launch(
             kernel, programs, *arguments,
-            **constants, C=tile.channels, ALIGN=math.gcd(tile.channels, common_alignment(*by_row)), ROWS=tile.rows, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+            **constants, C=tile.channels, ALIGN=math.gcd(tile.channels, common_alignment(*by_row)),
+            ROWS=tile.rows, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
         )  # fmt: skip
 
 

@@ -299,15 +299,21 @@ def _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale) -
     return _Problem(q, k, v, table, has_bias, has_modulation, (grid_h, grid_w), before, scale)
 
 
+def _logsumexp_shape(q: Tensor) -> tuple[int, ...]:
+    """Of float32 inputs in two parts, see `kernels`."""
+    B, N, heads, _ = q.shape
+    return (B, heads, 2, N) if q.dtype == torch.float32 else (B, heads, N)
+
+
 def _forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale):
     p = _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale)
-    B, N, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    logsumexp = torch.empty(B, heads, N, dtype=torch.float32, device=q.device)
+    logsumexp = torch.empty(_logsumexp_shape(q), dtype=torch.float32, device=q.device)
     if q.numel() == 0:
         return out, logsumexp
     pointers, rows = (out, logsumexp), (out,)
     kernel, tile = p.forward_tile()
+    N = q.shape[1]
     with on_device_of(q):
         if kernel == "short_forward":
             p.launch_short(short_kernels.short_forward, tile, p.short_splits(kernel, tile), pointers, rows)
@@ -352,34 +358,33 @@ def _launch_backward(p, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_b
     """Fills the gradients; of the tables only those that have elements."""
     N, tiles = p.q.shape[1], p.backward_tiles()
     if "short_backward" in tiles:
-        _launch_short_backward(
-            p, tiles["short_backward"], grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias
-        )
+        _launch_short_backward(p, tiles["short_backward"], grad_out, logsumexp, grad_q, grad_k, grad_v, grad_bias)
         return
-    delta = torch.empty_like(logsumexp)
+    B, _, heads, _ = p.q.shape
+    delta = torch.empty(B, heads, N, dtype=torch.float32, device=out.device)
     tile = tiles["backward_q"]
     p.launch_tiles(
         kernels.backward_q, tile, triton.cdiv(N, tile.block_m),
-        (out, grad_out, logsumexp, delta, grad_q), (out, grad_out),
+        (out, grad_out, logsumexp, delta, grad_q), (out, grad_out), WHOLE_ROWS=tile.block_n >= N,
     )  # fmt: skip
     tile = tiles["backward_kv"]
     p.launch_tiles(
         kernels.backward_kv, tile, triton.cdiv(N, tile.block_n),
-        (grad_out, logsumexp, delta, grad_k, grad_v), (grad_out, grad_k),
+        (grad_out, logsumexp, delta, grad_k, grad_v), (grad_out, grad_k), WHOLE_ROWS=tile.block_n >= N,
     )  # fmt: skip
     if grad_bias.numel() or grad_modulation.numel():
         tile = lay_out_cells(tiles["backward_tables"], p.grid)
         _launch_table_gradients(p, tile, grad_out, logsumexp, delta, grad_bias, grad_modulation)
 
 
-def _launch_short_backward(p, tile, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias) -> None:
+def _launch_short_backward(p, tile, grad_out, logsumexp, grad_q, grad_k, grad_v, grad_bias) -> None:
     splits, heads, block = p.short_splits("short_backward", tile), p.q.shape[2], tile.block_m
     needs_bias = grad_bias.numel() > 0
     size = splits * heads * block * block if needs_bias else 0
-    partials = torch.empty(size, dtype=torch.float32, device=out.device)
+    partials = torch.empty(size, dtype=torch.float32, device=grad_q.device)
     p.launch_short(
         short_kernels.short_backward, tile, splits,
-        (out, grad_out, logsumexp, grad_q, grad_k, grad_v, partials), (out, grad_out), GRAD_BIAS=needs_bias,
+        (grad_out, logsumexp, grad_q, grad_k, grad_v, partials), (grad_out, grad_q), GRAD_BIAS=needs_bias,
     )  # fmt: skip
     if needs_bias:
         seq = triton.next_power_of_2(p.q.shape[1])
@@ -427,8 +432,7 @@ def _reduction_programs(gradient: Tensor) -> int:
 
 
 def _fake_forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale):
-    B, N, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(B, heads, N, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(_logsumexp_shape(q), dtype=torch.float32)
 
 
 def _fake_backward(
