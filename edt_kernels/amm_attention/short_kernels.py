@@ -86,20 +86,9 @@ def short_forward(
         out_offsets = row_offsets(batch, token, head, stride_ob, stride_on, stride_oh, ALIGN)
         first_row = (batch.to(tl.int64) * heads + head) * N
         store_output(
-            out,
-            logsumexp,
-            out_offsets,
-            first_row,
-            token,
-            N,
-            valid,
-            row_max,
-            row_sum,
-            accumulator,
-            D,
-            BLOCK_D,
-            EXACT,
-        )
+            out, logsumexp, out_offsets, first_row, token, N, valid, row_max, row_sum, accumulator,
+            D, BLOCK_D, EXACT,
+        )  # fmt: skip
 
 
 @triton.jit
