@@ -1,11 +1,14 @@
-"""What every launcher needs: how wide its loads may be, on which device it runs."""
+"""What every launcher needs: how wide its loads may be, on which device it runs, the launch itself."""
 
 import contextlib
 import math
+import threading
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from ._backend import _INTERPRETED
 
 # Kept, because what it registered goes with it.
 _library = torch.library.Library("edt_kernels", "FRAGMENT")
@@ -31,6 +34,20 @@ def dense_rows(tensor: Tensor) -> Tensor:
 def on_device_of(tensor: Tensor):
     """Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+# Triton's interpreter has one running program and one patched language for all threads.
+_one_at_a_time = threading.RLock() if _INTERPRETED else contextlib.nullcontext()
+
+
+def launch(kernel, programs: int, *arguments, **constants) -> None:
+    """Runs so many programs of a kernel on the current device; what is given by name decides how it is compiled.
+
+    A product and a sum round once, not twice: what the kernels' errors and registers were measured with, and
+    Triton's own choice before 3.10 only.
+    """
+    with _one_at_a_time:
+        kernel[(programs,)](*arguments, **constants, enable_fp_fusion=True)
 
 
 def define_op(name: str, schema: str, launch, fake) -> None:

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._launch import common_alignment, on_device_of
+from ._launch import common_alignment, launch, on_device_of
 from ._tiles import RowLoop, RowTile, choose_tiles
 
 # Enough loads in flight to cover latency.
@@ -78,8 +78,9 @@ def launch_rows(kernel, tile: RowProgram, by_row: tuple[Tensor, ...], *arguments
     if programs == 0:
         return
     with on_device_of(by_row[0]):
-        kernel[(programs,)](
-            *arguments, **constants, C=tile.channels, ALIGN=math.gcd(tile.channels, common_alignment(*by_row)),
+        launch(
+            kernel, programs, *arguments,
+            **constants, C=tile.channels, ALIGN=math.gcd(tile.channels, common_alignment(*by_row)),
             ROWS=tile.rows, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
         )  # fmt: skip
 

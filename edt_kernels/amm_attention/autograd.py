@@ -7,7 +7,15 @@ import torch
 import triton
 from torch import Tensor
 
-from .._launch import common_alignment, define_gradient, define_op, dense_rows, on_device_of, refuse_forward_mode
+from .._launch import (
+    common_alignment,
+    define_gradient,
+    define_op,
+    dense_rows,
+    launch,
+    on_device_of,
+    refuse_forward_mode,
+)
 from .._tiles import CellTile, ScoreTile, choose_tiles
 from . import kernels, resident_kernels, short_kernels, table_kernels
 
@@ -234,7 +242,8 @@ class _Problem:
     ) -> None:
         """`pointers` are the kernel's after the table, `rows` those of them whose strides it takes, `extra` its
         run-time arguments after the sizes."""
-        kernel[(programs,)](
+        launch(
+            kernel, programs,
             self.q, self.k, self.v, self.table, *pointers, *self.strides(*rows), *self.sizes(), *extra,
             **self.constants(*rows), **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -290,15 +299,21 @@ def _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale) -
     return _Problem(q, k, v, table, has_bias, has_modulation, (grid_h, grid_w), before, scale)
 
 
+def _logsumexp_shape(q: Tensor) -> tuple[int, ...]:
+    """Of float32 inputs in two parts, see `kernels`."""
+    B, N, heads, _ = q.shape
+    return (B, heads, 2, N) if q.dtype == torch.float32 else (B, heads, N)
+
+
 def _forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale):
     p = _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale)
-    B, N, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    logsumexp = torch.empty(B, heads, N, dtype=torch.float32, device=q.device)
+    logsumexp = torch.empty(_logsumexp_shape(q), dtype=torch.float32, device=q.device)
     if q.numel() == 0:
         return out, logsumexp
     pointers, rows = (out, logsumexp), (out,)
     kernel, tile = p.forward_tile()
+    N = q.shape[1]
     with on_device_of(q):
         if kernel == "short_forward":
             p.launch_short(short_kernels.short_forward, tile, p.short_splits(kernel, tile), pointers, rows)
@@ -343,38 +358,38 @@ def _launch_backward(p, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_b
     """Fills the gradients; of the tables only those that have elements."""
     N, tiles = p.q.shape[1], p.backward_tiles()
     if "short_backward" in tiles:
-        _launch_short_backward(
-            p, tiles["short_backward"], grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias
-        )
+        _launch_short_backward(p, tiles["short_backward"], grad_out, logsumexp, grad_q, grad_k, grad_v, grad_bias)
         return
-    delta = torch.empty_like(logsumexp)
+    B, _, heads, _ = p.q.shape
+    delta = torch.empty(B, heads, N, dtype=torch.float32, device=out.device)
     tile = tiles["backward_q"]
     p.launch_tiles(
         kernels.backward_q, tile, triton.cdiv(N, tile.block_m),
-        (out, grad_out, logsumexp, delta, grad_q), (out, grad_out),
+        (out, grad_out, logsumexp, delta, grad_q), (out, grad_out), WHOLE_ROWS=tile.block_n >= N,
     )  # fmt: skip
     tile = tiles["backward_kv"]
     p.launch_tiles(
         kernels.backward_kv, tile, triton.cdiv(N, tile.block_n),
-        (grad_out, logsumexp, delta, grad_k, grad_v), (grad_out, grad_k),
+        (grad_out, logsumexp, delta, grad_k, grad_v), (grad_out, grad_k), WHOLE_ROWS=tile.block_n >= N,
     )  # fmt: skip
     if grad_bias.numel() or grad_modulation.numel():
         tile = lay_out_cells(tiles["backward_tables"], p.grid)
         _launch_table_gradients(p, tile, grad_out, logsumexp, delta, grad_bias, grad_modulation)
 
 
-def _launch_short_backward(p, tile, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias) -> None:
+def _launch_short_backward(p, tile, grad_out, logsumexp, grad_q, grad_k, grad_v, grad_bias) -> None:
     splits, heads, block = p.short_splits("short_backward", tile), p.q.shape[2], tile.block_m
     needs_bias = grad_bias.numel() > 0
     size = splits * heads * block * block if needs_bias else 0
-    partials = torch.empty(size, dtype=torch.float32, device=out.device)
+    partials = torch.empty(size, dtype=torch.float32, device=grad_q.device)
     p.launch_short(
         short_kernels.short_backward, tile, splits,
-        (out, grad_out, logsumexp, grad_q, grad_k, grad_v, partials), (out, grad_out), GRAD_BIAS=needs_bias,
+        (grad_out, logsumexp, grad_q, grad_k, grad_v, partials), (grad_out, grad_q), GRAD_BIAS=needs_bias,
     )  # fmt: skip
     if needs_bias:
         seq = triton.next_power_of_2(p.q.shape[1])
-        short_kernels.reduce_short_partials[_reduction_programs(grad_bias)](
+        launch(
+            short_kernels.reduce_short_partials, _reduction_programs(grad_bias),
             partials, grad_bias, splits, heads, *p.grid, p.before,
             SEQ=seq, BLOCK=block, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM,
         )  # fmt: skip
@@ -402,22 +417,22 @@ def _launch_table_gradients(p, tile, grad_out, logsumexp, delta, grad_bias, grad
     )  # fmt: skip
     for partials, gradient in ((bias_partials, grad_bias), (modulation_partials, grad_modulation)):
         if gradient.numel():
-            table_kernels.reduce_table_partials[_reduction_programs(gradient)](
-                partials, gradient, splits, heads, H, W, **layout, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM
-            )
+            launch(
+                table_kernels.reduce_table_partials, _reduction_programs(gradient),
+                partials, gradient, splits, heads, H, W, **layout, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM,
+            )  # fmt: skip
 
 
 _OFFSETS_PER_PROGRAM = 16
 
 
-def _reduction_programs(gradient: Tensor) -> tuple[int]:
+def _reduction_programs(gradient: Tensor) -> int:
     heads, rows, columns = gradient.shape
-    return (heads * triton.cdiv(rows * columns, _OFFSETS_PER_PROGRAM),)
+    return heads * triton.cdiv(rows * columns, _OFFSETS_PER_PROGRAM)
 
 
 def _fake_forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale):
-    B, N, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(B, heads, N, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(_logsumexp_shape(q), dtype=torch.float32)
 
 
 def _fake_backward(

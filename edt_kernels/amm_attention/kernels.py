@@ -5,10 +5,16 @@ online softmax of FlashAttention-2. The factor m acts on the numerator only: wit
 
     running_sum += Σ p          accumulator += (p ⊙ m)·v          out = accumulator / running_sum
 
-Backward, with P the softmax recomputed from the saved logsumexp and G = dO·vᵀ:
+Backward, with P the softmax recomputed from the rows' saved logsumexp and G = dO·vᵀ:
 
     dS = P ⊙ (G ⊙ m − delta),   delta = rowsum(P ⊙ G ⊙ m) = rowsum(dO ⊙ O)
     dq = scale·dS·k    dk = scale·dSᵀ·q    dv = (P ⊙ m)ᵀ·dO    dbias[Δ] = Σ dS    dm[Δ] = Σ P ⊙ G
+
+Where one key takes nearly all of a row, G ⊙ m and delta nearly cancel, and what is left shows their rounding.
+Programs that hold whole rows of scores therefore make delta of the same P and G; the others of O, which is rounded
+to its dtype, as FlashAttention-2 does: another walk over the keys would cost two products. Of float32 inputs the
+logsumexp is kept in two parts, row maximum and log2 of the sum: rounded together, they would change P by the
+magnitude of the logits times a rounding step.
 
 Each kernel owns what it writes, so that no sum depends on the order of programs: here `backward_q` (also writes
 delta) and `backward_kv`, in `table_kernels` the gradients of the tables. `short_kernels` do all in one pass for
@@ -135,6 +141,26 @@ def exp_difference(logits, subtrahend, EXACT: tl.constexpr):
 
 
 @triton.jit
+def load_logsumexp(logsumexp, first, i, N, valid, EXACT: tl.constexpr):
+    """What `probabilities` takes of rows i of the batch item and head whose rows start at `first`. Rows that do
+    not exist get +∞, which makes their probabilities zero."""
+    if EXACT:
+        row_max = tl.load(logsumexp + 2 * first + i, mask=valid, other=0.0)
+        return row_max, tl.load(logsumexp + 2 * first + N + i, mask=valid, other=float("inf"))
+    return tl.load(logsumexp + first + i, mask=valid, other=float("inf")), 0.0
+
+
+@triton.jit
+def probabilities(logits, row_max, row_log_sum, EXACT: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """exp(logits − logsumexp), of what `load_logsumexp` gave."""
+    row_max = row_max[None, :] if TRANSPOSED else row_max[:, None]
+    if EXACT:
+        row_log_sum = row_log_sum[None, :] if TRANSPOSED else row_log_sum[:, None]
+        return tl.exp2((logits - row_max) * LOG2_E - row_log_sum)
+    return exp_difference(logits, row_max, False)
+
+
+@triton.jit
 def add_product(accumulator, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """accumulator + a·b. Matrix units add for nothing; on the FMA units of float32 the sum over all tiles would be
     one chain of roundings, so each tile's product is summed apart."""
@@ -145,19 +171,27 @@ def add_product(accumulator, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr)
 
 @triton.jit
 def gradients_of_scores(
-    left, right, grad_left, grad_right, row_logsumexp, row_delta, scale, bias, factor, pair_valid,
+    left, right, grad_left, grad_right, row_max, row_log_sum, row_delta, scale, bias, factor, pair_valid,
     HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P, G and dS of a tile, (queries, keys), from left = q, right = kᵀ, grad_left = dO, grad_right = vᵀ.
+    """P, G, dS and delta of a tile, (queries, keys), from left = q, right = kᵀ, grad_left = dO, grad_right = vᵀ.
+    WHOLE_ROWS: the tile has all keys of its rows, which are normalised again and make delta.
     TRANSPOSED: (keys, queries), from k, q, v, dO. (Multiplying by the transpose of a product gave wrong gradients
     on Hopper with Triton 3.4 to 3.7.0.) They are transposed where they are used: earlier, sm_100 spills."""
     products = tl.dot(left, tl.trans(right) if TRANSPOSED else right, input_precision=PRECISION)
     logits = masked_logits(products, scale, bias, pair_valid, HAS_BIAS, MASKED)
-    p = exp_difference(logits, row_logsumexp[None, :] if TRANSPOSED else row_logsumexp[:, None], EXACT)
+    p = probabilities(logits, row_max, row_log_sum, EXACT, TRANSPOSED)
     grad_weights = tl.dot(grad_left, tl.trans(grad_right) if TRANSPOSED else grad_right, input_precision=PRECISION)
     grad_p = grad_weights * factor if HAS_MODULATION else grad_weights
-    return p, grad_weights, p * (grad_p - (row_delta[None, :] if TRANSPOSED else row_delta[:, None]))
+    if WHOLE_ROWS:
+        KEYS: tl.constexpr = 0 if TRANSPOSED else 1
+        if EXACT or not TRANSPOSED:  # where a sum over keys crosses warps, a second one is 30 % more instructions
+            row_sum = tl.sum(p, axis=KEYS, keep_dims=True)
+            p = p / tl.where(row_sum == 0.0, 1.0, row_sum)
+        row_delta = tl.sum(p * grad_p, axis=KEYS)
+    grad_logits = p * (grad_p - (row_delta[None, :] if TRANSPOSED else row_delta[:, None]))
+    return p, grad_weights, grad_logits, row_delta
 
 
 @triton.jit
@@ -186,12 +220,17 @@ def attend(
 
 @triton.jit
 def store_output(
-    out, logsumexp, offsets, statistics, valid, running_max, running_sum, accumulator,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    out, logsumexp, offsets, first, i, N, valid, running_max, running_sum, accumulator,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    """`out` of rows i, and what `load_logsumexp` loads again."""
     running_sum = tl.where(running_sum == 0.0, 1.0, running_sum)
     store_rows(out, offsets, valid, accumulator / running_sum[:, None], D, BLOCK_D)
-    tl.store(logsumexp + statistics, running_max + tl.log(running_sum), mask=valid)
+    if EXACT:
+        tl.store(logsumexp + 2 * first + i, running_max, mask=valid)
+        tl.store(logsumexp + 2 * first + N + i, tl.log2(running_sum), mask=valid)
+    else:
+        tl.store(logsumexp + first + i, running_max + tl.log(running_sum), mask=valid)
 
 
 @triton.jit
@@ -238,8 +277,11 @@ def forward(
             table -= BLOCK_N // W * (2 * W - 1)
 
     out_offsets = row_offsets(batch, i, head, stride_ob, stride_on, stride_oh, ALIGN)
-    statistics = (batch.to(tl.int64) * heads + head) * N + i  # (B, heads, N)
-    store_output(out, logsumexp, out_offsets, statistics, i < N, running_max, running_sum, accumulator, D, BLOCK_D)
+    first_row = (batch.to(tl.int64) * heads + head) * N
+    store_output(
+        out, logsumexp, out_offsets, first_row, i, N, i < N, running_max, running_sum, accumulator,
+        D, BLOCK_D, EXACT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -250,9 +292,10 @@ def backward_q(
     stride_table, N, heads, H, W, before, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, HAS_EXTRA: tl.constexpr, MASKED: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr, WHOLE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M query rows, and delta. `out` and `grad_q` share their strides."""
+    """dq of BLOCK_M query rows, and delta, which is (B, heads, N). `out` and `grad_q` share their strides."""
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     tile, head, batch = place_of_program(tl.cdiv(N, BLOCK_M), heads)
     table += head * stride_table + middle_of_table(H, W)
@@ -261,16 +304,17 @@ def backward_q(
     q_offsets = row_offsets(batch, i, head, stride_qb, stride_qn, stride_qh, ALIGN)
     out_offsets = row_offsets(batch, i, head, stride_ob, stride_on, stride_oh, ALIGN)
     grad_offsets = row_offsets(batch, i, head, stride_gb, stride_gn, stride_gh, ALIGN)
-    statistics = (batch.to(tl.int64) * heads + head) * N + i
+    first_row = (batch.to(tl.int64) * heads + head) * N
 
     grad_tile = load_rows(grad_out, grad_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
-    out_tile = load_rows(out, out_offsets, i < N, D, BLOCK_D, MASKED)
-    row_delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
-    tl.store(delta + statistics, row_delta, mask=i < N)
+    row_delta = tl.zeros((BLOCK_M,), tl.float32)
+    if not WHOLE_ROWS:
+        out_tile = load_rows(out, out_offsets, i < N, D, BLOCK_D, MASKED)
+        row_delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
+        tl.store(delta + first_row + i, row_delta, mask=i < N)
 
     q_tile = load_rows(q, q_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
-    # +∞ makes the probabilities of rows that do not exist zero.
-    row_logsumexp = tl.load(logsumexp + statistics, mask=i < N, other=float("inf"))
+    row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, i < N, EXACT)
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     position_j, on_grid_j = grid_positions(tl.arange(0, BLOCK_N), before, H, W)
     for start in range(0, N, BLOCK_N):
@@ -285,14 +329,16 @@ def backward_q(
             table, position_i[:, None] - position_j[None, :], on_grid_i[:, None] & on_grid_j[None, :],
             HAS_BIAS, HAS_MODULATION, HAS_EXTRA,
         )  # fmt: skip
-        _, _, grad_logits = gradients_of_scores(
-            q_tile, tl.trans(k_tile), grad_tile, v_tile, row_logsumexp, row_delta, scale, bias, factor,
-            (j < N)[None, :], HAS_BIAS, HAS_MODULATION, MASKED, False, EXACT, PRECISION,
+        _, _, grad_logits, row_delta = gradients_of_scores(
+            q_tile, tl.trans(k_tile), grad_tile, v_tile, row_max, row_log_sum, row_delta, scale, bias, factor,
+            (j < N)[None, :], HAS_BIAS, HAS_MODULATION, MASKED, False, WHOLE_ROWS, EXACT, PRECISION,
         )  # fmt: skip
         accumulator = add_product(accumulator, grad_logits.to(k_tile.dtype), k_tile, EXACT, PRECISION)
         if EVEN:
             table -= BLOCK_N // W * (2 * W - 1)
     store_rows(grad_q, out_offsets, i < N, accumulator * scale, D, BLOCK_D)
+    if WHOLE_ROWS:
+        tl.store(delta + first_row + i, row_delta, mask=i < N)
 
 
 @triton.jit
@@ -303,7 +349,8 @@ def backward_kv(
     stride_table, N, heads, H, W, before, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, HAS_EXTRA: tl.constexpr, MASKED: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr, WHOLE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N key rows."""
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
@@ -325,18 +372,18 @@ def backward_kv(
             position_i, on_grid_i = grid_positions(i, before, H, W)
         q_offsets = row_offsets(batch, i, head, stride_qb, stride_qn, stride_qh, ALIGN)
         grad_offsets = row_offsets(batch, i, head, stride_gb, stride_gn, stride_gh, ALIGN)
-        statistics = (batch.to(tl.int64) * heads + head) * N + i
-        row_logsumexp = tl.load(logsumexp + statistics, mask=i < N, other=float("inf"))
-        row_delta = tl.load(delta + statistics, mask=i < N, other=0.0)
+        first_row = (batch.to(tl.int64) * heads + head) * N
+        row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, i < N, EXACT)
+        row_delta = tl.load(delta + first_row + i, mask=i < N, other=0.0)
         q_tile = load_rows(q, q_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
         grad_tile = load_rows(grad_out, grad_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
         bias, factor = look_up(
             table, position_i[None, :] - position_j[:, None], on_grid_i[None, :] & on_grid_j[:, None],
             HAS_BIAS, HAS_MODULATION, HAS_EXTRA,
         )  # fmt: skip
-        p, _, grad_logits = gradients_of_scores(
-            k_tile, q_tile, v_tile, grad_tile, row_logsumexp, row_delta, scale, bias, factor, (j < N)[:, None],
-            HAS_BIAS, HAS_MODULATION, MASKED, True, EXACT, PRECISION,
+        p, _, grad_logits, _ = gradients_of_scores(
+            k_tile, q_tile, v_tile, grad_tile, row_max, row_log_sum, row_delta, scale, bias, factor,
+            (j < N)[:, None], HAS_BIAS, HAS_MODULATION, MASKED, True, WHOLE_ROWS and EXACT, EXACT, PRECISION,
         )  # fmt: skip
         weights = p * factor if HAS_MODULATION else p
         v_accumulator = add_product(v_accumulator, weights.to(grad_tile.dtype), grad_tile, EXACT, PRECISION)

@@ -73,7 +73,8 @@ def resident_forward(
         if EVEN:
             table += (TILES * BLOCK_N + BLOCK_M) // W * (2 * W - 1)
         out_offsets = row_offsets(batch, i, head, stride_ob, stride_on, stride_oh, ALIGN)
-        statistics = (batch.to(tl.int64) * heads + head) * N + i
+        first_row = (batch.to(tl.int64) * heads + head) * N
         store_output(
-            out, logsumexp, out_offsets, statistics, i < N, running_max, running_sum, accumulator, D, BLOCK_D
-        )
+            out, logsumexp, out_offsets, first_row, i, N, i < N,
+            running_max, running_sum, accumulator, D, BLOCK_D, EXACT,
+        )  # fmt: skip

@@ -14,6 +14,7 @@ from .kernels import (
     finite_maximum,
     gradients_of_scores,
     grid_positions,
+    load_logsumexp,
     load_rows,
     load_rows_transposed,
     look_up,
@@ -83,23 +84,26 @@ def short_forward(
             p *= factor
         accumulator = tl.dot(p.to(v_tile.dtype), v_tile, input_precision=PRECISION)
         out_offsets = row_offsets(batch, token, head, stride_ob, stride_on, stride_oh, ALIGN)
-        statistics = (batch.to(tl.int64) * heads + head) * N + token
-        store_output(out, logsumexp, out_offsets, statistics, valid, row_max, row_sum, accumulator, D, BLOCK_D)
+        first_row = (batch.to(tl.int64) * heads + head) * N
+        store_output(
+            out, logsumexp, out_offsets, first_row, token, N, valid, row_max, row_sum, accumulator,
+            D, BLOCK_D, EXACT,
+        )  # fmt: skip
 
 
 @triton.jit
 def short_backward(
-    q, k, v, table, out, grad_out, logsumexp, grad_q, grad_k, grad_v, partials,
+    q, k, v, table, grad_out, logsumexp, grad_q, grad_k, grad_v, partials,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    stride_ob, stride_on, stride_oh, stride_gb, stride_gn, stride_gh,
+    stride_gb, stride_gn, stride_gh, stride_ob, stride_on, stride_oh,
     stride_table, N, heads, H, W, before, scale, B, steps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, HAS_EXTRA: tl.constexpr, MASKED: tl.constexpr,
     GRAD_BIAS: tl.constexpr, PRECISION: tl.constexpr, SEQ: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv of `steps` tiles of one head, and their share of dbias: partials
-    (programs a head, heads, BLOCK keys, BLOCK queries). There is no modulation (HAS_MODULATION is False). The
-    gradients share `out`'s strides."""
+    (programs a head, heads, BLOCK keys, BLOCK queries). There is no modulation (HAS_MODULATION is False).
+    stride_o belongs to the gradients."""
     tl.static_assert(not HAS_MODULATION)
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     head, first = tl.program_id(0) % heads, tl.program_id(0) // heads * steps
@@ -127,14 +131,11 @@ def short_backward(
         v_tile = load_rows(v, v_offsets, valid, D, BLOCK_D, MASKED)
         grad_tile = load_rows(grad_out, grad_offsets, valid, D, BLOCK_D, MASKED)
         out_offsets = row_offsets(batch, token, head, stride_ob, stride_on, stride_oh, ALIGN)
-        out_tile = load_rows(out, out_offsets, valid, D, BLOCK_D, MASKED)
-        row_delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
-        statistics = (batch.to(tl.int64) * heads + head) * N + token
-        # +∞ makes the probabilities of rows that do not exist zero.
-        row_logsumexp = tl.load(logsumexp + statistics, mask=valid, other=float("inf"))
-        p, _, grad_logits = gradients_of_scores(
-            k_tile, q_tile, v_tile, grad_tile, row_logsumexp, row_delta, scale, bias, factor, None,
-            HAS_BIAS or MASKED, False, False, True, EXACT, PRECISION,
+        first_row = (batch.to(tl.int64) * heads + head) * N
+        row_max, row_log_sum = load_logsumexp(logsumexp, first_row, token, N, valid, EXACT)
+        p, _, grad_logits, _ = gradients_of_scores(
+            k_tile, q_tile, v_tile, grad_tile, row_max, row_log_sum, None, scale, bias, factor, None,
+            HAS_BIAS or MASKED, False, False, True, True, EXACT, PRECISION,
         )  # fmt: skip
         if GRAD_BIAS:
             bias_sum += grad_logits

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .kernels import gradients_of_scores, load_rows, load_rows_transposed, look_up, row_offsets
+from .kernels import gradients_of_scores, load_logsumexp, load_rows, load_rows_transposed, look_up, row_offsets
 
 
 @triton.jit
@@ -74,18 +74,18 @@ def backward_tables(
             grad_offsets = rows_of_cells(item, cell, head, stride_gb, stride_gn, stride_gh, group, first_i, ALIGN)
             k_offsets = rows_of_cells(item, cell, head, stride_kb, stride_kn, stride_kh, group, first_j, ALIGN)
             v_offsets = rows_of_cells(item, cell, head, stride_vb, stride_vn, stride_vh, group, first_j, ALIGN)
-            statistics = ((group + item).to(tl.int64) * heads + head) * N + cell + first_i
-            row_logsumexp = tl.load(logsumexp + statistics, mask=valid_i, other=float("inf"))
+            first_row, i = ((group + item).to(tl.int64) * heads + head) * N, cell + first_i
+            row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, valid_i, EXACT)
             q_tile = load_rows(q, q_offsets, valid_i, D, BLOCK_D, MASKED)  # (BLOCK, BLOCK_D)
             k_tile = load_rows_transposed(k, k_offsets, valid_j, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
             grad_tile = load_rows(grad_out, grad_offsets, valid_i, D, BLOCK_D, MASKED)  # (BLOCK, BLOCK_D)
             v_tile = load_rows_transposed(v, v_offsets, valid_j, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
 
-            row_delta = tl.load(delta + statistics, mask=valid_i, other=0.0)
+            row_delta = tl.load(delta + first_row + i, mask=valid_i, other=0.0)
             pair_valid = valid_j[None, :] & (item[:, None] == item[None, :])
-            p, grad_weights, grad_logits = gradients_of_scores(
-                q_tile, k_tile, grad_tile, v_tile, row_logsumexp, row_delta, scale, bias, factor, pair_valid,
-                HAS_BIAS, HAS_MODULATION, MASKED, False, EXACT, PRECISION,
+            p, grad_weights, grad_logits, _ = gradients_of_scores(
+                q_tile, k_tile, grad_tile, v_tile, row_max, row_log_sum, row_delta, scale, bias, factor,
+                pair_valid, HAS_BIAS, HAS_MODULATION, MASKED, False, False, EXACT, PRECISION,
             )  # fmt: skip
             if GRAD_BIAS:
                 bias_sum += grad_logits
