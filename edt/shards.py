@@ -51,18 +51,15 @@ class Shard:
         number = re.fullmatch(r"data(-\d{5,}\.npy)", self.file) if isinstance(self.file, str) else None
         for kind, name in names.items():
             if not (number and name == kind + number[1]) and not (kind == "images" and name is None):
-                raise ValueError(
-                    f"a shard's {kind} are in {_short(name)}; it must be {kind}-00000.npy, or its number"
-                )
+                field_name = "file" if kind == "data" else kind
+                raise ValueError(f"{field_name} of a shard is {_short(name)}; it must be {kind}-00000.npy, or so")
         _check(f"count of {self.file}", self.count, int, least=0)
         _check(f"sha256 of {self.file}", self.sha256, dict)
         if set(self.sha256) != {name for name in names.values() if name is not None}:
-            raise ValueError(
-                f"sha256 of {self.file} is of {', '.join(map(repr, self.sha256))}, which are not its files"
-            )
+            raise ValueError(f"sha256 of {self.file} is of {_short(list(self.sha256))}, which are not its files")
         if not all(isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) for x in self.sha256.values()):
             raise ValueError(
-                f"sha256 of {self.file} has {list(self.sha256.values())}; it must be 64 hexadecimal digits"
+                f"sha256 of {self.file} has {_short(list(self.sha256.values()))}; it must be 64 hexadecimal digits"
             )
         _check_skipped(self.skipped)
 

@@ -32,7 +32,7 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     scaled by bicubic filter until it just covers the size, then the middle.
 
     Of an image that is more than 16 times as long as that, the middle is scaled alone: as a whole it could take
-    gigabytes. The same to a level where values do not overshoot; shorter ones are as ADM's to the bit.
+    gigabytes. That is the same but for roundings; shorter images are as ADM's to the bit.
     """
     height, width = size
     while image.height >= 2 * height and image.width >= 2 * width:

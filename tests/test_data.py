@@ -46,6 +46,10 @@ def test_read_refuses_what_is_not_there(folder):
     for indices, views, message in (([10], [0], "indices reach from 10"), ([-1], [0], "-1"), ([0], [2], "views")):
         with pytest.raises(IndexError, match=message):
             dataset.read(np.array(indices), np.array(views))
+    for indices, views in (([0.5], [0]), ([[0]], [0]), ([0, 1], [0]), (["a"], [0])):
+        with pytest.raises(ValueError, match="indices|views"):
+            dataset.read(indices, views)
+    assert dataset.read([], [])["latents"].shape == (0, 8, 4, 6)
 
 
 def test_to_latents(folder, tmp_path):
@@ -94,6 +98,57 @@ def test_write_dataset_refuses_what_does_not_fit(folder, tmp_path):
     refuses(ValueError, "mirror is True", MOMENTS, LABELS, mirror=True)
     refuses(ValueError, "images has shape", MOMENTS, LABELS, images=IMAGES[:3])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("items", MOMENTS * NAN), ("items", MOMENTS.astype(np.float32) + 1e6), ("items", MOMENTS + INFINITY),
+        ("items", np.zeros((2, 1, 0, 0), np.uint8)), ("items", [[1], [2, 3]]),
+        ("items", torch.empty(1, device="meta")),
+        ("scaling_factor", None), ("scaling_factor", "1"), ("scaling_factor", NAN), ("scaling_factor", 0.0),
+        ("scaling_factor", [1.0]), ("scaling_factor", 10**400), ("scaling_factor", True), ("shift_factor", []),
+        ("shift_factor", INFINITY), ("moments", "no"), ("labels", [10**12] * COUNT),
+        ("labels", [2**64 - 1] * COUNT),
+        ("labels", ["a"] * COUNT), ("class_names", "abc"), ("class_names", (1, 2, 3)), ("shard_size", 0),
+        ("shard_size", -1), ("shard_size", 1.5), ("images", IMAGES / 255), ("images", IMAGES[..., :0]),
+    ],
+)  # fmt: skip
+def test_write_dataset_refuses_values(tmp_path, name, value):
+    with pytest.raises((TypeError, ValueError), match=name):
+        write_dataset(tmp_path / "data", **{"items": MOMENTS, "labels": LABELS, name: value})
+    assert not list(tmp_path.iterdir())
+
+
+def test_write_dataset_takes_any_float(tmp_path):
+    """Of numpy and torch."""
+    latents = torch.randn(COUNT, 4, 4, 6).to(torch.bfloat16).requires_grad_()
+    dataset = write_dataset(tmp_path / "data", latents, scaling_factor=np.float32(0.5))
+    raw = dataset.read(np.arange(COUNT), np.zeros(COUNT, int))["latents"]
+    assert torch.equal(raw.float(), latents.float())
+    assert json.loads((tmp_path / "data" / "manifest.json").read_text())["scaling_factor"] == 0.5
+
+
+def test_what_an_interrupted_write_dataset_left(tmp_path):
+    """Goes; but not what it cannot have written."""
+    left = tmp_path / "data.partial"
+    left.mkdir()
+    (left / "data-00000.npy.partial").write_bytes(b"half")
+    (left / "labels-00007.npy").write_bytes(b"half")
+    dataset = write_dataset(tmp_path / "data", IMAGES)
+    assert not left.exists()
+    assert sorted(path.name for path in dataset.folder.glob("[!.]*")) == [
+        "data-00000.npy", "labels-00000.npy", "manifest.json",
+    ]  # fmt: skip
+    left = tmp_path / "more.partial"
+    left.mkdir()
+    (left / "thesis.txt").write_text("chapter 1")
+    with pytest.raises(FileExistsError, match=r"more\.partial is there, with other files"):
+        write_dataset(tmp_path / "more", IMAGES)
+    assert (left / "thesis.txt").read_text() == "chapter 1"
 
 
 def test_verify(folder):
@@ -173,6 +228,101 @@ def test_other_folders_do_not_open(tmp_path):
     np.save(tmp_path / "data" / "labels-00000.npy", np.ones(COUNT, np.int64))
     with pytest.raises(ValueError, match="has the label 1; it must have only 0, as data without classes has"):
         open_dataset(tmp_path / "data")
+
+
+def edit_manifest(folder: Path, path: list, value) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    here = manifest
+    for name in path[:-1]:
+        here = here[name]
+    here[path[-1]] = value
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["kind"], "foo"), (["kind"], "pixels"), (["shape"], [4, 4]), (["shape"], [4, 4, 10**12]),
+        (["shape", 1], -4), (["shape", 0], True), (["shape", 0], 4.0), (["shape"], "abc"),
+        (["dtype"], "object"), (["dtype"], "float32"),
+        (["moments"], "no"), (["views"], 3), (["views"], True), (["mirror"], True), (["mirror"], "no"),
+        (["stores_images"], False), (["num_classes"], 10**12), (["num_classes"], 2), (["class_names"], "abc"),
+        (["class_names", 0], 3), (["class_names"], {}), (["image_size"], [8]), (["image_size", 0], 10**9),
+        (["scaling_factor"], NAN), (["scaling_factor"], "1"), (["scaling_factor"], 0),
+        (["scaling_factor"], 10**400),
+        (["shift_factor"], INFINITY), (["shift_factor"], None), (["vae"], 3), (["encode_dtype"], "int8"),
+        (["count"], "10"), (["count"], -1), (["skipped"], []), (["skipped"], {"count": 0}),
+        (["skipped", "files"], ["a.png"]), (["skipped", "count"], "0"), (["shards"], {}), (["shards", 0], 3),
+        (["shards", 0], {}), (["shards", 0, "file"], "../data-00000.npy"), (["shards", 0, "file"], "/etc/passwd"),
+        (["shards", 0, "file"], None), (["shards", 0, "labels"], "labels-00001.npy"),
+        (["shards", 0, "images"], None), (["shards", 0, "count"], 4.0), (["shards", 0, "sha256"], {}),
+        (["shards", 0, "sha256", "data-00000.npy"], "0"), (["shards", 0, "sha256", "/etc/passwd"], "0" * 64),
+        (["extraction"], [1]), (["created_with"], None), (["format_version"], True),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_cannot_be(folder, path, value):
+    """Whatever it names or numbers is checked before it is used, and no file outside is touched."""
+    edit_manifest(folder, path, value)
+    with pytest.raises(ValueError, match=r"manifest\.json is not a manifest written by edt extract: ") as error:
+        open_dataset(folder)
+    reason = str(error.value).split("edt extract: ")[1]
+    assert any(name in reason for name in (*path, "pixels") if isinstance(name, str))
+    assert "delete" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[" * 100_000, "null", "\0", '{"format_version": 1}', '{"count": 1' + "0" * 5000]
+)
+def test_text_that_is_no_manifest(folder, text):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json is not a manifest"):
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_a_shard_that_is_no_file(folder, kind):
+    shard = folder / "data-00001.npy"
+    shard.unlink()
+    make = {
+        "pipe": lambda: os.mkfifo(shard),
+        "device": lambda: shard.symlink_to("/dev/zero"),
+        "folder": shard.mkdir,
+    }
+    make[kind]()
+    with pytest.raises(ValueError, match=r"data-00001\.npy is no file"):
+        open_dataset(folder)
+
+
+def test_headers_take_no_memory(folder):
+    """A shard of 10¹¹ labels, of which the disk holds none."""
+    with open(folder / "labels-00001.npy", "wb") as file:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (10**11,)}
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(ValueError, match=r"labels-00001\.npy is truncated .*its header says 800000000128"):
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_becomes_shorter(folder, workers):
+    """While it is read: an error that names it, where a memory map would have ended the process."""
+    dataset = open_dataset(folder, with_images=True)
+    batches = iter(make_loader(dataset, seed=0, start=0, stride=10, batch_size=10, num_workers=workers))
+    next(batches)
+    os.truncate(folder / "images-00001.npy", 200)
+    with pytest.raises(OSError, match=r"images-00001\.npy became shorter since it was opened, to 200 bytes"):
+        take(batches, 10)
+    assert len(dataset.read([0, 1, 9], [0, 0, 0])["images"]) == 3  # of other shards
+    with pytest.raises(OSError, match=r"images-00001\.npy became shorter"):
+        dataset.read([7], [0])
+
+
+def test_shards_may_be_links(folder, tmp_path):
+    """To another disk."""
+    expected = open_dataset(folder).read([5], [1])["latents"]
+    (folder / "data-00001.npy").rename(tmp_path / "moved.npy")
+    (folder / "data-00001.npy").symlink_to(tmp_path / "moved.npy")
+    verify_dataset(open_dataset(folder), progress=False)
+    assert torch.equal(open_dataset(folder).read([5], [1])["latents"], expected)
 
 
 def test_order_is_a_permutation_each_epoch():
@@ -255,8 +405,10 @@ def test_ranks_partition_the_stream_and_a_run_goes_on(folder):
 def test_loader_refuses_what_cannot_work(folder):
     dataset = open_dataset(folder)
     options = {"seed": 0, "start": 0, "stride": 1, "batch_size": 1, "num_workers": 0}
-    for name, value in (("seed", -1), ("start", -1), ("stride", 0), ("batch_size", 0), ("num_workers", -1)):
-        with pytest.raises(ValueError, match=f"{name} is {value}"):
+    wrong = (("seed", -1), ("start", -1), ("stride", 0), ("batch_size", 0), ("num_workers", -1), ("start", 10**30),
+             ("batch_size", 10**12), ("seed", 0.5), ("start", None), ("num_workers", "2"))  # fmt: skip
+    for name, value in wrong:
+        with pytest.raises((ValueError, TypeError), match=f"{name} is {value!r}"):
             make_loader(dataset, **{**options, name: value})
 
 

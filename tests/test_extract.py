@@ -3,11 +3,14 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +21,11 @@ from disks import small_disk
 from image_folders import SIZES, random_image, run, save_images, save_vae
 from PIL import Image
 
+import edt.sources
 from edt.cli import main
 from edt.data import open_dataset, to_latents, verify_dataset
+from edt.extract import summary
+from edt.shards import read_manifest
 from edt.sources import center_crop, to_pixels
 
 COUNT = 11
@@ -94,6 +100,27 @@ def test_center_crop(size, source):
 def test_center_crop_keeps_an_image_of_the_size():
     image = random_image(0, (24, 16))
     assert np.array_equal(np.asarray(center_crop(image, (16, 24))), np.asarray(image))
+
+
+@pytest.mark.parametrize("size", [(256, 256), (16, 24)])
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1), (3, 700), (900, 30)])
+def test_long_thin_images(shape, size, monkeypatch):
+    """Their middle alone is scaled: never more than 16 times the pixels that are kept."""
+    areas, resize = [], Image.Image.resize
+
+    def record(image, wanted, *args, **kwargs):
+        areas.append(wanted[0] * wanted[1])
+        return resize(image, wanted, *args, **kwargs)
+
+    pixels = np.asarray(random_image(1, shape[::-1]))
+    monkeypatch.setattr(Image.Image, "resize", record)
+    cropped = to_pixels(Image.fromarray(pixels), size, 3).astype(int)
+    assert max(areas) <= max(16 * size[0] * size[1], shape[0] * shape[1] // 4)
+    if max(shape) < 1000:
+        assert np.abs(cropped - adm_crop(pixels, *size)).max() <= 2  # Pillow may begin with the other direction
+    else:  # what is kept is a part of one pixel's width, or little more
+        middle = pixels[shape[0] // 2, shape[1] // 2].astype(int)
+        assert np.abs(cropped - middle[:, None, None]).max() <= 8
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -201,6 +228,103 @@ def test_hugging_face_dataset(tmp_path, labels):
     assert np.array_equal(all_items(dataset)["latents"].numpy(), pixels)
 
 
+def write_table(folder: Path, labels: list, feature=None, images: list | None = None) -> Path:
+    import datasets
+
+    images = [random_image(0, SIZES[0])] * len(labels) if images is None else images
+    features = datasets.Features(image=datasets.Image(), label=feature or datasets.Value("int64"))
+    datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).save_to_disk(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "message"),
+    [
+        ([], "int64", "without rows"),
+        ([0, -1], "int64", "the label -1, which stands for none, as in test splits; give a split"),
+        ([0, 10**12], "int64", "reaches from 0 to 1000000000000; 1000000 classes need 0 to 999999"),
+        ([0, None], "int64", "has None; it needs integers throughout"),
+        (["a", None], "string", "has None; it needs integers throughout, or strings"),
+        ([0.0, 1.0], "float32", "label_column 'label' is .*float32.*; it needs integers or strings"),
+        ([True, False], "bool", "label_column 'label' is .*bool"),
+    ],
+)
+def test_labels_of_a_hugging_face_dataset_that_are_none(tmp_path, labels, kind, message):
+    import datasets
+
+    source = write_table(tmp_path / "source", labels, datasets.Value(kind))
+    with pytest.raises(ValueError, match=message):
+        run(source, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_rows_without_an_image(tmp_path):
+    source = write_table(tmp_path / "source", [0, 1], images=[random_image(0, SIZES[0]), None])
+    manifest, _ = run(source, tmp_path / "data")
+    assert manifest.skipped == {"count": 1, "files": [{"path": "1", "reason": "has no image"}]}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("state.json", "", r"state\.json is no JSON, or torn"),
+        ("state.json", "[1]", r"state\.json is JSON, but list"),
+        ("state.json", "{}", r"state\.json has _data_files None"),
+        ("state.json", '{"_data_files": [{"filename": "../secret"}]}', r"names the file '\.\./secret'"),
+        ("state.json", '{"_data_files": [{"filename": "/dev/zero"}]}', "names the file '/dev/zero'"),
+        ("state.json", '{"_data_files": [{"filename": "nothing"}]}', r"has no file nothing"),
+        ("dataset_info.json", "{", r"dataset_info\.json is no JSON"),
+        ("dataset_dict.json", '{"splits": 3}', r"dataset_dict\.json has splits 3"),
+        ("dataset_dict.json", '{"splits": ["test"]}', "split is 'train'; source .* has test"),
+        ("data-00000-of-00001.arrow", "x", "is no dataset that save_to_disk wrote"),
+    ],
+)
+def test_damaged_hugging_face_datasets(tmp_path, file, content, message):
+    source = write_table(tmp_path / "source", [0, 1])
+    (source / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        run(source, tmp_path / "data")
+
+
+NUMBERED = tuple(map(str, range(12)))
+
+
+@pytest.mark.parametrize(
+    ("names", "ordered"),
+    [
+        (NUMBERED, NUMBERED),
+        (("8", "07", "007", "10"), ("007", "07", "8", "10")),
+        (("10", "9", "ant"), ("10", "9", "ant")),
+        (("n02", "n1"), ("n02", "n1")),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folders", "strings"])
+def test_order_of_classes(tmp_path, names, ordered, kind):
+    """As numbers where all are numbers, else as text."""
+    import datasets
+
+    source = tmp_path / "source"
+    if kind == "folders":
+        for i, name in enumerate(names):
+            save_images(source / name, 1, first_seed=i)
+    else:
+        write_table(source, list(names), datasets.Value("string"))
+    run(source, tmp_path / "data")
+    dataset = open_dataset(tmp_path / "data")
+    assert dataset.class_names == ordered
+    assert [ordered[label] for label in dataset.labels] == list(ordered if kind == "folders" else names)
+
+
+def test_an_extraction_begun_in_another_order_of_classes_does_not_go_on(tmp_path, monkeypatch):
+    for name in ("2", "10"):
+        save_images(tmp_path / "images" / name, 1)
+    monkeypatch.setattr("edt.sources.in_class_order", sorted)
+    run(tmp_path / "images", tmp_path / "data")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="begun with names_and_labels .* or the order of the classes is"):
+        run(tmp_path / "images", tmp_path / "data")
+
+
 def test_hugging_face_dataset_errors(tmp_path, capsys, monkeypatch):
     import datasets
 
@@ -257,6 +381,67 @@ def test_broken_released_features_are_skipped(released, tmp_path):
         run(features, tmp_path / "other", npy_labels=labels)
 
 
+def npy(shape: str, data: bytes = b"", descr: str = "'<f4'", order: bool = False) -> bytes:
+    """An .npy file whose header says this."""
+    header = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + data
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", r"is truncated or no \.npy file"),
+        (b"404: not found", r"is truncated or no \.npy file"),
+        (npy("(1, 4, 32, 32)"), r"is truncated .has \d+ bytes"),
+        (npy("(1, 4, 1000000, 1000000)"), r"its header says 16000000\d+"),
+        (npy("(1, -4, 32, 32)"), "must be an array of numbers"),
+        (npy("(True, 1, 1, 1)", bytes(4)), "must be an array of numbers"),
+        (npy("(1,)", bytes(8), "'O'"), "must be an array of numbers"),
+        (npy("(1, 0, 32, 32)"), r"needs floats \(1, C, H, W\)"),
+        (npy("(", bytes(4)), r"is truncated or no \.npy file"),
+    ],
+)
+@pytest.mark.parametrize("index", [0, 5])
+def test_any_broken_npy_file_is_skipped(released, tmp_path, content, reason, index):
+    """The first as well; and no memory is taken for what a header says."""
+    features, labels, values = released
+    (features / f"{index}.npy").write_bytes(content)
+    manifest, _ = run(features, tmp_path / "data", npy_labels=labels)
+    assert (manifest.count, manifest.skipped["count"]) == (11, 1)
+    assert manifest.skipped["files"][0]["path"] == f"{index}.npy"
+    assert re.search(reason, manifest.skipped["files"][0]["reason"])
+    stored = all_items(open_dataset(tmp_path / "data"))["latents"].numpy()
+    assert np.array_equal(stored, np.delete(values, index, axis=0).astype(np.float16))
+
+
+def test_npy_files_of_other_orders(released, tmp_path):
+    features, labels, values = released
+    np.save(features / "0.npy", values[:1].astype(">f8"))
+    np.save(features / "1.npy", np.asfortranarray(values[1:2]))
+    run(features, tmp_path / "data", npy_labels=labels)
+    stored = all_items(open_dataset(tmp_path / "data"))["latents"].numpy()
+    assert np.array_equal(stored, values.astype(np.float16))
+
+
+@pytest.mark.parametrize("label", [10**12, 10**6, -1, 2**63 - 1, True, 0.0])
+def test_labels_of_npy_files_that_are_none(released, tmp_path, label):
+    features, labels, _ = released
+    np.save(labels / "3.npy", np.array([label]))
+    manifest, _ = run(features, tmp_path / "data", npy_labels=labels)
+    assert (manifest.count, manifest.num_classes, manifest.skipped["count"]) == (11, 3, 1)
+    assert "label" in manifest.skipped["files"][0]["reason"]
+
+
+def test_no_npy_file_readable(released, tmp_path):
+    features, labels, _ = released
+    for file in features.iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"none of 12 files of source .*features could be read; the first is 0\.npy"
+    ):
+        run(features, tmp_path / "data", npy_labels=labels)
+
+
 def test_unreadable_images_are_skipped_and_listed(tmp_path):
     save_images(tmp_path / "images", 9)
     (tmp_path / "images" / "001.jpg").write_bytes(b"no image")
@@ -305,18 +490,72 @@ def test_images_none_of_which_could_be_read_are_tried_again(tmp_path):
     assert run(tmp_path / "images", tmp_path / "data")[0].count == 2
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
-def test_faults_of_the_machine_are_no_unreadable_images(tmp_path, monkeypatch, error):
-    save_images(tmp_path / "images", 2)
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(
+            OSError(number, os.strerror(number), "mount/3.jpg")
+            for number in (errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV, errno.ENOENT, errno.EACCES)
+        ),
+        ConnectionResetError("by peer"),
+        MemoryError(),
+        RuntimeError("a library's"),
+    ],
+)
+def test_what_is_no_fault_of_an_image_stops(tmp_path, monkeypatch, error, workers):
+    """And says of which image, keeps what is complete, and the same command goes on."""
+    save_images(tmp_path / "images", 6)
+    read = edt.sources.read_file
 
-    def fail(*args, **kwargs):
-        raise error
+    def fail(path):
+        if path.name[:3] >= "003":
+            raise error
+        return read(path)
 
-    monkeypatch.setattr("edt.sources.ImageFolder.load", fail)
-    with pytest.raises(type(error)):
-        run(tmp_path / "images", tmp_path / "data", num_workers=0)
+    monkeypatch.setattr("edt.sources.read_file", fail)
+    expected = type(error) if isinstance(error, MemoryError | RuntimeError) else OSError
+    with pytest.raises(expected, match=r"3\.png|3\.jpg") as raised:
+        run(tmp_path / "images", tmp_path / "data", num_workers=workers, shard_size=2, batch_size=1)
+    if expected is OSError:
+        assert raised.value.errno == error.errno
+        assert "1 of 3 shards are complete and kept; mend this" in str(raised.value)
     monkeypatch.undo()
-    assert run(tmp_path / "images", tmp_path / "data")[0].count == 2
+    kept = (tmp_path / "data" / "data-00000.npy").stat().st_mtime_ns
+    manifest, _ = run(tmp_path / "images", tmp_path / "data", shard_size=2)
+    assert (manifest.count, manifest.skipped["count"]) == (6, 0)
+    assert (tmp_path / "data" / "data-00000.npy").stat().st_mtime_ns == kept
+
+
+def test_what_decoders_say_of_a_broken_image(tmp_path, monkeypatch):
+    save_images(tmp_path / "images", 2)
+    errors = [OSError("broken data stream"), ValueError("v"), SyntaxError("s"), EOFError("e"), KeyError("k"),
+              RuntimeError("r"), struct.error("t"), zlib.error("z"), OverflowError("o"), TypeError("y"),
+              Image.DecompressionBombError("b")]  # fmt: skip
+    opened, open_image = [], Image.open
+
+    def fail_at_the_second(file):
+        opened.append(file)
+        if len(opened) % 2 == 0:
+            raise errors[len(opened) // 2 - 1]
+        return open_image(file)
+
+    monkeypatch.setattr(Image, "open", fail_at_the_second)
+    for i, error in enumerate(errors):
+        manifest, _ = run(tmp_path / "images", tmp_path / f"data{i}")
+        assert (manifest.count, manifest.skipped["count"]) == (1, 1)
+        assert manifest.skipped["files"][0]["reason"] == f"{type(error).__name__}: {error}"
+
+
+def test_images_that_vanish(tmp_path, monkeypatch):
+    """As all do when a mount goes away."""
+    save_images(tmp_path / "images", 3)
+    source = edt.sources.ImageFolder(tmp_path / "images", (16, 16), 3)
+    monkeypatch.setattr("edt.extract.open_source", lambda options: source)
+    (tmp_path / "images" / "001.jpg").unlink()
+    with pytest.raises(OSError, match=r"No such file .*001\.jpg\): 0 of 1 shards are complete and kept"):
+        run(tmp_path / "images", tmp_path / "data")
+    assert not (tmp_path / "data" / "manifest.json").exists()
 
 
 def test_a_shard_of_unreadable_images_alone(tmp_path):
@@ -500,6 +739,124 @@ def test_wrong_sources(flat, classes, tmp_path):
     shutil.copy(flat / "000.png", tmp_path / "images")
     with pytest.raises(ValueError, match=r"images beside sub-folders, such as 000\.png and cat/"):
         run(tmp_path / "images", tmp_path / "data")
+
+
+HOLD = """
+import fcntl, sys
+lock = open(sys.argv[1], "a+")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held_by_another(folder: Path):
+    """The folder's lock, by another process."""
+    folder.mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout.readline() == b"held\n"
+        yield
+    finally:
+        process.communicate()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_one_extraction_writes_in_a_folder(flat, tmp_path, begun):
+    if begun:
+        run(flat, tmp_path / "data", shard_size=4)
+        (tmp_path / "data" / "data-00001.npy").unlink()
+        (tmp_path / "data" / "data-00002.npy.partial").write_bytes(b"the other's")
+    before = contents(tmp_path / "data") if begun else {}
+    with held_by_another(tmp_path / "data"), pytest.raises(ValueError, match="data is in use by process"):
+        run(flat, tmp_path / "data", shard_size=4, retry_skipped=True)
+    assert contents(tmp_path / "data") == before
+    assert run(flat, tmp_path / "data", shard_size=4)[1]
+    assert not list((tmp_path / "data").glob("*.partial"))
+    assert ".lock" not in (tmp_path / "data" / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize("where", ["inside", "same", "around", "by a link"])
+def test_the_output_is_apart_from_the_source(tmp_path, where):
+    source = tmp_path / "photos" / "images"
+    save_images(source / "cat", 1)
+    output = {
+        "inside": source / "latents",
+        "same": source,
+        "around": tmp_path,
+        "by a link": tmp_path / "link" / "x",
+    }
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(ValueError, match=r"output .* is in source|source .* is in output"):
+        run(source, output[where])
+    assert [path.name for path in source.rglob("*")] == ["cat", "000.png"]
+
+
+def test_files_of_others_that_look_unfinished_are_left_alone(flat, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "film.partial").write_text("half a film")
+    with pytest.raises(ValueError, match="not empty and was not begun by edt extract"):
+        run(flat, tmp_path / "data")
+    (tmp_path / "data" / "film.partial").rename(tmp_path / "film.partial")
+    run(flat, tmp_path / "data")
+    (tmp_path / "film.partial").rename(tmp_path / "data" / "film.partial")
+    (tmp_path / "data" / "data-00000.npy").unlink()
+    assert run(flat, tmp_path / "data")[1]
+    assert (tmp_path / "data" / "film.partial").read_text() == "half a film"
+
+
+def test_names_that_no_terminal_shows(tmp_path):
+    """Of another encoding, and with an escape: in the manifest as they are, in the summary spelt out."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/images/gar\xe7on\x1b[31m"))
+    save_images(folder, 2)
+    (folder / "000.png").write_bytes(b"no image")
+    manifest, _ = run(tmp_path / "images", tmp_path / "data")
+    assert read_manifest(tmp_path / "data" / "manifest.json").class_names == (folder.name,)
+    assert (tmp_path / "data" / "manifest.json").read_bytes().isascii()
+    for line in summary(manifest, tmp_path / "data").splitlines():
+        assert line.isprintable()
+        line.encode()
+    assert r"gar\udce7on\x1b[31m/000.png: UnidentifiedImageError" in line
+
+
+@pytest.mark.parametrize("damage", ["lacking", "torn", "list", "another"])
+def test_a_vae_that_is_none(flat, tmp_path, damage):
+    """No random weights in the place of those that are missing."""
+    from safetensors.torch import load_file, save_file
+
+    folder = save_vae(tmp_path / "vae")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    if damage == "lacking":
+        kept = {name: w for name, w in load_file(weights).items() if name != "encoder.conv_in.weight"}
+        save_file(kept, weights, metadata={"format": "pt"})
+    elif damage == "torn":
+        weights.write_bytes(weights.read_bytes()[:2000])
+    else:
+        (folder / "config.json").write_text("[1]" if damage == "list" else '{"block_out_channels": 3}')
+    with pytest.raises(ValueError, match=f"vae .*{folder}"):
+        run(flat, tmp_path / "data", vae=str(folder))
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_size", (10**9,)), ("image_size", (0, 8)), ("image_size", 8), ("image_size", ("8",)),
+        ("channels", 2), ("flips", "no"), ("encode_dtype", "float16"), ("num_classes", 10**12),
+        ("num_classes", True), ("seed", -1),
+        ("seed", 0.5), ("shard_size", "9"), ("batch_size", 0), ("num_workers", 10**6), ("num_workers", -1),
+        ("source", "x"), ("source", None), ("output", "x"), ("npy_labels", 3), ("split", None), ("vae", ""),
+        ("label_column", 3), ("device", None),
+    ],
+)  # fmt: skip
+def test_options_of_other_types_and_sizes(flat, tmp_path, name, value):
+    options = {"source": flat, "output": tmp_path / "data", name: value}
+    with pytest.raises((TypeError, ValueError), match=name):
+        run(options.pop("source"), options.pop("output"), **options)
+    assert not (tmp_path / "data").exists()
 
 
 def test_latents_that_are_not_finite(flat, tmp_path):
