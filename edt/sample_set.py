@@ -155,7 +155,7 @@ def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
     num_images = options.num_images or options.num_per_class * len(classes)
     if num_images > _MAX_IMAGES:
         asked = "num_images" if options.num_images else f"num_per_class for {len(classes)} classes"
-        raise ValueError(f"{asked} makes a set of {num_images:.3g} images; it takes at most {_MAX_IMAGES}")
+        raise ValueError(f"{asked} makes more images than a set has at most, {_MAX_IMAGES}")
     if rank == 0 and pipe.labels:
         _say_classes(pipe, classes)
     labels = np.resize(classes, num_images)
