@@ -27,6 +27,7 @@ from .sampling import (
     takes_learned_variance,
 )
 from .shards import MANIFEST, read_manifest
+from .text_files import read_json
 from .train_config import CONFIG_FILE, load_config
 from .vae import check_latent_channels, decode, load_decoder
 
@@ -372,13 +373,19 @@ def load_pipeline(
         parts["vae"] = load_decoder(vae, model.config.in_channels, subfolder)
     if not (folder / PIPELINE_INDEX).is_file():
         return EDTPipeline(model, make_scheduler(), **parts)
+    for part in ("scheduler/scheduler_config.json", "vae/config.json"):
+        if (folder / part).is_file():  # of other JSON than an object diffusers takes a string for a Hub's name
+            read_json(folder / part, "checkpoint", dict)
     try:
         variant = weights_variant(weights_folder(folder))
         return EDTPipeline.from_pretrained(
             folder, transformer=model, local_files_only=True, variant=variant, **parts
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {folder} is no complete pipeline: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # of an index with values of wrong types almost any
+        said = f"{error}" if isinstance(error, (OSError, ValueError)) else repr(error)
+        raise ValueError(f"checkpoint {folder} is no complete pipeline: {said}") from error
 
 
 def _of_one_class(names: list[tuple[str, int]]) -> dict[str, int]:

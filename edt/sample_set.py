@@ -113,7 +113,7 @@ class SampleOptions:
 
     def check(self) -> None:
         """Raises ValueError for an option that cannot work with any model."""
-        for name in ("num_per_class", "num_images", "batch_size"):
+        for name in ("num_per_class", "num_images", "batch_size", "cache_interval"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 1 <= self.steps <= NUM_TRAIN_TIMESTEPS:

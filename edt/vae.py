@@ -12,10 +12,16 @@ def load_decoder(vae: str, channels: int, subfolder: str | None = None) -> nn.Mo
     from diffusers import AutoencoderKL
 
     try:
-        decoder = AutoencoderKL.from_pretrained(vae, subfolder=subfolder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        decoder, loading = AutoencoderKL.from_pretrained(vae, subfolder=subfolder, output_loading_info=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # of a config's values of wrong types almost any
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"vae is {vae!r}, which cannot be loaded: {reason}") from error
+    if missing := sorted(loading["missing_keys"]):  # diffusers only warns, and leaves them at random
+        raise ValueError(
+            f"vae is {vae!r}, which is no AutoencoderKL: it lacks {len(missing)} weights, as {missing[0]}"
+        )
     check_latent_channels(decoder, vae, channels)
     return decoder.eval().requires_grad_(False)
 

@@ -398,6 +398,35 @@ def test_an_incomplete_pipeline(checkpoints, tmp_path, capsys):
     assert "is no complete pipeline" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("model_index.json", "{}"),
+        ("model_index.json", {"scheduler": ["edt", 7]}),
+        ("model_index.json", {"id2label": []}),
+        ("model_index.json", {"id2label": "x"}),
+        ("model_index.json", {"id2label": {"0": 7}}),
+        ("scheduler/scheduler_config.json", '"runwayml/some-model"'),
+        ("scheduler/scheduler_config.json", "7"),
+        ("scheduler/scheduler_config.json", "["),
+    ],
+)
+def test_a_pipeline_of_wrong_json(checkpoints, tmp_path, capsys, file, values):
+    shutil.copytree(checkpoints / "named", tmp_path / "pipe")
+    path = tmp_path / "pipe" / file
+    path.write_text(values if isinstance(values, str) else json.dumps({**json.loads(path.read_text()), **values}))
+    assert main(arguments(tmp_path / "pipe", tmp_path / "out", "--labels", "3")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"edt: error: checkpoint {tmp_path / 'pipe'}")
+
+
+def test_a_vae_without_its_weights(checkpoints, tmp_path, capsys):
+    """As a transformer's folder, of which diffusers would make an autoencoder of random weights."""
+    args = arguments(checkpoints / "latent", tmp_path / "out", "--labels", "3", "--vae", checkpoints / "latent")
+    assert main(args) == 2
+    assert "which is no AutoencoderKL: it lacks" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_images_of_unknown_settings(checkpoints, tmp_path, capsys):
     draw(checkpoints / "grey", tmp_path, "--labels", 3, "--num-images", 1)
     (tmp_path / "samples.json").unlink()
