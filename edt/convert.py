@@ -113,7 +113,7 @@ def _to_pipeline(options: ConvertOptions) -> str:
             check_released_shapes(EDTTransformer2DModel(**config), state)
         model = EDTTransformer2DModel(**config)
         load_released_state_dict(model, state)
-    except ValueError as error:
+    except (ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"checkpoint {file} is not one of the released EDT: {error}") from error
     for name, parameter in model.named_parameters():
         parameter.data = _cast(file, name, parameter.data, dtype)
@@ -274,7 +274,7 @@ def recognize_config(state_dict: dict[str, Tensor]) -> dict:
     """
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
-        if name not in state_dict or state_dict[name].ndim != ndim:
+        if name not in state_dict or state_dict[name].ndim != ndim or 0 in state_dict[name].shape:
             fault = f"of shape {tuple(state_dict[name].shape)}" if name in state_dict else "missing"
             raise ValueError(f"{name}, a tensor of {ndim} dimensions in EDT, is {fault} among {few(state_dict)}")
         return tuple(state_dict[name].shape)
@@ -445,8 +445,11 @@ def _replacing(output: Path) -> Iterator[Path]:
     knows what a killed one left.
     """
     output = output.resolve()  # of a link, what it leads to
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}{_PARTIAL}"))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}{_PARTIAL}"))
+    except OSError as error:
+        raise OSError(error.errno, f"output {output} cannot be written: {error.strerror}") from error
     temporary, former = folder / _NEW, folder / "former"
     with open(folder / "unlocked", "w") as lock:
         try:

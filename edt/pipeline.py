@@ -22,7 +22,7 @@ from .cuda_graph import GraphedStep
 from .diffusion import check_guidance, check_steps, is_finite_number, make_scheduler, predict
 from .model import EDTTransformer2DModel
 from .sampling import check_finite, check_scheduler, noise_level, scheduler_step, set_timesteps
-from .text_files import printable
+from .text_files import printable, read_json
 from .vae import check_latent_channels, decode, load_decoder
 
 # `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` loads a folder that brings its classes. These two
@@ -376,13 +376,19 @@ def load_pipeline(
         parts["vae"] = load_decoder(vae, model.config.in_channels, subfolder)
     if not (folder / PIPELINE_INDEX).is_file():
         return EDTPipeline(model, make_scheduler(), **parts)
+    for part in ("scheduler/scheduler_config.json", "vae/config.json"):
+        if (folder / part).is_file():  # of other JSON than an object diffusers takes a string for a Hub's name
+            read_json(folder / part, "checkpoint", dict)
     try:
         variant = weights_variant(weights_folder(folder))
         return EDTPipeline.from_pretrained(
             folder, transformer=model, local_files_only=True, variant=variant, **parts
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {folder} is no complete pipeline: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # of an index with values of wrong types almost any
+        said = f"{error}" if isinstance(error, (OSError, ValueError)) else repr(error)
+        raise ValueError(f"checkpoint {folder} is no complete pipeline: {said}") from error
 
 
 def _short(value: object) -> str:

@@ -113,7 +113,7 @@ class SampleOptions:
 
     def check(self) -> None:
         """Raises ValueError for an option that cannot work with any model."""
-        for name in ("num_per_class", "num_images", "batch_size"):
+        for name in ("num_per_class", "num_images", "batch_size", "cache_interval"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 1 <= self.steps <= NUM_TRAIN_TIMESTEPS:
@@ -155,7 +155,7 @@ def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
     num_images = options.num_images or options.num_per_class * len(classes)
     if num_images > _MAX_IMAGES:
         asked = "num_images" if options.num_images else f"num_per_class for {len(classes)} classes"
-        raise ValueError(f"{asked} makes a set of {num_images:.3g} images; it takes at most {_MAX_IMAGES}")
+        raise ValueError(f"{asked} makes more images than a set has at most, {_MAX_IMAGES}")
     if rank == 0 and pipe.labels:
         _say_classes(pipe, classes)
     labels = np.resize(classes, num_images)

@@ -68,6 +68,26 @@ def test_other_options_are_refused(output, capsys):
     assert "has cases of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "ablation.json is no JSON, or torn"),
+        ("[1]", "ablation.json is JSON, but list"),
+        ("{}", "ablation.json is none of edt ablate"),
+        ('{"settings": {}, "cases": [{}]}', "ablation.json is none of edt ablate"),
+        ('{"settings": {}, "cases": {"seed": 1}}', "ablation.json is none of edt ablate"),
+        (None, "has a table.md, but no ablation.json of edt ablate"),
+    ],
+)
+def test_reports_of_others_stay(tmp_path, text, message):
+    name = "table.md" if text is None else "ablation.json"
+    (tmp_path / name).write_text(text or "mine")
+    before = (tmp_path / name).read_text()
+    with pytest.raises(ValueError, match=message):
+        ablate.ablate(AblateOptions(output=tmp_path, **QUICK), StopRequest())
+    assert (tmp_path / name).read_text() == before
+
+
 @pytest.mark.parametrize("seeds", [(), (1, 1), (-1,)])
 def test_seeds_are_checked(tmp_path, seeds):
     with pytest.raises(ValueError, match="seeds"):

@@ -268,6 +268,11 @@ def without(state, *names):
             lambda s: {**s, "x_embedder.proj.weight": torch.empty(312, 16)},
             r"4 dimensions in EDT, is of shape \(312,",
         ),
+        (lambda s: {**s, "pos_embed": torch.empty(1, 0, 312)}, r"3 dimensions in EDT, is of shape \(1, 0, 312\)"),
+        (
+            lambda s: {**s, "x_embedder.proj.weight": torch.empty(312, 4, 0, 0)},
+            r"4 dimensions in EDT, is of shape \(312, 4, 0, 0\)",
+        ),
     ],
 )
 def test_shapes_that_are_not_edt(change, message):

@@ -12,8 +12,10 @@ import pytest
 
 import edt.demo
 from edt import load_checkpoint
+from edt.data import write_dataset
 from edt.demo import DemoOptions, run_demo
 from edt.digits import Judge, from_uint8, load_split_digits, to_uint8
+from edt.run_folder import open_folder
 from edt.train import train
 
 VARIANTS = ["AMM off", "AMM on", "AMM on, guidance 1.5"]
@@ -54,6 +56,59 @@ def test_report(quick_run):
     for variant in report["variants"].values():
         assert 0 <= variant["class_accuracy"] <= 1
         assert variant["spread_over_real"] > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "diffusion_pytorch_model.safetensors", "samples.npz", "digit_3.png", "report.json"]
+)
+@pytest.mark.parametrize("report", [None, '{"year": 2026}', "[", ""])
+def test_files_of_others_stay(tmp_path, name, report):
+    """As of a model of one's own, where no report.json says that a demo wrote them."""
+    if report is not None:
+        (tmp_path / "report.json").write_text(report)
+    if name != "report.json" or report is None:
+        (tmp_path / name).write_text("mine")
+    before = {file: file.read_text() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"report\.json"):
+        run_demo(DemoOptions(output=tmp_path, quick=True, device="cpu"))
+    assert {file: file.read_text() for file in before} == before
+    assert {file.name for file in tmp_path.iterdir()} <= {file.name for file in before} | {".lock"}
+
+
+def test_a_run_of_edt_train_stays(tmp_path):
+    """Though it is where the demo trains, and of the same recipe."""
+    demo = DemoOptions(output=tmp_path, quick=True, device="cpu", steps=2)
+    config = replace(edt.demo.train_config(demo, tmp_path / "run"), log_every=20)
+    edt.demo.digits_folder(config.data)
+    train(config)
+    with pytest.raises(ValueError, match=r"has in run a run of edt train that is no demo's; give another output"):
+        run_demo(demo)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_what_lies_beside_the_demos_files_stays(quick_run, tmp_path):
+    shutil.copytree(quick_run[0], tmp_path / "demo")
+    mine = [tmp_path / "demo" / name for name in ("samples_mine.png", "digit_x.png", "run/notes.txt",
+                                                  "run/checkpoints/notes.txt")]  # fmt: skip
+    for file in mine:
+        file.write_text("mine")
+    run_demo(DemoOptions(output=tmp_path / "demo", quick=True, device="cpu", seed=1, steps=2))
+    assert all(file.read_text() == "mine" for file in mine)
+
+
+def test_other_data_in_its_place(tmp_path):
+    write_dataset(tmp_path / "data", np.zeros((3, 1, 8, 8), np.uint8), np.zeros(3, np.int64))
+    with pytest.raises(ValueError, match="has other data than the digits"):
+        run_demo(DemoOptions(output=tmp_path, quick=True, device="cpu"))
+
+
+def test_two_demos_in_one_folder(tmp_path):
+    with open_folder(tmp_path), open(tmp_path / ".lock") as lock:
+        command = [sys.executable, "-m", "edt", "demo", "--quick", "--output", str(tmp_path), "--device", "cpu"]
+        second = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+        assert lock.read().strip() == str(os.getpid())
+    assert second.returncode == 2
+    assert "is in use by process" in second.stderr
 
 
 def test_repeats_exactly(quick_run, tmp_path):
@@ -124,6 +179,9 @@ def test_loss_that_is_not_finite_stops(tmp_path):
         ("sampling_steps", 0),
         ("sampling_steps", 1001),
         ("num_per_class", 1),
+        ("num_per_class", 10**9),
+        ("seed", -1),
+        ("seed", 10**400),
         ("learning_rate", float("nan")),
         ("guidance_scale", float("inf")),
         ("device", "abacus"),

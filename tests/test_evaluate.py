@@ -827,7 +827,7 @@ def test_names_that_are_no_utf8(sets, tmp_path):
 
 
 def test_statistics_beyond_floats():
-    far = Gaussian(torch.full((2,), 1e200).double(), torch.eye(2).double())
+    far = Gaussian(torch.full((2,), 1e200, dtype=torch.float64), torch.eye(2).double())
     near = Gaussian(torch.zeros(2).double(), torch.eye(2).double())
     with pytest.raises(ValueError, match="distance is not finite"):
         frechet_distance(far, near)

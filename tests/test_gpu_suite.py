@@ -85,6 +85,10 @@ def test_what_an_earlier_run_measured_is_not_this_ones(tmp_path):
     (tmp_path / "tiles.json").write_text("{}")
     for name in ("loss_curves.json", "loss_curves.png"):
         (tmp_path / name).write_text("{}")
+    with pytest.raises(SystemExit, match=r"has adaln\.json, and no suite\.json says that this wrote it"):
+        run([script("benchmark adaln", "raise SystemExit(1)")], 60, tmp_path, {})
+    assert (tmp_path / "adaln.json").exists()
+    (tmp_path / "suite.json").write_text("{}")
     run([script("benchmark adaln", "raise SystemExit(1)")], 60, tmp_path, {})
     assert (tmp_path / "loss_curves.json").exists()
     run([script("loss curves", "raise SystemExit(1)", group="curves")], 60, tmp_path, {})

@@ -209,3 +209,26 @@ def test_fine_tuning_starts_from_a_run(trained, run, tmp_path):
     tuned = edt.load_checkpoint(saved / "model").state_dict()
     for name in (name for name in averages if not name.startswith("final_layer.")):
         torch.testing.assert_close(tuned[name], averages[name], rtol=0, atol=1e-9)
+
+
+def test_pictures_of_others_stay(tmp_path):
+    """In a folder of one's own; those that edt plot drew there are drawn anew."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "full_loss": 1.0, "learning_rate": 0.1}\n')
+    output = tmp_path / "pictures"
+    assert len(plot_runs([tmp_path], output)) == len(plot_runs([tmp_path], output)) == 2
+    Image.new("RGB", (9, 9)).save(output / "learning_rate.png")
+    (output / "losses.png").unlink()
+    before = (output / "learning_rate.png").read_bytes()
+    with pytest.raises(ValueError, match=r"output has .*learning_rate\.png, which edt plot did not draw"):
+        plot_runs([tmp_path], output)
+    assert (output / "learning_rate.png").read_bytes() == before
+    assert not (output / "losses.png").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 2, "full_loss": "low"}', '{"step": true}', '{"step": 1%s}' % ("0" * 400), "[1]", "3"]
+)
+def test_figures_that_are_no_numbers(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "full_loss": 1.0}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has a line 2 without a step, or with a figure"):
+        plot_runs([tmp_path])

@@ -1,10 +1,14 @@
 """`edt sample`: which images, and that they are the same in any batches, on any processes, after a kill."""
 
+import errno
 import io
 import json
+import os
+import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -394,6 +398,35 @@ def test_an_incomplete_pipeline(checkpoints, tmp_path, capsys):
     assert "is no complete pipeline" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("model_index.json", "{}"),
+        ("model_index.json", {"scheduler": ["edt", 7]}),
+        ("model_index.json", {"id2label": []}),
+        ("model_index.json", {"id2label": "x"}),
+        ("model_index.json", {"id2label": {"0": 7}}),
+        ("scheduler/scheduler_config.json", '"runwayml/some-model"'),
+        ("scheduler/scheduler_config.json", "7"),
+        ("scheduler/scheduler_config.json", "["),
+    ],
+)
+def test_a_pipeline_of_wrong_json(checkpoints, tmp_path, capsys, file, values):
+    shutil.copytree(checkpoints / "named", tmp_path / "pipe")
+    path = tmp_path / "pipe" / file
+    path.write_text(values if isinstance(values, str) else json.dumps({**json.loads(path.read_text()), **values}))
+    assert main(arguments(tmp_path / "pipe", tmp_path / "out", "--labels", "3")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"edt: error: checkpoint {tmp_path / 'pipe'}")
+
+
+def test_a_vae_without_its_weights(checkpoints, tmp_path, capsys):
+    """As a transformer's folder, of which diffusers would make an autoencoder of random weights."""
+    args = arguments(checkpoints / "latent", tmp_path / "out", "--labels", "3", "--vae", checkpoints / "latent")
+    assert main(args) == 2
+    assert "which is no AutoencoderKL: it lacks" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_images_of_unknown_settings(checkpoints, tmp_path, capsys):
     draw(checkpoints / "grey", tmp_path, "--labels", 3, "--num-images", 1)
     (tmp_path / "samples.json").unlink()
@@ -429,3 +462,155 @@ def test_an_output_that_is_a_file(checkpoints, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert main(arguments(checkpoints / "grey", tmp_path / "out", "--labels", "3")) == 2
     assert "is a file; it must be a folder" in capsys.readouterr().err
+
+
+def save_picture(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 9), "red").save(file, format="PNG")
+
+
+FEW = ("--labels", 3, "--num-images", 2, "--steps", 1)
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+@pytest.mark.parametrize(
+    "name",
+    ["images/holiday.png", "images/000000.png", "images/000001.tmp", "samples.npz", "samples.png", "samples.tmp"],
+)
+def test_pictures_of_others_stay(checkpoints, tmp_path, capsys, name, overwrite):
+    """No samples.json says that they are of edt sample, whatever they are called."""
+    save_picture(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    assert main(arguments(checkpoints / "grey", tmp_path, *FEW, *overwrite)) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"output {tmp_path} has {name}, drawn with other settings (unknown)" in error
+    assert (tmp_path / name).read_bytes() == before
+    assert not (tmp_path / "samples.json").exists()
+
+
+def test_overwriting_removes_a_sets_own_images_alone(checkpoints, tmp_path, capsys):
+    draw(checkpoints / "grey", tmp_path, *FEW[:2], "--num-images", 4, *FEW[4:])
+    for name in ("holiday.png", "000004.png", "0000003.png", "3.png", "notes.tmp"):
+        save_picture(tmp_path / "images" / name)
+    (tmp_path / "samples_of_mine.png").write_text("mine")
+    draw(checkpoints / "grey", tmp_path, *FEW, "--seed", 1, "--overwrite")
+    left = {file.name for file in (tmp_path / "images").iterdir()}
+    assert left == {"000000.png", "000001.png", "000004.png", "0000003.png", "3.png", "holiday.png", "notes.tmp"}
+    assert (tmp_path / "samples_of_mine.png").exists()
+    # A set that grows would need the name of a picture that none of its own is.
+    assert main(arguments(checkpoints / "grey", tmp_path, *FEW[:2], "--num-images", 9, "--steps", 1, "--seed", 1,
+                          "--overwrite")) == 2  # fmt: skip
+    assert "has images/000004.png, drawn with other settings" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_half_written_picture_of_a_user_stays(checkpoints, tmp_path):
+    draw(checkpoints / "grey", tmp_path, *FEW)
+    for name in ("000001.tmp", "000002.tmp", "a.tmp"):
+        (tmp_path / "images" / name).write_text("half")
+    draw(checkpoints / "grey", tmp_path, *FEW)
+    assert sorted(file.name for file in (tmp_path / "images").glob("*.tmp")) == ["000002.tmp", "a.tmp"]
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "samples.json is no JSON, or torn"),
+        ('{"seed": 0, "st', "samples.json is no JSON, or torn"),
+        ("[1, 2]", "samples.json is JSON, but list"),
+        ("{}", "samples.json are not those of edt sample"),
+        ('{"weights": 1, "classes": 1, "steps": 1, "seed": 1, "num_images": "2"}', "are not those of edt sample"),
+        ('{"weights": 1, "classes": 1, "steps": 1, "seed": 1, "num_images": -1}', "are not those of edt sample"),
+    ],
+)
+def test_a_samples_json_of_others(checkpoints, tmp_path, capsys, text, message, overwrite):
+    (tmp_path / "samples.json").write_text(text)
+    save_picture(tmp_path / "images" / "000000.png")
+    assert main(arguments(checkpoints / "grey", tmp_path, *FEW, *overwrite)) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "samples.json") in error
+    assert message in error
+    assert (tmp_path / "samples.json").read_text() == text
+    assert (tmp_path / "images" / "000000.png").exists()
+
+
+def test_a_picture_that_was_changed_is_no_part_of_the_set(checkpoints, tmp_path, capsys):
+    """In samples.npz its bytes would shift all that follow."""
+    draw(checkpoints / "grey", tmp_path, *FEW)
+    save_picture(tmp_path / "images" / "000001.png")
+    (tmp_path / "samples.npz").unlink()
+    assert main(arguments(checkpoints / "grey", tmp_path, *FEW)) == 2
+    assert "000001.png is uint8 (9, 9, 3), the first image is (16, 16, 1); remove it" in capsys.readouterr().err
+    (tmp_path / "images" / "000001.png").unlink()
+    draw(checkpoints / "grey", tmp_path, *FEW)
+
+
+def test_a_full_disk_names_the_file(checkpoints, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    assert main(arguments(checkpoints / "grey", tmp_path, *FEW)) == 2
+    assert "images/000000.png cannot be written: No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [10**12, 10**400], ids=["large", "beyond floats"])
+@pytest.mark.parametrize("option", ["--num-images", "--num-per-class"])
+def test_a_set_has_an_end(checkpoints, tmp_path, capsys, option, size):
+    assert main(arguments(checkpoints / "grey", tmp_path / "out", "--labels", 3, option, size)) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "makes more images than a set has at most, 10000000" in error
+    assert option[2:].replace("-", "_") in error
+    assert not (tmp_path / "out").exists()
+
+
+def pipe_of(names) -> SimpleNamespace:
+    config = SimpleNamespace(num_classes=len(names))
+    labels = {name: i for i, name in enumerate(names) if name}
+    return SimpleNamespace(transformer=SimpleNamespace(config=config), labels=labels)
+
+
+AS_TEXT = ["0", "1", "10", "11", *map(str, range(2, 10))]  # as folders are sorted
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        (AS_TEXT, ("10",), ["10"]),
+        (AS_TEXT, ("2", "9-11"), ["2", "9", "10", "11"]),
+        (["1", "2", "5"], ("1-2", "5"), ["1", "2", "5"]),
+        (["007", "042", "100"], ("42", "7", "007"), ["042", "007", "007"]),
+        (["cat", "1", "dog", "2"], ("1-2", "cat"), ["1", "2", "cat"]),  # both are names
+        (["cat", "dog", "7"], ("0-1", "7"), ["cat", "dog", "7"]),  # neither is
+        (["3-4", "cat"], ("3-4",), ["3-4"]),
+        (["", "", ""], ("0-1",), ["", ""]),
+    ],
+)
+def test_numbers_that_are_names(names, labels, expected):
+    drawn = sample_set.chosen_classes(SampleOptions(Path(), labels=labels), pipe_of(names))
+    assert [names[number] for number in drawn] == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "message"),
+    [
+        (["1", "2", "5"], "0", "labels has 0; this model's classes are named by numbers, 1 to 5, and 0 is none"),
+        (["1", "2", "5"], "2-4", "named by numbers, 1 to 5"),
+        (["cat", "dog", "2"], "1-2", "labels has 1-2, of which 2 are names of classes and others are not"),
+        (["cat", "dog"], "2", "this model has classes 0 to 1"),
+        (["cat", "dog"], "-1", "this model has classes 0 to 1"),
+        (["1", "2"], "0-999999999999999", "this model has 2 classes"),
+        (["cat", "dog"], "9" * 5000, "it must be a number, a range such as 0-9, or a name"),
+    ],
+)
+def test_numbers_that_are_no_class(names, label, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sample_set.chosen_classes(SampleOptions(Path(), labels=(label,)), pipe_of(names))
+
+
+def test_says_which_classes_are_drawn(checkpoints, tmp_path, capsys):
+    draw(checkpoints / "named", tmp_path / "1", "--labels", "ace", "0", 7, "--num-per-class", 1, "--steps", 1)
+    said = "edt: draws classes digit 1, ace (number 1), digit 0, nought (number 0), 7 (number 7)"
+    assert said in capsys.readouterr().err.splitlines()
+    draw(checkpoints / "grey", tmp_path / "2", *FEW)
+    assert "edt: draws" not in capsys.readouterr().err
