@@ -2,11 +2,12 @@
 Human-like Sketching" (arXiv 2410.23788), as released."""
 
 import inspect
+import json
 import math
-from collections.abc import Collection
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -39,6 +40,16 @@ NUM_STAGES = 5
 NUM_MERGES = 2
 _MAX_NUMBERS = 10**11  # in the weights or tables that one argument makes; EDT-XL has 7·10⁸ in all
 BLOCK_MODULATIONS = 6  # shift, scale and gate, of attention and MLP
+
+# A saved model's folder brings this file for diffusers' AutoModel.
+_AUTO_MODULE = "edt_transformer"
+_AUTO_CODE = """try:
+    from edt.model import EDTTransformer2DModel  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "edt":
+        raise
+    raise ImportError("this model needs pip install edt-kernels") from error
+"""
 
 
 @dataclass
@@ -204,17 +215,41 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         self.set_amm_blocks(amm_blocks)
         self.initialize_weights()
 
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """With the file by which `AutoModel.from_pretrained(…, trust_remote_code=True)` finds this class."""
+        super().save_config(save_directory, push_to_hub, **kwargs)
+        Path(save_directory, f"{_AUTO_MODULE}.py").write_text(_AUTO_CODE)
+
+    def to_json_string(self) -> str:
+        config = json.loads(super().to_json_string())
+        config["auto_map"] = {"AutoModel": f"{_AUTO_MODULE}.EDTTransformer2DModel"}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """Without `auto_map`, which is no argument of the model."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As any diffusers model's; with `ignore_mismatched_sizes` weights of other sizes get initial values."""
-        if kwargs.get("ignore_mismatched_sizes") and kwargs.get("device_map") is None:
+        """As any diffusers model's; weights that `ignore_mismatched_sizes` leaves out get initial values."""
+        if not kwargs.get("ignore_mismatched_sizes"):
+            return super().from_pretrained(*args, **kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        if kwargs.get("device_map") is None:
             kwargs.setdefault("low_cpu_mem_usage", False)  # which would leave them on meta
-        return super().from_pretrained(*args, **kwargs)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if info["mismatched_keys"]:  # diffusers says "newly initialized", of uninitialised memory
+            initial = cls.from_config(model.config)
+            with torch.no_grad():
+                for name, *_ in info["mismatched_keys"]:
+                    model.get_parameter(name).copy_(initial.get_parameter(name))
+        return (model, info) if with_info else model
 
     def set_amm_blocks(self, blocks: tuple[int, ...]) -> None:
         """Places AMM in these blocks, 0-based over all stages; () switches it off. Kept by `save_pretrained`."""
         depths = self.config.depths
-        if isinstance(blocks, str) or not isinstance(blocks, Collection):
+        if not isinstance(blocks, (tuple, list, range, set, frozenset)):
             raise TypeError(f"blocks is {blocks!r}; it must be a tuple of block numbers")
         _check_block_numbers("blocks", blocks, sum(depths))
         first = 0
@@ -326,10 +361,10 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         keep_masks = [None] * NUM_MERGES if keep_masks is None else list(keep_masks)
         mid_keep = keep_masks.pop(0) if len(keep_masks) > NUM_MERGES else None
 
+        tokens = x = self.position(self.patch_embedding(hidden_states), stream_dtype)  # (B, N, C0)
         cond = self._embed_conditioning(timestep, class_labels, hidden_states, label_drops)
         cond = F.silu(cond)  # (B, C0), once for all modulations
         routing = self._routing_masks(timestep, batch_size, hidden_states.device)  # a stage: (B, 1, C) or None
-        tokens = x = self.position(self.patch_embedding(hidden_states), stream_dtype)  # (B, N, C0)
 
         if middle is None and expanded is None:
             positions = None if mid_keep is None else self.position.constant_on("table", x.device)
@@ -483,7 +518,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
                 f"{', '.join(map(str, latent_shape))})"
             )
         batch_size = hidden_states.shape[0]
-        _check_timestep(timestep, batch_size)
+        _check_timestep(timestep, hidden_states)
         _check_class_labels(class_labels, self.config.num_classes, hidden_states)
         _check_label_drops(label_drops, self.config.num_classes, hidden_states)
         if keep_masks is None:
@@ -519,7 +554,8 @@ def load_preset(name: str, **overrides) -> EDTTransformer2DModel:
     return EDTTransformer2DModel(**{**PRESETS[name], **overrides})
 
 
-def _check_timestep(timestep, batch_size: int) -> None:
+def _check_timestep(timestep, hidden_states: Tensor) -> None:
+    batch_size = hidden_states.shape[0]
     if not isinstance(timestep, Tensor):
         if not isinstance(timestep, Real) or isinstance(timestep, bool):
             raise TypeError(f"timestep is a {type(timestep).__name__}; it must be a tensor or a number")
@@ -533,6 +569,8 @@ def _check_timestep(timestep, batch_size: int) -> None:
             f"timestep has shape {tuple(timestep.shape)}; it must be a scalar or ({batch_size},), as "
             f"hidden_states has {batch_size} samples"
         )
+    if timestep.is_meta and not hidden_states.is_meta:  # from elsewhere it is copied
+        raise ValueError(f"timestep is on meta; it must have values, as hidden_states on {hidden_states.device}")
     if has_readable_values(timestep) and not timestep.isfinite().all():
         raise ValueError("timestep has values that are not finite")
 

@@ -590,8 +590,8 @@ def test_mlp_recomputes_gelu_but_no_product():
 
 
 def test_repeated_blocks_compile(inputs):
-    """More variants than torch compiles of one function by default."""
-    model = tiny_model().eval()
+    """Nine variants, more than torch compiles of one function by default."""
+    model = tiny_model(depths=(2, 2, 2, 2, 1), amm_blocks=()).eval()
     torch._dynamo.reset()
     with torch.no_grad():
         expected = model(*inputs).sample
@@ -636,6 +636,12 @@ BAD_CALLS = {
     "channels": ((torch.zeros(2, 3, 16, 16), TIMESTEP, LABELS), {}, ValueError, r"hidden_states .*\(B, 4, 16"),
     "no batch": ((torch.zeros(4, 16, 16), TIMESTEP, LABELS), {}, ValueError, r"hidden_states has shape"),
     "integers": ((LATENTS.long(), TIMESTEP, LABELS), {}, TypeError, r"hidden_states is torch.int64"),
+    "other dtype": (
+        (LATENTS.bfloat16(), TIMESTEP, LABELS),
+        {},
+        TypeError,
+        r"hidden_states is .*16, but the weights",
+    ),
     "no tensor": (([[0.0]], TIMESTEP, LABELS), {}, TypeError, r"hidden_states is list"),
     "timesteps": ((LATENTS, torch.zeros(3), LABELS), {}, ValueError, r"timestep has shape \(3,\)"),
     "timestep 2-d": ((LATENTS, torch.zeros(2, 1), LABELS), {}, ValueError, r"timestep has shape \(2, 1\)"),
@@ -651,6 +657,12 @@ BAD_CALLS = {
     "timestep nan": ((LATENTS, math.nan, LABELS), {}, ValueError, r"timestep is nan; it must be finite"),
     "timestep huge": ((LATENTS, 10**400, LABELS), {}, ValueError, r"timestep is 10+; it must be finite"),
     "timesteps inf": ((LATENTS, TIMESTEP / 0, LABELS), {}, ValueError, r"timestep has values that are not finite"),
+    "timestep meta": (
+        (LATENTS, TIMESTEP.to("meta"), LABELS),
+        {},
+        ValueError,
+        r"timestep is on meta; it must have",
+    ),
     "label device": ((LATENTS, TIMESTEP, LABELS.to("meta")), {}, ValueError, r"class_labels is on meta; it must"),
     "masks as one": ((LATENTS, TIMESTEP, LABELS), {"keep_masks": KEEP[0]}, TypeError, r"keep_masks is Tensor"),
     "masks of int": ((LATENTS, TIMESTEP, LABELS), {"keep_masks": 3}, TypeError, r"keep_masks is int; it must be"),
@@ -728,7 +740,7 @@ def test_bad_draws(args, kwargs, error, message):
             draw(*args, **kwargs)
 
 
-@pytest.mark.parametrize("blocks", [None, 7, "7", 1.0])
+@pytest.mark.parametrize("blocks", [None, 7, "7", 1.0, {}])
 def test_amm_blocks_that_are_no_collection(blocks):
     with pytest.raises(TypeError, match=f"blocks is {blocks!r}; it must be a tuple of block numbers"):
         tiny_model().set_amm_blocks(blocks)
@@ -797,7 +809,8 @@ def from_meta_without_buffers(tmp_path):
     with accelerate.init_empty_weights(include_buffers=True):
         model = edt.EDTTransformer2DModel(**TINY)
     tiny_model().save_pretrained(tmp_path)
-    return accelerate.load_checkpoint_and_dispatch(model, tmp_path, device_map={"": "cpu"})
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    return accelerate.load_checkpoint_and_dispatch(model, str(weights), device_map={"": "cpu"})
 
 
 def emptied_and_loaded():
@@ -835,7 +848,7 @@ def test_initial_weights_after_the_meta_device(inputs):
 @pytest.mark.parametrize("training", [False, True])
 def test_export_with_a_dynamic_batch(training, inputs):
     batch = torch.export.Dim("batch", min=1, max=64)
-    model = tiny_model(class_dropout_prob=0.0).train(training)
+    model = tiny_model(class_dropout_prob=0.0, depths=(1,) * 5, amm_blocks=(3,)).train(training)
     arguments = dict(zip(("hidden_states", "timestep", "class_labels"), inputs, strict=True))
     with torch.no_grad():
         program = torch.export.export(
@@ -886,11 +899,25 @@ def test_block_level_offloading_moves_blocks():
         if hasattr(module, "_diffusers_hook"):
             group = module._diffusers_hook.get_hook(_GROUP_OFFLOADING).group
             groups[id(group)] = [*group.parameters, *(p for m in group.modules for p in m.parameters())]
-    moved = [parameter for group in groups.values() for parameter in group]
-    assert len(moved) == len(set(moved)) == len(list(model.parameters()))
-    largest = max(parameter.numel() for parameter in moved)
-    blocks = {sum(p.numel() for p in stage.blocks[0].parameters()) for stage in model.stages}
-    assert max(sum(p.numel() for p in group) for group in groups.values()) <= max(largest, *blocks) * 2
+    assert {parameter for group in groups.values() for parameter in group} == set(model.parameters())
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    for group in groups.values():
+        assert sum(block.attn.qkv.weight in set(group) for block in blocks) <= 1
+
+
+@pytest.mark.parametrize("path", [[], ["save_pretrained"]])
+def test_auto_model_loads_a_saved_folder(path, tmp_path, inputs):
+    """From the class that the folder names, which is the installed one."""
+    model = tiny_model(num_classes=10).eval()
+    model.save_pretrained(tmp_path)
+    if path:  # a folder that was loaded and saved again
+        edt.EDTTransformer2DModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+        tmp_path = tmp_path / "again"
+    loaded = diffusers.AutoModel.from_pretrained(str(tmp_path), trust_remote_code=True)
+    assert type(loaded) is edt.EDTTransformer2DModel
+    assert "auto_map" not in loaded.config
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs).sample, model(*inputs).sample)
 
 
 def test_mismatched_sizes_are_left_out(tmp_path, inputs):
@@ -898,6 +925,7 @@ def test_mismatched_sizes_are_left_out(tmp_path, inputs):
     model = edt.EDTTransformer2DModel.from_pretrained(tmp_path, num_classes=4, ignore_mismatched_sizes=True)
     assert model.label_embedding.weight.shape[0] == 5
     assert torch.equal(model.stages[2].blocks[0].mlp.fc1.weight, tiny_model().stages[2].blocks[0].mlp.fc1.weight)
+    assert 0 < model.label_embedding.weight.std() < 0.04  # initial values
     assert model(inputs[0], inputs[1], torch.tensor([0, 4, 2])).sample.isfinite().all()
 
 
@@ -959,13 +987,13 @@ def test_low_rank_adapters_are_saved_and_loaded(inputs, tmp_path):
         assert relative_error(adapted, plain) > 1e-3
         model.save_lora_adapter(tmp_path)
         other = tiny_model().eval()
-        other.load_lora_adapter(tmp_path, prefix=None)
+        other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
         assert relative_error(other(*inputs).sample, adapted) <= PARITY
         other.fuse_lora()
-        assert relative_error(other(*inputs).sample, adapted) <= PARITY
+        assert relative_error(other(*inputs).sample, adapted) <= 10 * PARITY
         other.unfuse_lora()
         other.unload_lora()
-        assert relative_error(other(*inputs).sample, plain) <= PARITY
+        assert relative_error(other(*inputs).sample, plain) <= 10 * PARITY
 
 
 def test_loading_in_16_bits_is_loading_and_casting(inputs, tmp_path):
