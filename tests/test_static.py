@@ -17,7 +17,6 @@ from benchmarks import assembly, static
 from benchmarks.shapes import ATTENTION_256, ATTENTION_512, EDT_ATTENTION, NORMS_256, NormShape
 from benchmarks.static_report import NARROW_LOADS, faults, summary
 
-
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 PROVEN = re.search(r"^triton==(.*)$", CONSTRAINTS.read_text(), re.MULTILINE).group(1)
 
