@@ -322,6 +322,7 @@ def work(first):
     for op in (*CALLS[first:], *CALLS[:first]):
         wrong.extend(op for a, b in zip(results(op), expected[op], strict=True) if not torch.equal(a, b))
 
+threading.excepthook = lambda raised: wrong.append(repr(raised.exc_value)[:200])
 threads = [threading.Thread(target=work, args=(first,)) for first in range(len(CALLS))]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]

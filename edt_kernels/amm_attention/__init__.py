@@ -100,10 +100,10 @@ def amm_attention(
         (B, N, heads, D) in q's dtype. Softmax and modulation are in float32, on the Triton path logits and
         accumulation too (the reference leaves them to `torch.matmul` in q's dtype). For backward the Triton path
         keeps q, k, v, the tables, the output and one float32 per query row and head (two for float32 inputs);
-        nothing of size N×N is written to device memory. Where one key takes nearly all of a row, the gradients of
-        q, k and the bias cancel to what rounding the output to its dtype left, but for rows within one tile. There, sequences of up to 32 tokens share tiles with their
-        neighbours in the batch: a value that is not finite may spread to those. A row whose bias is −∞ everywhere
-        is 0 (NaN in the reference), its gradients are NaN.
+        nothing of size N×N is written to device memory. There, sequences of up to 32 tokens share tiles with
+        their neighbours in the batch: a value that is not finite may spread to those. Where one key takes nearly
+        all of a row longer than a tile, the gradients of q, k and bias cancel down to the rounding of the output.
+        A row whose bias is −∞ everywhere is 0 (NaN in the reference), its gradients are NaN.
 
     Raises:
         TypeError: for a tensor argument that is no floating-point tensor, or dtypes that differ.
