@@ -1,6 +1,5 @@
 """Argument checks that the ops share. Each error names the argument, what came and what is needed."""
 
-import math
 from numbers import Real
 
 import torch
@@ -20,10 +19,34 @@ def enabled_autocast_dtype(tensor) -> torch.dtype | None:
     return None
 
 
+_FLOATING = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+_FLOAT32 = torch.finfo(torch.float32)
+_LARGEST_SIDE = 2**31 - 1  # the kernels count tokens in 32 bits
+
+
+def shown(value) -> str:
+    """A value in an error: in full if short. An integer of thousands of digits cannot be printed at all."""
+    try:
+        text = repr(value)
+    except Exception:  # whatever the __repr__ of a foreign object does
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:60]}… ({type(value).__name__})"
+
+
+def check_dense(name: str, tensor, kind: str) -> None:
+    """A tensor in plain strides; `kind` is what the message asks for."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}; it must be {kind}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} is a tensor of layout {layout}; it must be {kind} that is dense, with strides")
+
+
 def check_floating(name: str, tensor) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} is {given}; it must be a floating-point tensor")
+    check_dense(name, tensor, "a floating-point tensor")
+    if tensor.dtype not in _FLOATING:
+        needed = "a floating-point tensor" + " of 16, 32 or 64 bits" * tensor.is_floating_point()
+        raise TypeError(f"{name} is {tensor.dtype}; it must be {needed}")
 
 
 def check_like(name: str, tensor, shape: tuple[int, ...], other: str, like: Tensor) -> None:
@@ -44,12 +67,16 @@ def check_rows(name: str, tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (B, N, C)")
 
 
+def _check_pair(name: str, pair, meaning: str, least: int) -> tuple[int, int]:
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(n) is int for n in pair)):
+        raise TypeError(f"{name} is {shown(pair)}; it must be a pair of integers {meaning}")
+    if min(pair) < least or max(pair) > _LARGEST_SIDE:
+        raise ValueError(f"{name} is {shown(tuple(pair))}; both must be {least} to {_LARGEST_SIDE}")
+    return tuple(pair)
+
+
 def check_grid(grid) -> tuple[int, int]:
-    if not (isinstance(grid, (tuple, list)) and len(grid) == 2 and all(type(n) is int for n in grid)):
-        raise TypeError(f"grid is {grid!r}; it must be a pair of integers (H, W)")
-    if min(grid) < 1:
-        raise ValueError(f"grid is {tuple(grid)}; both sides must be at least 1")
-    return tuple(grid)
+    return _check_pair("grid", grid, "(H, W)", 1)
 
 
 def check_even_grid(grid) -> tuple[int, int]:
@@ -60,29 +87,37 @@ def check_even_grid(grid) -> tuple[int, int]:
 
 
 def check_extra_tokens(extra) -> tuple[int, int]:
-    if not (isinstance(extra, (tuple, list)) and len(extra) == 2 and all(type(n) is int for n in extra)):
-        raise TypeError(f"num_extra_tokens is {extra!r}; it must be a pair of integers (before, after)")
-    if min(extra) < 0:
-        raise ValueError(f"num_extra_tokens is {tuple(extra)}; neither may be negative")
-    return tuple(extra)
+    return _check_pair("num_extra_tokens", extra, "(before, after)", 0)
+
+
+def check_number(name: str, value, needed: str = "a number") -> float:
+    """A real number that a float holds, NaN and infinity included."""
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be {needed}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is {shown(value)}; it must be within the range of a float") from None
 
 
 def check_scale(scale) -> float | None:
-    if scale is not None and not isinstance(scale, Real):
-        raise TypeError(f"scale is a {type(scale).__name__}; it must be a number or None")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
-    return scale
+    if scale is None:
+        return None
+    number = check_number("scale", scale, "a number or None")
+    if not abs(number) <= _FLOAT32.max:
+        raise ValueError(f"scale is {number}; it must be finite in float32")
+    return number
 
 
 def check_eps(eps) -> float:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps is a {type(eps).__name__}; it must be a number")
-    if not 0 < eps < float("inf"):
-        raise ValueError(f"eps is {eps}; it must be positive and finite")
-    return float(eps)
+    number = check_number("eps", eps)
+    if not _FLOAT32.tiny <= number <= _FLOAT32.max:
+        raise ValueError(f"eps is {number}; it must be positive and finite in float32")
+    return number
 
 
-def check_out_dtype(out_dtype) -> None:
-    if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
-        raise TypeError(f"out_dtype is {out_dtype!r}; it must be a floating-point torch.dtype or None")
+def check_out_dtype(name: str, dtype) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in _FLOATING):
+        raise TypeError(f"{name} is {shown(dtype)}; it must be float64, float32, bfloat16, float16 or None")

@@ -6,6 +6,7 @@ import torch
 from layouts import lay_out
 
 import edt_kernels
+from edt_kernels.amm_attention.reference import expand_offset_table
 from edt_kernels.testing import assert_within_budget
 
 
@@ -95,3 +96,30 @@ def check(case: Case, dtype: torch.dtype, device: str, logsumexp: float = 0.0) -
             terms = (inputs["grad"].double() * exact["out"]).sum(-1).norm().item()
             slack = torch.finfo(dtype).eps * terms * inputs["qkv"].abs().max().item()
         assert_within_budget(name, result[name], exact[name], eager[name], slack)
+
+
+def slack_of_saturated_rows(case: Case, inputs: dict, dtype: torch.dtype) -> dict[str, float]:
+    """How far gradients may be off beyond the budget where one key takes nearly all of a row.
+
+    dS = P·(dP − delta) cancels there. An error of delta is P times it in dS, and from there in dq, dk and dbias.
+    delta has the rounding of O, a rounding step of `dtype` for each term of ΣO·dO; P that of logits, a rounding
+    step of float32 of the largest.
+    """
+    q, k, v = (tensor.transpose(1, 2) for tensor in inputs["qkv"].double().unbind(2))
+    grad_out = inputs["grad"].double().transpose(1, 2)
+    logits = (q @ k.mT) * case.head_dim**-0.5
+    p = torch.softmax(logits, -1)
+    weights = p
+    if case.modulation is not None:
+        weights = p * expand_offset_table(inputs["modulation"].double(), case.grid, case.extra, 1.0)
+    step = torch.finfo(torch.float32).eps * (1 + logits.abs().max())
+    terms = (weights @ v * grad_out).abs().sum(-1, keepdim=True)
+    of_delta = (torch.finfo(dtype).eps + step) * terms + step * (weights * (grad_out @ v.mT)).abs().sum(-1, True)
+    of_logits = p * of_delta * case.head_dim**-0.5
+    return {
+        "out": step * (weights @ v.abs()).norm().item(),
+        "grad of q": (of_logits @ k.abs()).norm().item(),
+        "grad of k": (of_logits.mT @ q.abs()).norm().item(),
+        "grad of v": step * (weights.mT @ grad_out.abs()).norm().item(),
+        "grad of modulation": step * (p * (grad_out @ v.mT).abs()).norm().item() * case.num_tokens**0.5,
+    }

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from attention_cases import Case, check, make_inputs, run
+from attention_cases import Case, check, make_inputs, run, slack_of_saturated_rows
 
 import edt_kernels
 from edt_kernels.amm_attention import autograd
@@ -133,6 +133,40 @@ def test_large_logits_do_not_overflow():
         # Backward restores probabilities from a logsumexp of this magnitude, which eager does not round.
         slack = 300 * torch.finfo(torch.float32).eps * exact[name].norm().item()
         assert_within_budget(name, result[name], exact[name], eager[name], slack)
+
+
+SATURATED = {
+    "one key for all": lambda q, k: (q + 3, 2 * k[..., :1].expand_as(k)),
+    "each its own key": lambda q, k: (30 * q, k),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("kind", SATURATED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("grid", "modulation", "within_budget"),
+    [
+        ((4, 4), "shared", True),  # a tile holds whole rows, which make their own sum and delta
+        ((4, 4), None, False),
+        ((5, 11), "shared", False),
+        ((5, 11), None, False),
+    ],
+)
+def test_rows_that_one_key_takes(grid, modulation, within_budget, dtype, kind):
+    """The edge of the error budget: beyond it, gradients have what rounding the output and the logits makes."""
+    case = Case(grid, head_dim=64, batch_size=1, modulation=modulation, bias=False)
+    inputs = make_inputs(case, torch.float32, "cpu")
+    q, k, v = inputs["qkv"].unbind(2)
+    inputs["qkv"] = torch.stack([*SATURATED[kind](q, k), v], dim=2).to(dtype)
+    inputs["grad"] = inputs["grad"].to(dtype)
+    result = run(edt_kernels.amm_attention, case, inputs)
+    exact = run(edt_kernels.reference.amm_attention, case, inputs, torch.float64)
+    eager = run(edt_kernels.reference.amm_attention, case, inputs)
+    slack = {} if within_budget else slack_of_saturated_rows(case, inputs, dtype)
+    for name in exact:
+        assert_within_budget(name, result[name], exact[name], eager[name], slack.get(name, 0.0))
 
 
 @pytest.mark.interpreter

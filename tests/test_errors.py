@@ -5,12 +5,14 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from calls import GRID, OPS, arguments, call
 
 import edt_kernels
 from edt_kernels import _backend, _launch, _tiles
+from edt_kernels._checks import shown
 
 Q = torch.zeros(1, 6, 2, 4)
 ATTENTION = {"q": Q, "k": Q, "v": Q, "grid": (2, 3)}
@@ -22,6 +24,13 @@ BAD_ATTENTION = [
     ({"grid": 6}, TypeError, "grid is 6"),
     ({"grid": (2, 3, 1)}, TypeError, r"grid is \(2, 3, 1\)"),
     ({"grid": (2.0, 3)}, TypeError, r"grid is \(2\.0, 3\)"),
+    ({"grid": (10**5000, 1)}, ValueError, "grid is a tuple; both must be 1 to 2147483647"),
+    (
+        {"k": Q.to_sparse()},
+        TypeError,
+        "k is a tensor of layout sparse_coo; it must be a floating-point tensor that",
+    ),
+    ({"v": Q.to(torch.float8_e4m3fn)}, TypeError, "v is torch.float8_e4m3fn; .* of 16, 32 or 64 bits"),
     ({"q": Q.long()}, TypeError, "q is torch.int64"),
     ({"k": Q.int()}, TypeError, "k is torch.int32"),
     ({"v": Q > 0}, TypeError, "v is torch.bool"),
@@ -44,6 +53,9 @@ BAD_ATTENTION = [
     ({"rel_pos_bias": 0.0}, TypeError, "rel_pos_bias is float"),
     ({"scale": NAN}, ValueError, "scale is nan"),
     ({"scale": -INFINITY}, ValueError, "scale is -inf"),
+    ({"scale": 1e39}, ValueError, r"scale is 1e\+39; it must be finite in float32"),
+    ({"scale": -(10**400)}, ValueError, r"scale is -10{58}… \(int\); it must be within the range of a float"),
+    ({"scale": True}, TypeError, "scale is a bool"),
     ({"scale": "1"}, TypeError, "scale is a str"),
     ({"scale": torch.ones(1)}, TypeError, "scale is a Tensor"),
     ({"num_extra_tokens": (1, 0)}, ValueError, r"num_extra_tokens \(1, 0\) means 7 tokens"),
@@ -60,7 +72,11 @@ BAD_TABLE = [
     ({"grid": (4, 4), "radius": -1.0}, ValueError, r"radius is -1\.0"),
     ({"grid": (4, 4), "radius": NAN}, ValueError, "radius is nan"),
     ({"grid": (4, 4), "radius": INFINITY}, ValueError, "radius is inf"),
+    ({"grid": (4, 4), "radius": 10**400}, ValueError, r"radius is 10{59}… \(int\); it must be within the range"),
     ({"grid": (4, 4), "dtype": torch.int32}, TypeError, "dtype is torch.int32"),
+    ({"grid": (4, 4), "dtype": None}, TypeError, "dtype is None"),
+    ({"grid": (4, 4), "device": "abacus"}, ValueError, "device is 'abacus'; it must be one that torch has here"),
+    ({"grid": (10**6, 10**6)}, ValueError, r"its table would have 3999996000001 entries, of at most 67108864"),
 ]
 
 
@@ -81,16 +97,16 @@ def bad_calls(op: str):
     if op != "gated_residual":
         yield "eps", "1", TypeError, "eps is a str; it must be a number"
         yield "eps", True, TypeError, "eps is a bool; it must be a number"
-        for eps in (0.0, -1.0, NAN, INFINITY):
-            yield "eps", eps, ValueError, f"eps is {eps}; it must be positive and finite"
+        for eps in (0.0, -1.0, 1e-40, 1e39, NAN, INFINITY):
+            yield "eps", eps, ValueError, f"eps is {eps}; it must be positive and finite in float32"
     if op in ("adaln", "gated_residual_adaln", "token_merge_adaln"):
-        needed = "it must be a floating-point torch.dtype or None"
+        needed = "it must be float64, float32, bfloat16, float16 or None"
         yield "out_dtype", torch.int8, TypeError, f"out_dtype is torch.int8; {needed}"
         yield "out_dtype", "float16", TypeError, f"out_dtype is 'float16'; {needed}"
     if op in ("token_merge_adaln", "token_split_concat_adaln"):
         for grid in (8, (2, 2, 2), (4.0, 2), (True, 8)):
             yield "grid", grid, TypeError, f"grid is {grid!r}; it must be a pair of integers (H, W)"
-        yield "grid", (0, 8), ValueError, "grid is (0, 8); both sides must be at least 1"
+        yield "grid", (0, 8), ValueError, "grid is (0, 8); both must be 1 to 2147483647"
         yield "grid", (4, 4), ValueError, f"grid (4, 4) means 16 tokens, but x has 8 (shape {x_shape})"
     if op == "token_merge_adaln":
         yield "grid", (8, 1), ValueError, "grid is (8, 1); both sides must be even to merge 2×2 tokens"
@@ -112,6 +128,86 @@ BAD_NORMS = [(op, *case) for op in NORM_OPS for case in bad_calls(op)]
 def call_with(op: str, **changed):
     grid = {"grid": GRID} if op in ("amm_attention", "token_merge_adaln", "token_split_concat_adaln") else {}
     return getattr(edt_kernels, op)(**{**arguments(op), **grid, **changed})
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Unprintable:
+    def __repr__(self):
+        raise OSError
+
+
+def foreign_values(right) -> list:
+    """Values of every kind that no argument was meant for, and a few that some accept."""
+    scalars = [
+        None,
+        True,
+        0,
+        -1,
+        1.5,
+        NAN,
+        INFINITY,
+        10**400,
+        -(10**5000),
+        1j,
+        "1",
+        b"",
+        torch.float16,
+        torch.int8,
+    ]
+    scalars += [[], (), {}, object(), Unprintable(), lambda: 0, np.float32(1), np.zeros(3), torch.tensor(1.0)]
+    pairs = [(4,), (4, 2, 1), (4.0, 2), ("4", "2"), (True, 8), (0, 8), (-4, -2), (10**400, 1), (10**6, 10**6)]
+    if not isinstance(right, torch.Tensor):
+        return [*scalars, *pairs]
+    right = right.detach()
+    dtypes = (torch.int64, torch.bool, torch.complex64, torch.float64, torch.float16, torch.float8_e4m3fn)
+    tensors = [right.to(dtype) for dtype in dtypes]
+    for dim in range(right.ndim):
+        tensors += [torch.cat([right, right.narrow(dim, 0, 1)], dim), right.narrow(dim, 0, 0)]
+        tensors += [right.narrow(dim, 0, 1), right.transpose(dim, dim - 1)]
+    tensors += [right.flatten()[0], right[None], right[0], right.flatten(), right.to("meta"), right.to_sparse()]
+    tensors += [
+        right.float().to_mkldnn(),
+        torch.nested.nested_tensor([right[0], right[0]]),
+        right.as_subclass(Subclass),
+    ]
+    return [*scalars, *pairs, *tensors, right.numpy(), right.tolist(), right.flatten()[0].expand(right.shape)]
+
+
+def all_arguments(op: str) -> dict:
+    arrangement = {} if op in NORM_OPS[:3] else {"grid": GRID}
+    if op == "amm_table":
+        return {**arrangement, "form": "exp_cos", "radius": None, "dtype": torch.float32, "device": None}
+    if op == "amm_attention":
+        return {**arguments(op), **arrangement, "scale": None, "num_extra_tokens": (0, 0)}
+    if op == "token_merge_adaln":
+        arrangement["keep"] = torch.ones(2, 8, dtype=torch.bool)
+    arrangement |= {} if op == "gated_residual" else {"eps": 1e-6}
+    takes_dtype = op in ("adaln", "gated_residual_adaln", "token_merge_adaln")
+    return {**arguments(op), **arrangement, **({"out_dtype": None} if takes_dtype else {})}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("op", [*OPS, "amm_table"])
+def test_a_foreign_value_is_accepted_or_refused_by_name(op):
+    """In each argument in turn."""
+    right, refusals = all_arguments(op), []
+    for name in right:
+        for value in foreign_values(right[name]):
+            try:
+                out = getattr(edt_kernels, op)(**{**right, name: value})
+            except (ValueError, TypeError) as error:
+                refusals.append((name, shown(value), str(error)))
+            else:
+                tensors = out if isinstance(out, tuple) else (out,)
+                assert all(tensor.is_floating_point() for tensor in tensors), (name, shown(value))
+    for name, value, message in refusals:
+        said = re.search(rf"\b{name}\b", message) and re.search(r"\b(must|needs?|means|of at most)\b", message)
+        assert said, (name, value, message)
+        assert len(message) < 500, (name, value)
+    assert len(refusals) > 15 * len(right)
 
 
 def pretend_kernels_run(monkeypatch) -> None:

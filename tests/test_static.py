@@ -7,21 +7,38 @@ whatever `python -m benchmarks.static` does.
 import dataclasses
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from benchmarks import assembly, static
 from benchmarks.shapes import ATTENTION_256, ATTENTION_512, EDT_ATTENTION, NORMS_256, NormShape
 from benchmarks.static_report import NARROW_LOADS, faults, summary
 
+CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
+PROVEN = re.search(r"^triton==(.*)$", CONSTRAINTS.read_text(), re.MULTILINE).group(1)
+
 
 def check(launches: list[static.Launch], target: str) -> list[static.Report]:
     """Compiles what differs among the launches and asserts that nothing is wrong with it."""
     rows = [static.report(launch, target, disassemble=False) for launch in static.unique(launches)]
-    for row in rows:
-        assert not faults(row), row
+    found = {f"{row.target} {row.kernel}: {fault}": fault for row in rows for fault in faults(row)}
+    without_spills(found)
     return rows
+
+
+def without_spills(found: dict[str, str]) -> None:
+    """Asserts that no fault was found, whatever the compiler; with another Triton than the proven one, registers
+    alone may not suffice, and the test is an expected failure that says so."""
+    spills = {kernel: fault for kernel, fault in found.items() if fault.startswith("spills")}
+    version = triton.__version__.partition("+")[0]
+    if version == PROVEN or not spills:
+        assert not found
+    assert found.keys() == spills.keys(), found
+    if spills:
+        pytest.xfail(f"registers proven with Triton {PROVEN}; with {version}, {spills}")
 
 
 def check_attention(launches: list[static.Launch], target: str) -> None:
@@ -102,8 +119,8 @@ def test_wide_norms_compile_without_spills(channels, wider):
     """As wide as `choose_row_tile` says; ops named `wider` hold more than that in registers."""
     launches = [launch for launch in static.norm_launches((8, 8), channels, "sm_90") if launch.op not in wider]
     assert launches
-    for launch in launches:
-        assert not static.report(launch, "sm_90", disassemble=False).spilled_bytes, launch
+    rows = [static.report(launch, "sm_90", disassemble=False) for launch in launches]
+    without_spills({row.kernel: f"spills {row.spilled_bytes}" for row in rows if row.spilled_bytes})
 
 
 @pytest.mark.parametrize(("grid", "channels", "batch_size"), [((2, 2), 33, 1), ((6, 10), 1, 2), ((6, 6), 8192, 1)])
@@ -160,6 +177,18 @@ def test_a_load_that_cannot_be_traced_is_a_fault():
     assert faults(dataclasses.replace(row, bytes_per_load={**row.bytes_per_load, "unknown": {4: 1}}))
 
 
+@pytest.mark.parametrize("version", [PROVEN, "3.9.0"])
+def test_only_spills_of_another_triton_are_expected(version, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", version)
+    other, spill = {"forward": "needs 5 bytes of shared memory of 4"}, {"backward": "spills 8 bytes"}
+    without_spills({})
+    for found in (other, other | spill):
+        with pytest.raises(AssertionError):
+            without_spills(found)
+    with pytest.raises(AssertionError if version == PROVEN else pytest.xfail.Exception, match="spills 8 bytes"):
+        without_spills(spill)
+
+
 # What the report is made of.
 
 
@@ -172,6 +201,13 @@ def test_launches_are_recorded_with_their_specialisations():
     assert forward.constants["B"] == 1  # integer arguments of 1 are compile-time constants
     assert forward.constants["ALIGN"] == 4  # heads of 52 are 104 bytes apart, so loads are 8 bytes wide
     assert (forward.constants["BLOCK"], forward.constants["SEQ"]) == (64, 16)
+
+
+def test_every_launch_asks_for_fused_products_and_sums():
+    """Triton 3.10 leaves them out unless asked."""
+    for shape in (FIRST_STAGE, LAST_STAGE, NARROWEST):
+        for launch in static.launches_of(shape, "sm_90"):
+            assert launch.options["enable_fp_fusion"] is True, launch
 
 
 def test_every_attention_kernel_is_among_the_launches():

@@ -3,6 +3,9 @@
 import functools
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -301,6 +304,41 @@ def test_the_reference_maps_over_all_arguments(op):
         expected = call(edt_kernels, op, {name: tensor[i] for name, tensor in several.items()})
         for actual, out in zip(mapped, expected, strict=True):
             torch.testing.assert_close(actual[i], out)
+
+
+THREADS = """
+import sys, threading, torch, edt_kernels
+from calls import CALLS, arguments, call, gradients
+torch.set_num_threads(1)
+
+def results(op):
+    tensors = arguments(op, grid=(2, 2), channels=8)
+    outputs = call(edt_kernels, op, tensors, (2, 2))
+    return [*outputs, *gradients(outputs, tensors).values()]
+
+expected, wrong = {op: results(op) for op in CALLS}, []
+
+def work(first):
+    for op in (*CALLS[first:], *CALLS[:first]):
+        wrong.extend(op for a, b in zip(results(op), expected[op], strict=True) if not torch.equal(a, b))
+
+threading.excepthook = lambda raised: wrong.append(repr(raised.exc_value)[:200])
+threads = [threading.Thread(target=work, args=(first,)) for first in range(len(CALLS))]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+sys.exit(f"wrong: {wrong}" if wrong else 0)
+"""
+
+
+@interpreter
+@pytest.mark.usefixtures("_kernels")
+def test_interpreted_kernels_take_several_threads():
+    """The interpreter has one running program for all: without a lock results are wrong, or memory is corrupted.
+    Hence a process of its own."""
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    result = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def runs_in_deterministic_mode(device: str) -> None:

@@ -1,19 +1,28 @@
 """Attention whose probabilities are multiplied, after softmax, by a table of token offsets."""
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from .._backend import select_backend, triton
-from .._checks import check_extra_tokens, check_floating, check_grid, check_scale, enabled_autocast_dtype
+from .._checks import (
+    check_extra_tokens,
+    check_floating,
+    check_grid,
+    check_number,
+    check_out_dtype,
+    check_scale,
+    enabled_autocast_dtype,
+    shown,
+)
 from . import reference
 
 if triton is not None:
     from . import autograd
 
 _MAX_HEAD_DIM = 128
+_MAX_TABLE = 2**26  # entries: 4096×4096 tokens; made in float64, they take up to 3 GB
 
 
 def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=None) -> Tensor:
@@ -37,14 +46,23 @@ def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=
     Source: EDT (arXiv 2410.23788), section 3.2, in the form of the released implementation.
     """
     grid = check_grid(grid)
-    if form not in ("exp_cos", "cos"):
-        raise ValueError(f"form is {form!r}; it must be 'exp_cos' or 'cos'")
-    if radius is not None and not isinstance(radius, Real):
-        raise TypeError(f"radius is a {type(radius).__name__}; it must be a number or None")
-    if radius is not None and not (math.isfinite(radius) and radius >= 0):
-        raise ValueError(f"radius is {radius}; it must be finite and not negative")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype is {dtype}; it must be a floating-point dtype")
+    entries = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+    if entries > _MAX_TABLE:
+        raise ValueError(f"grid is {grid}; its table would have {entries} entries, of at most {_MAX_TABLE}")
+    if not isinstance(form, str) or form not in ("exp_cos", "cos"):
+        raise ValueError(f"form is {shown(form)}; it must be 'exp_cos' or 'cos'")
+    if radius is not None:
+        radius = check_number("radius", radius, "a number or None")
+        if not (math.isfinite(radius) and radius >= 0):
+            raise ValueError(f"radius is {radius}; it must be finite and not negative")
+    if dtype is None:
+        raise TypeError("dtype is None; it must be float64, float32, bfloat16 or float16")
+    check_out_dtype("dtype", dtype)
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:  # torch has one class for each of its reasons
+            raise ValueError(f"device is {shown(device)}; it must be one that torch has here: {error}") from error
     return reference.amm_table(grid, form=form, radius=radius, dtype=dtype, device=device)
 
 
@@ -81,10 +99,11 @@ def amm_attention(
     Returns:
         (B, N, heads, D) in q's dtype. Softmax and modulation are in float32, on the Triton path logits and
         accumulation too (the reference leaves them to `torch.matmul` in q's dtype). For backward the Triton path
-        keeps q, k, v, the tables, the output and one float32 per query row and head; nothing
-        of size N×N is written to device memory. There, sequences of up to 32 tokens share tiles with their
-        neighbours in the batch: a value that is not finite may spread to those. A row whose bias is −∞ everywhere
-        is 0 (NaN in the reference), its gradients are NaN.
+        keeps q, k, v, the tables, the output and one float32 per query row and head (two for float32 inputs);
+        nothing of size N×N is written to device memory. There, sequences of up to 32 tokens share tiles with
+        their neighbours in the batch: a value that is not finite may spread to those. Where one key takes nearly
+        all of a row longer than a tile, the gradients of q, k and bias cancel down to the rounding of the output.
+        A row whose bias is −∞ everywhere is 0 (NaN in the reference), its gradients are NaN.
 
     Raises:
         TypeError: for a tensor argument that is no floating-point tensor, or dtypes that differ.

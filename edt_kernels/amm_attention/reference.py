@@ -13,7 +13,7 @@ def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=
     dy = torch.arange(1 - H, H, dtype=torch.float64, device=device)[:, None]
     dx = torch.arange(1 - W, W, dtype=torch.float64, device=device)[None, :]
     squared_distance = dy**2 + dx**2  # exact: integers in float64
-    squared_radius = (max(H, W) - 1) ** 2 + 4 if radius is None else radius**2
+    squared_radius = (max(H, W) - 1) ** 2 + 4 if radius is None else radius * radius
     diagonal = max(math.hypot(H - 1, W - 1), 1e-9)  # a 1×1 grid has only the distance 0
     cosine = torch.cos(math.pi / (2 * diagonal) * squared_distance.sqrt())
     gain = 0.5 * torch.exp(cosine) if form == "exp_cos" else 1.3 * cosine

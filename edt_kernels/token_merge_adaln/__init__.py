@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._backend import select_backend, triton
-from .._checks import check_eps, check_even_grid, check_like, check_out_dtype, check_rows
+from .._checks import check_dense, check_eps, check_even_grid, check_like, check_out_dtype, check_rows
 from ..adaln.reference import default_out_dtype
 from . import reference
 
@@ -55,16 +55,15 @@ def token_merge_adaln(
     check_like("shift", shift, (B, 4 * C), "x", x)
     check_like("scale", scale, (B, 4 * C), "x", x)
     if keep is not None:
-        if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
-            raise TypeError(
-                f"keep is {getattr(keep, 'dtype', type(keep).__name__)}; it must be a bool tensor or None"
-            )
+        check_dense("keep", keep, "a bool tensor or None")
+        if keep.dtype != torch.bool:
+            raise TypeError(f"keep is {keep.dtype}; it must be a bool tensor or None")
         if tuple(keep.shape) != (B, N) or keep.device != x.device:
             raise ValueError(
                 f"keep has shape {tuple(keep.shape)} on {keep.device}; x needs {(B, N)} on {x.device}"
             )
     eps = check_eps(eps)
-    check_out_dtype(out_dtype)
+    check_out_dtype("out_dtype", out_dtype)
     if select_backend(x=x, shift=shift, scale=scale) == "reference":
         return reference.token_merge_adaln(x, shift, scale, grid=grid, keep=keep, eps=eps, out_dtype=out_dtype)
     out_dtype = out_dtype or default_out_dtype(x)
