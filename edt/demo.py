@@ -74,8 +74,8 @@ class DemoOptions:
     def check(self) -> None:
         """Raises ValueError for an option that cannot work; called before anything is spent."""
         for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and below 2**63")
         if not 2 <= self.num_per_class <= _MAX_PER_CLASS:
             raise ValueError(
                 f"num_per_class is {self.num_per_class}; it must be at least 2, for a spread, and at most "

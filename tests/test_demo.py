@@ -176,6 +176,7 @@ def test_loss_that_is_not_finite_stops(tmp_path):
     [
         ("steps", 0),
         ("batch_size", -1),
+        ("steps", 10**400),
         ("sampling_steps", 0),
         ("sampling_steps", 1001),
         ("num_per_class", 1),
