@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import edt_kernels
+from edt_kernels._checks import enabled_autocast_dtype
 from edt_kernels._tracing import HasConstants, in_func_transform
 
 
@@ -55,6 +56,13 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(in_channels, channels, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
+        weight = self.proj.weight
+        # Other kinds of parameters, and hooks, may change the dtype before the product.
+        plain = type(weight) is nn.Parameter and not hasattr(self.proj, "_diffusers_hook")
+        if plain and weight.dtype != latents.dtype and enabled_autocast_dtype(latents) is None:
+            raise TypeError(
+                f"hidden_states is {latents.dtype}, but the weights are {weight.dtype}; cast one, or use autocast"
+            )
         return rearrange(self.proj(latents), "b c h w -> b (h w) c")
 
 

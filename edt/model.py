@@ -206,10 +206,19 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As any diffusers model's; with `ignore_mismatched_sizes` weights of other sizes get initial values."""
-        if kwargs.get("ignore_mismatched_sizes") and kwargs.get("device_map") is None:
+        """As any diffusers model's; weights that `ignore_mismatched_sizes` leaves out get initial values."""
+        if not kwargs.get("ignore_mismatched_sizes"):
+            return super().from_pretrained(*args, **kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        if kwargs.get("device_map") is None:
             kwargs.setdefault("low_cpu_mem_usage", False)  # which would leave them on meta
-        return super().from_pretrained(*args, **kwargs)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if info["mismatched_keys"]:  # diffusers says "newly initialized", of uninitialised memory
+            initial = cls.from_config(model.config)
+            with torch.no_grad():
+                for name, *_ in info["mismatched_keys"]:
+                    model.get_parameter(name).copy_(initial.get_parameter(name))
+        return (model, info) if with_info else model
 
     def set_amm_blocks(self, blocks: tuple[int, ...]) -> None:
         """Places AMM in these blocks, 0-based over all stages; () switches it off. Kept by `save_pretrained`."""
@@ -326,10 +335,10 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         keep_masks = [None] * NUM_MERGES if keep_masks is None else list(keep_masks)
         mid_keep = keep_masks.pop(0) if len(keep_masks) > NUM_MERGES else None
 
+        tokens = x = self.position(self.patch_embedding(hidden_states), stream_dtype)  # (B, N, C0)
         cond = self._embed_conditioning(timestep, class_labels, hidden_states, label_drops)
         cond = F.silu(cond)  # (B, C0), once for all modulations
         routing = self._routing_masks(timestep, batch_size, hidden_states.device)  # a stage: (B, 1, C) or None
-        tokens = x = self.position(self.patch_embedding(hidden_states), stream_dtype)  # (B, N, C0)
 
         if middle is None and expanded is None:
             positions = None if mid_keep is None else self.position.constant_on("table", x.device)

@@ -590,8 +590,8 @@ def test_mlp_recomputes_gelu_but_no_product():
 
 
 def test_repeated_blocks_compile(inputs):
-    """More variants than torch compiles of one function by default."""
-    model = tiny_model().eval()
+    """Nine variants, more than torch compiles of one function by default."""
+    model = tiny_model(depths=(2, 2, 2, 2, 1), amm_blocks=()).eval()
     torch._dynamo.reset()
     with torch.no_grad():
         expected = model(*inputs).sample
@@ -636,6 +636,12 @@ BAD_CALLS = {
     "channels": ((torch.zeros(2, 3, 16, 16), TIMESTEP, LABELS), {}, ValueError, r"hidden_states .*\(B, 4, 16"),
     "no batch": ((torch.zeros(4, 16, 16), TIMESTEP, LABELS), {}, ValueError, r"hidden_states has shape"),
     "integers": ((LATENTS.long(), TIMESTEP, LABELS), {}, TypeError, r"hidden_states is torch.int64"),
+    "other dtype": (
+        (LATENTS.bfloat16(), TIMESTEP, LABELS),
+        {},
+        TypeError,
+        r"hidden_states is .*16, but the weights",
+    ),
     "no tensor": (([[0.0]], TIMESTEP, LABELS), {}, TypeError, r"hidden_states is list"),
     "timesteps": ((LATENTS, torch.zeros(3), LABELS), {}, ValueError, r"timestep has shape \(3,\)"),
     "timestep 2-d": ((LATENTS, torch.zeros(2, 1), LABELS), {}, ValueError, r"timestep has shape \(2, 1\)"),
@@ -835,7 +841,7 @@ def test_initial_weights_after_the_meta_device(inputs):
 @pytest.mark.parametrize("training", [False, True])
 def test_export_with_a_dynamic_batch(training, inputs):
     batch = torch.export.Dim("batch", min=1, max=64)
-    model = tiny_model(class_dropout_prob=0.0).train(training)
+    model = tiny_model(class_dropout_prob=0.0, depths=(1,) * 5, amm_blocks=(3,)).train(training)
     arguments = dict(zip(("hidden_states", "timestep", "class_labels"), inputs, strict=True))
     with torch.no_grad():
         program = torch.export.export(
@@ -888,9 +894,9 @@ def test_block_level_offloading_moves_blocks():
             groups[id(group)] = [*group.parameters, *(p for m in group.modules for p in m.parameters())]
     moved = [parameter for group in groups.values() for parameter in group]
     assert len(moved) == len(set(moved)) == len(list(model.parameters()))
-    largest = max(parameter.numel() for parameter in moved)
-    blocks = {sum(p.numel() for p in stage.blocks[0].parameters()) for stage in model.stages}
-    assert max(sum(p.numel() for p in group) for group in groups.values()) <= max(largest, *blocks) * 2
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    for group in groups.values():
+        assert sum(block.attn.qkv.weight in set(group) for block in blocks) <= 1
 
 
 def test_mismatched_sizes_are_left_out(tmp_path, inputs):
@@ -898,6 +904,7 @@ def test_mismatched_sizes_are_left_out(tmp_path, inputs):
     model = edt.EDTTransformer2DModel.from_pretrained(tmp_path, num_classes=4, ignore_mismatched_sizes=True)
     assert model.label_embedding.weight.shape[0] == 5
     assert torch.equal(model.stages[2].blocks[0].mlp.fc1.weight, tiny_model().stages[2].blocks[0].mlp.fc1.weight)
+    assert 0 < model.label_embedding.weight.std() < 0.04  # initial values
     assert model(inputs[0], inputs[1], torch.tensor([0, 4, 2])).sample.isfinite().all()
 
 
@@ -959,13 +966,13 @@ def test_low_rank_adapters_are_saved_and_loaded(inputs, tmp_path):
         assert relative_error(adapted, plain) > 1e-3
         model.save_lora_adapter(tmp_path)
         other = tiny_model().eval()
-        other.load_lora_adapter(tmp_path, prefix=None)
+        other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
         assert relative_error(other(*inputs).sample, adapted) <= PARITY
         other.fuse_lora()
-        assert relative_error(other(*inputs).sample, adapted) <= PARITY
+        assert relative_error(other(*inputs).sample, adapted) <= 10 * PARITY
         other.unfuse_lora()
         other.unload_lora()
-        assert relative_error(other(*inputs).sample, plain) <= PARITY
+        assert relative_error(other(*inputs).sample, plain) <= 10 * PARITY
 
 
 def test_loading_in_16_bits_is_loading_and_casting(inputs, tmp_path):
