@@ -2,11 +2,13 @@
 Human-like Sketching" (arXiv 2410.23788), as released."""
 
 import inspect
+import json
 import math
 from collections.abc import Collection
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -39,6 +41,16 @@ NUM_STAGES = 5
 NUM_MERGES = 2
 _MAX_NUMBERS = 10**11  # in the weights or tables that one argument makes; EDT-XL has 7·10⁸ in all
 BLOCK_MODULATIONS = 6  # shift, scale and gate, of attention and MLP
+
+# A saved model's folder brings this file for diffusers' AutoModel.
+_AUTO_MODULE = "edt_transformer"
+_AUTO_CODE = """try:
+    from edt.model import EDTTransformer2DModel  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "edt":
+        raise
+    raise ImportError("this model needs pip install edt-kernels") from error
+"""
 
 
 @dataclass
@@ -203,6 +215,21 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         self.final_layer = FinalLayer(hidden_sizes[-1], cond_channels, out_channels, patch_size, grids[-1])
         self.set_amm_blocks(amm_blocks)
         self.initialize_weights()
+
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """With the file by which `AutoModel.from_pretrained(…, trust_remote_code=True)` finds this class."""
+        super().save_config(save_directory, push_to_hub, **kwargs)
+        Path(save_directory, f"{_AUTO_MODULE}.py").write_text(_AUTO_CODE)
+
+    def to_json_string(self) -> str:
+        config = json.loads(super().to_json_string())
+        config["auto_map"] = {"AutoModel": f"{_AUTO_MODULE}.EDTTransformer2DModel"}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """Without `auto_map`, which is no argument of the model."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

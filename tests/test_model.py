@@ -803,7 +803,8 @@ def from_meta_without_buffers(tmp_path):
     with accelerate.init_empty_weights(include_buffers=True):
         model = edt.EDTTransformer2DModel(**TINY)
     tiny_model().save_pretrained(tmp_path)
-    return accelerate.load_checkpoint_and_dispatch(model, tmp_path, device_map={"": "cpu"})
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    return accelerate.load_checkpoint_and_dispatch(model, str(weights), device_map={"": "cpu"})
 
 
 def emptied_and_loaded():
@@ -892,11 +893,25 @@ def test_block_level_offloading_moves_blocks():
         if hasattr(module, "_diffusers_hook"):
             group = module._diffusers_hook.get_hook(_GROUP_OFFLOADING).group
             groups[id(group)] = [*group.parameters, *(p for m in group.modules for p in m.parameters())]
-    moved = [parameter for group in groups.values() for parameter in group]
-    assert len(moved) == len(set(moved)) == len(list(model.parameters()))
+    assert {parameter for group in groups.values() for parameter in group} == set(model.parameters())
     blocks = [block for stage in model.stages for block in stage.blocks]
     for group in groups.values():
         assert sum(block.attn.qkv.weight in set(group) for block in blocks) <= 1
+
+
+@pytest.mark.parametrize("path", [[], ["save_pretrained"]])
+def test_auto_model_loads_a_saved_folder(path, tmp_path, inputs):
+    """From the class that the folder names, which is the installed one."""
+    model = tiny_model(num_classes=10).eval()
+    model.save_pretrained(tmp_path)
+    if path:  # a folder that was loaded and saved again
+        edt.EDTTransformer2DModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+        tmp_path = tmp_path / "again"
+    loaded = diffusers.AutoModel.from_pretrained(str(tmp_path), trust_remote_code=True)
+    assert type(loaded) is edt.EDTTransformer2DModel
+    assert "auto_map" not in loaded.config
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs).sample, model(*inputs).sample)
 
 
 def test_mismatched_sizes_are_left_out(tmp_path, inputs):
