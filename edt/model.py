@@ -4,7 +4,6 @@ Human-like Sketching" (arXiv 2410.23788), as released."""
 import inspect
 import json
 import math
-from collections.abc import Collection
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
@@ -250,7 +249,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
     def set_amm_blocks(self, blocks: tuple[int, ...]) -> None:
         """Places AMM in these blocks, 0-based over all stages; () switches it off. Kept by `save_pretrained`."""
         depths = self.config.depths
-        if isinstance(blocks, str) or not isinstance(blocks, Collection):
+        if not isinstance(blocks, (tuple, list, range, set, frozenset)):
             raise TypeError(f"blocks is {blocks!r}; it must be a tuple of block numbers")
         _check_block_numbers("blocks", blocks, sum(depths))
         first = 0
@@ -519,7 +518,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
                 f"{', '.join(map(str, latent_shape))})"
             )
         batch_size = hidden_states.shape[0]
-        _check_timestep(timestep, batch_size)
+        _check_timestep(timestep, hidden_states)
         _check_class_labels(class_labels, self.config.num_classes, hidden_states)
         _check_label_drops(label_drops, self.config.num_classes, hidden_states)
         if keep_masks is None:
@@ -555,7 +554,8 @@ def load_preset(name: str, **overrides) -> EDTTransformer2DModel:
     return EDTTransformer2DModel(**{**PRESETS[name], **overrides})
 
 
-def _check_timestep(timestep, batch_size: int) -> None:
+def _check_timestep(timestep, hidden_states: Tensor) -> None:
+    batch_size = hidden_states.shape[0]
     if not isinstance(timestep, Tensor):
         if not isinstance(timestep, Real) or isinstance(timestep, bool):
             raise TypeError(f"timestep is a {type(timestep).__name__}; it must be a tensor or a number")
@@ -569,6 +569,8 @@ def _check_timestep(timestep, batch_size: int) -> None:
             f"timestep has shape {tuple(timestep.shape)}; it must be a scalar or ({batch_size},), as "
             f"hidden_states has {batch_size} samples"
         )
+    if timestep.is_meta and not hidden_states.is_meta:  # from elsewhere it is copied
+        raise ValueError(f"timestep is on meta; it must have values, as hidden_states on {hidden_states.device}")
     if has_readable_values(timestep) and not timestep.isfinite().all():
         raise ValueError("timestep has values that are not finite")
 

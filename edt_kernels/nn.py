@@ -19,6 +19,7 @@ from .token_split_concat_adaln import token_split_concat_adaln
 
 __all__ = ["AMMAttention", "AdaLN", "GatedResidualAdaLN", "TokenMerge", "TokenSplitConcat"]
 
+_MAX_ENTRIES = 10**10  # of a table: 40 GB
 _AMM_MODES = ("never", "inference", "always")
 _TABLES = ("fixed", "learned", "learned_per_head")
 
@@ -86,6 +87,14 @@ class AMMAttention(HasConstants):
 
         H, W = self.grid
         offsets = (2 * H - 1, 2 * W - 1)
+        if math.prod(offsets) > _MAX_ENTRIES:
+            raise ValueError(
+                f"grid is {self.grid}; a table of its offsets has more than {_MAX_ENTRIES:.0e} entries"
+            )
+        if num_heads * math.prod(offsets) > _MAX_ENTRIES:
+            raise ValueError(
+                f"num_heads is {num_heads}; tables of grid {self.grid} may have {_MAX_ENTRIES:.0e} entries"
+            )
         bias = nn.Parameter(torch.empty(math.prod(offsets), num_heads)) if rel_pos_bias else None
         self.register_parameter("rel_pos_bias", bias)
         fixed = amm_table(self.grid, form=form, radius=radius, device="cpu")

@@ -657,6 +657,12 @@ BAD_CALLS = {
     "timestep nan": ((LATENTS, math.nan, LABELS), {}, ValueError, r"timestep is nan; it must be finite"),
     "timestep huge": ((LATENTS, 10**400, LABELS), {}, ValueError, r"timestep is 10+; it must be finite"),
     "timesteps inf": ((LATENTS, TIMESTEP / 0, LABELS), {}, ValueError, r"timestep has values that are not finite"),
+    "timestep meta": (
+        (LATENTS, TIMESTEP.to("meta"), LABELS),
+        {},
+        ValueError,
+        r"timestep is on meta; it must have",
+    ),
     "label device": ((LATENTS, TIMESTEP, LABELS.to("meta")), {}, ValueError, r"class_labels is on meta; it must"),
     "masks as one": ((LATENTS, TIMESTEP, LABELS), {"keep_masks": KEEP[0]}, TypeError, r"keep_masks is Tensor"),
     "masks of int": ((LATENTS, TIMESTEP, LABELS), {"keep_masks": 3}, TypeError, r"keep_masks is int; it must be"),
@@ -734,7 +740,7 @@ def test_bad_draws(args, kwargs, error, message):
             draw(*args, **kwargs)
 
 
-@pytest.mark.parametrize("blocks", [None, 7, "7", 1.0])
+@pytest.mark.parametrize("blocks", [None, 7, "7", 1.0, {}])
 def test_amm_blocks_that_are_no_collection(blocks):
     with pytest.raises(TypeError, match=f"blocks is {blocks!r}; it must be a tuple of block numbers"):
         tiny_model().set_amm_blocks(blocks)

@@ -126,10 +126,14 @@ def test_initial_values_and_reset():
     assert torch.equal(module.modulation, edt_kernels.amm_table((16, 16)))
 
 
-def test_the_fixed_table_comes_back_after_the_meta_device():
+def test_the_fixed_table_survives_meta_and_low_precision():
+    """It is in no state dict, so nothing may lose it."""
     with torch.device("meta"):
         module = AMMAttention(GRID, HEADS, form="cos")
-    module = module.to_empty(device="cpu")
+    assert not list(module.buffers())
+    assert torch.equal(module.modulation, edt_kernels.amm_table(GRID, form="cos"))
+    module = module.to_empty(device="cpu").bfloat16().float()
+    assert torch.equal(module.modulation, edt_kernels.amm_table(GRID, form="cos"))
     module.reset_parameters()
     assert torch.equal(module.modulation, edt_kernels.amm_table(GRID, form="cos"))
     assert 0.01 < module.rel_pos_bias.std() < 0.03
@@ -209,6 +213,8 @@ CHOICES = "must be one of 'never', 'inference', 'always'"
     [
         (build(AMMAttention, 4, HEADS), TypeError, r"grid is 4; it must be a pair of integers \(H, W\)"),
         (build(AMMAttention, (4, 0), HEADS), ValueError, r"grid is \(4, 0\); both sides must be at least 1"),
+        (build(AMMAttention, (10**400, 2), HEADS), ValueError, r"grid is \(10+, 2\); a table of its"),
+        (build(AMMAttention, GRID, 10**400), ValueError, r"num_heads is 10+; tables of grid \(4, 6\) may have"),
         (build(AMMAttention, GRID, 4.0), TypeError, r"num_heads is 4\.0; it must be an integer"),
         (build(AMMAttention, GRID, 0), ValueError, r"num_heads is 0; it must be at least 1"),
         (build(AMMAttention, GRID, 4, rel_pos_bias=randn(1)), TypeError, "rel_pos_bias is a Tensor; it must"),
