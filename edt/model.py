@@ -226,9 +226,11 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
-        """Without `auto_map`, which is no argument of the model."""
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+    def load_config(cls, *args, **kwargs):
+        """A folder's config.json without `auto_map`, which is no argument of the model."""
+        loaded = super().load_config(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).pop("auto_map", None)
+        return loaded
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
