@@ -118,6 +118,6 @@ def check_eps(eps) -> float:
     return number
 
 
-def check_out_dtype(name: str, dtype) -> None:
+def check_out_dtype(dtype, name: str = "out_dtype") -> None:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in _FLOATING):
         raise TypeError(f"{name} is {shown(dtype)}; it must be float64, float32, bfloat16, float16 or None")

@@ -42,7 +42,7 @@ def adaln(
     check_like("shift", shift, modulation_shape, "x", x)
     check_like("scale", scale, modulation_shape, "x", x)
     eps = check_eps(eps)
-    check_out_dtype("out_dtype", out_dtype)
+    check_out_dtype(out_dtype)
     if select_backend(x=x, shift=shift, scale=scale) == "reference":
         return reference.adaln(x, shift, scale, eps=eps, out_dtype=out_dtype)
     return autograd.adaln(x, shift, scale, eps, out_dtype or default_out_dtype(x))

@@ -57,7 +57,7 @@ def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=
             raise ValueError(f"radius is {radius}; it must be finite and not negative")
     if dtype is None:
         raise TypeError("dtype is None; it must be float64, float32, bfloat16 or float16")
-    check_out_dtype("dtype", dtype)
+    check_out_dtype(dtype, "dtype")
     if device is not None:
         try:
             torch.empty(0, device=device)

@@ -49,7 +49,7 @@ def gated_residual_adaln(
     for name, tensor in (("gate", gate), ("shift", shift), ("scale", scale)):
         check_like(name, tensor, (x.shape[0], x.shape[2]), "x", x)
     eps = check_eps(eps)
-    check_out_dtype("out_dtype", out_dtype)
+    check_out_dtype(out_dtype)
     if select_backend(x=x, y=y, gate=gate, shift=shift, scale=scale) == "reference":
         return reference.gated_residual_adaln(x, y, gate, shift, scale, eps=eps, out_dtype=out_dtype)
     out_dtype = out_dtype or default_out_dtype(y)

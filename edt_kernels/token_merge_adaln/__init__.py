@@ -63,7 +63,7 @@ def token_merge_adaln(
                 f"keep has shape {tuple(keep.shape)} on {keep.device}; x needs {(B, N)} on {x.device}"
             )
     eps = check_eps(eps)
-    check_out_dtype("out_dtype", out_dtype)
+    check_out_dtype(out_dtype)
     if select_backend(x=x, shift=shift, scale=scale) == "reference":
         return reference.token_merge_adaln(x, shift, scale, grid=grid, keep=keep, eps=eps, out_dtype=out_dtype)
     out_dtype = out_dtype or default_out_dtype(x)
