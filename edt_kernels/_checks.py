@@ -67,16 +67,18 @@ def check_rows(name: str, tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (B, N, C)")
 
 
-def _check_pair(name: str, pair, meaning: str, least: int) -> tuple[int, int]:
+def _check_pair(name: str, pair, meaning: str, parts: str, least: int) -> tuple[int, int]:
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(n) is int for n in pair)):
         raise TypeError(f"{name} is {shown(pair)}; it must be a pair of integers {meaning}")
     if min(pair) < least or max(pair) > _LARGEST_SIDE:
-        raise ValueError(f"{name} is {shown(tuple(pair))}; both must be {least} to {_LARGEST_SIDE}")
+        raise ValueError(
+            f"{name} is {shown(tuple(pair))}; both {parts} must be at least {least} and at most {_LARGEST_SIDE}"
+        )
     return tuple(pair)
 
 
 def check_grid(grid) -> tuple[int, int]:
-    return _check_pair("grid", grid, "(H, W)", 1)
+    return _check_pair("grid", grid, "(H, W)", "sides", 1)
 
 
 def check_even_grid(grid) -> tuple[int, int]:
@@ -87,7 +89,7 @@ def check_even_grid(grid) -> tuple[int, int]:
 
 
 def check_extra_tokens(extra) -> tuple[int, int]:
-    return _check_pair("num_extra_tokens", extra, "(before, after)", 0)
+    return _check_pair("num_extra_tokens", extra, "(before, after)", "counts", 0)
 
 
 def check_number(name: str, value, needed: str = "a number") -> float:
@@ -107,17 +109,19 @@ def check_scale(scale) -> float | None:
         return None
     number = check_number("scale", scale, "a number or None")
     if not abs(number) <= _FLOAT32.max:
-        raise ValueError(f"scale is {number}; it must be finite in float32")
+        raise ValueError(f"scale is {shown(scale)}; it must be finite in float32")
     return number
 
 
 def check_eps(eps) -> float:
     number = check_number("eps", eps)
     if not _FLOAT32.tiny <= number <= _FLOAT32.max:
-        raise ValueError(f"eps is {number}; it must be positive and finite in float32")
+        raise ValueError(f"eps is {shown(eps)}; it must be positive and finite in float32")
     return number
 
 
 def check_out_dtype(dtype, name: str = "out_dtype") -> None:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in _FLOATING):
-        raise TypeError(f"{name} is {shown(dtype)}; it must be float64, float32, bfloat16, float16 or None")
+        raise TypeError(
+            f"{name} is {shown(dtype)}; it must be a floating-point torch.dtype of 16, 32 or 64 bits or None"
+        )

@@ -24,7 +24,7 @@ BAD_ATTENTION = [
     ({"grid": 6}, TypeError, "grid is 6"),
     ({"grid": (2, 3, 1)}, TypeError, r"grid is \(2, 3, 1\)"),
     ({"grid": (2.0, 3)}, TypeError, r"grid is \(2\.0, 3\)"),
-    ({"grid": (10**5000, 1)}, ValueError, "grid is a tuple; both must be 1 to 2147483647"),
+    ({"grid": (10**5000, 1)}, ValueError, "grid is a tuple; both sides must be at least 1 and at most 2147483647"),
     (
         {"k": Q.to_sparse()},
         TypeError,
@@ -100,13 +100,13 @@ def bad_calls(op: str):
         for eps in (0.0, -1.0, 1e-40, 1e39, NAN, INFINITY):
             yield "eps", eps, ValueError, f"eps is {eps}; it must be positive and finite in float32"
     if op in ("adaln", "gated_residual_adaln", "token_merge_adaln"):
-        needed = "it must be float64, float32, bfloat16, float16 or None"
+        needed = "it must be a floating-point torch.dtype of 16, 32 or 64 bits or None"
         yield "out_dtype", torch.int8, TypeError, f"out_dtype is torch.int8; {needed}"
         yield "out_dtype", "float16", TypeError, f"out_dtype is 'float16'; {needed}"
     if op in ("token_merge_adaln", "token_split_concat_adaln"):
         for grid in (8, (2, 2, 2), (4.0, 2), (True, 8)):
             yield "grid", grid, TypeError, f"grid is {grid!r}; it must be a pair of integers (H, W)"
-        yield "grid", (0, 8), ValueError, "grid is (0, 8); both must be 1 to 2147483647"
+        yield "grid", (0, 8), ValueError, "grid is (0, 8); both sides must be at least 1 and at most 2147483647"
         yield "grid", (4, 4), ValueError, f"grid (4, 4) means 16 tokens, but x has 8 (shape {x_shape})"
     if op == "token_merge_adaln":
         yield "grid", (8, 1), ValueError, "grid is (8, 1); both sides must be even to merge 2×2 tokens"

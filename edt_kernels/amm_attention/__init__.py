@@ -52,18 +52,20 @@ def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=
     if not isinstance(form, str) or form not in ("exp_cos", "cos"):
         raise ValueError(f"form is {shown(form)}; it must be 'exp_cos' or 'cos'")
     if radius is not None:
-        radius = check_number("radius", radius, "a number or None")
-        if not (math.isfinite(radius) and radius >= 0):
-            raise ValueError(f"radius is {radius}; it must be finite and not negative")
+        number = check_number("radius", radius, "a number or None")
+        if not (math.isfinite(number) and number >= 0):
+            raise ValueError(f"radius is {shown(radius)}; it must be finite and not negative")
     if dtype is None:
-        raise TypeError("dtype is None; it must be float64, float32, bfloat16 or float16")
+        raise TypeError("dtype is None; it must be a floating-point torch.dtype")
     check_out_dtype(dtype, "dtype")
     if device is not None:
         try:
             torch.empty(0, device=device)
         except Exception as error:  # torch has one class for each of its reasons
             raise ValueError(f"device is {shown(device)}; it must be one that torch has here: {error}") from error
-    return reference.amm_table(grid, form=form, radius=radius, dtype=dtype, device=device)
+    return reference.amm_table(
+        grid, form=form, radius=None if radius is None else number, dtype=dtype, device=device
+    )
 
 
 def amm_attention(
