@@ -25,7 +25,12 @@ def read_text(path: Path, what: str) -> str:
         ValueError: for bytes of another encoding (a code page cannot be told from another), or a NUL.
         OSError: if it cannot be read, naming it.
     """
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # of the reading, not of the opening
     encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)

@@ -19,6 +19,7 @@ from .text_files import read_text
 
 CONFIG_FILE = "config.yaml"  # beside the run
 _NOT_SAVED = ("recipe", "config", "resume")
+_MOST_GUIDANCE = 1e6  # beyond it numbers overflow, and nothing but noise is drawn long before
 _MOST_WORKERS = 1024  # of a process, each a process itself: more are a slip of the finger that takes the machine
 
 
@@ -161,6 +162,10 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; it must be finite and not negative")
+        if self.sample_guidance > _MOST_GUIDANCE:
+            raise ValueError(f"sample_guidance is {self.sample_guidance}; it must be at most {_MOST_GUIDANCE}")
+        if self.task_routing is not None and not all(map(math.isfinite, self.task_routing)):
+            raise ValueError(f"task_routing is {self.task_routing}; it must be two finite numbers")
         if self.sample_every and self.sample_guidance != 1 and not self.class_dropout and not self.unconditional:
             raise ValueError(
                 f"sample_guidance is {self.sample_guidance}; with class_dropout 0 no null class is learned, use 1"

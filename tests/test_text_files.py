@@ -1,6 +1,7 @@
 """Files as Windows editors and other programs write them, and what a terminal is shown of foreign names."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +44,9 @@ def test_json_of_another_type_is_refused(tmp_path):
 def test_names_are_printed_without_escapes():
     assert printable("a\x1b[31m\nb\udce4ä") == r"a\x1b[31m\nb\udce4ä"
     assert printable("β 3×4").encode() == "β 3×4".encode()
+
+
+def test_what_cannot_be_read_is_named():
+    """Also where it can be opened."""
+    with pytest.raises(OSError, match="/proc/self/mem"):
+        read_text(Path("/proc/self/mem"), "config")

@@ -263,6 +263,8 @@ def test_numbers_have_bounds(name):
         ({"masking": 1}, "masking is 1; it must be bool"),
         ({"data": Path("a\0b")}, "data is .*, with a NUL"),
         ({"vae": "a\0b"}, "vae is .*, with a NUL"),
+        ({"task_routing": (float("nan"), 1.0)}, "task_routing is .*; it must be two finite numbers"),
+        ({"sample_guidance": 1e308}, "sample_guidance is 1e.308; it must be at most 1000000"),
         ({"num_workers": 2000}, "num_workers is 2000; it must be at most 1024"),
     ],
     ids=str,
