@@ -706,7 +706,7 @@ def save_sets(folder: Path, kind: str) -> Path:
         ("samples", "fortran", "Fortran order"),
         ("samples", "truncated", "x.npz"),
         ("samples", "damaged", "x.npz"),
-        ("samples", "empty", "there are no images in it (.png, .jpg, .jpeg)"),
+        ("samples", "empty", "there are no images in it (.jpg, .jpeg, .png, "),
         ("samples", "sizes", "1.png: has 8×9 pixels, 0.png has 8×8; all images must be of one size"),
         ("samples", "colour among grey", "1.png: has colours, 0.png is grey"),
         ("samples", "transparent", "1.png: is transparent"),

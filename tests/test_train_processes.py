@@ -27,6 +27,7 @@ from training_runs import (
 from edt import train as train_module
 from edt import train_state
 from edt.data import write_dataset
+from edt.run_folder import open_folder
 from edt.run_log import read_metrics
 from edt.train import Trainer, train
 
@@ -325,3 +326,12 @@ def test_a_batch_that_does_not_divide(data, tmp_path):
     assert (
         "batch_size is 7; it must be a multiple of 2 processes times 1 gradient_accumulation_steps" in run.text()
     )
+
+
+def test_a_folder_that_another_run_holds(data, tmp_path):
+    """The main process finds it so; the other does not wait for it for ever."""
+    arguments = small_arguments(data, tmp_path / "run")
+    with open_folder(tmp_path / "run"), forked(arguments, tmp_path / "log", processes=2) as run:
+        assert run.wait() == [2, 2], run.text()
+    assert "another process of the run has failed: output" in run.text()
+    assert f"is in use by process {os.getpid()}" in run.text()
