@@ -64,12 +64,15 @@ def test_extract_and_evaluate_find_the_same(tmp_path):
 
 
 def test_a_folder_of_a_thousand_levels(tmp_path):
-    here = tmp_path
-    for _ in range(1100):  # more than Python's stack would take
-        here = here / "d"
-        here.mkdir()
-    save(here, "1.png")
-    assert find_images(tmp_path) == ["d/" * 1100 + "1.png"]
+    levels = [tmp_path / ("d/" * depth) for depth in range(1, 1101)]  # more than Python's stack would take
+    for folder in levels:
+        folder.mkdir()
+    save(levels[-1], "1.png")
+    found = find_images(tmp_path)
+    (levels[-1] / "1.png").unlink()
+    for folder in reversed(levels):  # pytest's own clean-up recurses
+        folder.rmdir()
+    assert found == ["d/" * 1100 + "1.png"]
 
 
 def test_read_file(tmp_path):
