@@ -56,6 +56,8 @@ _WITHOUT_EFFECT = {
 # What a generator is for, the second number of its key (seed, purpose, …).
 _INITIAL_WEIGHTS, _ALIGNMENT_HEAD, _STEP, _SAMPLES = 1, 2, 3, 4
 _UNREAD = 2.0  # what a process tells the others whose data cannot be read, in place of whether it is to stop
+# Around 1 they are in order, and a scaling that is far off shows as a loss that is not finite.
+_LARGEST_LATENT = 1e6
 
 T = TypeVar("T")
 
@@ -540,12 +542,14 @@ class Trainer:
 
     def _cause(self, latents: Tensor, images: Tensor | None) -> str | None:
         """What of this process was not finite before anything was computed: its data or its weights."""
-        wrong = (~latents.flatten(1).isfinite().all(1)).nonzero()[:, 0].cpu().numpy()
+        fine = latents.flatten(1).abs() <= _LARGEST_LATENT  # not of NaN
+        wrong = (~fine.all(1)).nonzero()[:, 0].cpu().numpy()
         if len(wrong):
             first = self.state.samples_seen + self.accelerator.process_index * self.local_batch_size
             items = sorted(set(self.order(first + wrong)[0].tolist()))
             return (
-                f"the latents of items {few(items, 5)} in {self.config.data} are not finite: make these data anew"
+                f"the latents of items {few(items, 5)} in {self.config.data} are not finite, "
+                f"or beyond {_LARGEST_LATENT:g}: make these data anew"
             )
         weights = [name for name, shard in self.state.shards.items() if not shard.isfinite().all()]
         if weights:
