@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .devices import torch_device
+from .devices import tf32, torch_device
 from .image_sets import FolderImages, NpzImages, has_images, open_images, read_statistics
 from .metrics import Gaussian, RunningGaussian, RunningInceptionScore, frechet_distance, precision_recall
 from .shards import sha256, write_json
@@ -148,7 +148,7 @@ class Inception:
         self.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)  # [B, 17, 17, 7]
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with tf32(False):
             pool, logits = self.network(images.expand(-1, 3, -1, -1))
         return {"pool": pool, "spatial": self.spatial, "logits": logits}
 

@@ -159,3 +159,5 @@ def test_a_reader_that_has_gone_and_a_terminal_of_another_encoding(tmp_path):
     assert wrong.returncode == 2
     assert wrong.stderr.startswith(b"edt: error: model is ")
     assert wrong.stderr.count(b"\n") == 1
+    closed = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command, "EDT-S/2"], env=environment)
+    assert closed.returncode == 0
