@@ -47,7 +47,7 @@ def test_read_refuses_what_is_not_there(folder):
         with pytest.raises(IndexError, match=message):
             dataset.read(np.array(indices), np.array(views))
     for indices, views in (([0.5], [0]), ([[0]], [0]), ([0, 1], [0]), (["a"], [0])):
-        with pytest.raises(ValueError, match="indices|views"):
+        with pytest.raises(ValueError, match=r"indices|views"):
             dataset.read(indices, views)
     assert dataset.read([], [])["latents"].shape == (0, 8, 4, 6)
 

@@ -321,7 +321,7 @@ def test_an_extraction_begun_in_another_order_of_classes_does_not_go_on(tmp_path
     monkeypatch.setattr("edt.sources.in_class_order", sorted)
     run(tmp_path / "images", tmp_path / "data")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="begun with names_and_labels .* or the order of the classes is"):
+    with pytest.raises(ValueError, match=r"begun with names_and_labels .* or the order of the classes is"):
         run(tmp_path / "images", tmp_path / "data")
 
 
