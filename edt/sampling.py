@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .cuda_graph import GraphedStep
 from .diffusion import (
     NUM_TRAIN_TIMESTEPS,
+    check_count,
     check_guidance,
     check_guidance_scale,  # noqa: F401 (the commands check theirs with it)
     check_steps,
@@ -44,12 +45,15 @@ _ROUNDING = 1.01  # of a timestep, which schedulers that begin with noise levels
 
 
 def check_scheduler(scheduler: SchedulerMixin, config, clipping: bool = False) -> None:
-    """Raises ValueError for a scheduler that does not fit the model of this configuration.
+    """Raises ValueError or TypeError for a scheduler that does not fit the model of this configuration.
 
     Args:
         clipping: whether samples may be clipped to ±1, as pixels are.
     """
-    name, settings = type(scheduler).__name__, scheduler.config
+    name = type(scheduler).__name__
+    if not isinstance(scheduler, SchedulerMixin):
+        raise TypeError(f"scheduler is a {name}; it must be a scheduler of diffusers")
+    settings = scheduler.config
     fits = f"take {name}.from_config(edt.make_scheduler().config)"
     if name in _UNFIT:
         raise ValueError(f"scheduler is {name}, which {_UNFIT[name]}; take DPMSolverMultistepScheduler, or DDPM's")
@@ -140,8 +144,8 @@ def scheduler_step(
     latents: Tensor,
     generator: torch.Generator | list[torch.Generator] | None,
 ) -> Tensor:
-    """x_t → x_s, s the next timestep of the scheduler's list, in float32; a scheduler that takes no learned variance
-    gets the noise alone."""
+    """x_t → x_s, s the next timestep of the scheduler's list, in float32; a scheduler that takes no learned
+    variance gets the noise alone."""
     output = output.float()
     if not takes_learned_variance(scheduler):
         output = output[:, : latents.shape[1]]
@@ -247,8 +251,8 @@ def sample(
         raise ValueError("class_labels is on meta, which has no values")
     if class_labels is not None and config.num_classes == 0:
         raise ValueError("class_labels was given to an unconditional model; give batch_size instead")
-    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-        raise ValueError(f"batch_size is {batch_size!r}; it must be a positive integer")
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     if class_labels is None and (config.num_classes > 0 or batch_size is None):
         raise ValueError("class_labels is None; that needs an unconditional model and a batch_size")
     if model.training:

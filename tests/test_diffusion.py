@@ -180,7 +180,7 @@ def test_timestep_sampler_state_round_trip():
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sample(guidance_scale, dtype):
-    model = tiny_model().eval().to(dtype)
+    model = tiny_model(class_dropout_prob=0.1).eval().to(dtype)
     steps = []
 
     def draw(seed):
@@ -296,6 +296,6 @@ def test_sampling_from_a_model_in_training_mode():
 
 def test_sampling_guides_as_many_channels_as_there_are():
     """One grey channel: the default of three would not fit."""
-    model = tiny_model(in_channels=1, out_channels=2).eval()
+    model = tiny_model(in_channels=1, out_channels=2, class_dropout_prob=0.1).eval()
     latents = edt.sample(model, torch.tensor([1]), num_inference_steps=2, guidance_scale=2.0, progress=False)
     assert latents.shape == (1, 1, 16, 16)

@@ -46,7 +46,8 @@ def quiet(pipe):
 
 
 def make_pipeline(vae=None, id2label=None, **overrides):
-    return quiet(EDTPipeline(tiny_model(**overrides).eval(), make_scheduler(), vae, id2label))
+    model = tiny_model(**{"class_dropout_prob": 0.1, **overrides}).eval()  # a null class to guide by
+    return quiet(EDTPipeline(model, make_scheduler(), vae, id2label))
 
 
 def grey_pipeline(**overrides):
@@ -425,7 +426,7 @@ BAD = {
     "number for a generator": (grey_pipeline, {"generator": 3}, TypeError, "generator is 3"),
     "word for the noise": (grey_pipeline, {"latents": "x"}, TypeError, "latents is a str"),
     "no label": (grey_pipeline, {"class_labels": None}, ValueError, "class_labels is None"),
-    "null label": (grey_pipeline, {"class_labels": [10]}, ValueError, "from 10 to 10; they must be 0 to 9"),
+    "null label": (grey_pipeline, {"class_labels": [10]}, ValueError, "class_labels has 10; they must be 0 to 9"),
     "float label": (grey_pipeline, {"class_labels": [1.5]}, TypeError, r"class_labels has 1\.5"),
     "float labels": (grey_pipeline, {"class_labels": torch.rand(2)}, TypeError, "class_labels is torch.float32"),
     "unknown name": (grey_pipeline, {"class_labels": "cat"}, ValueError, "'cat'.*it has no id2label"),

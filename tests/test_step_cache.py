@@ -103,7 +103,7 @@ def test_the_published_encoder_schedule():
 BAD_CONFIGS = [
     (lambda: StepCacheConfig(), ValueError, "interval is None and full_steps is None; give one"),
     (lambda: StepCacheConfig(2, (0,)), ValueError, r"interval is 2 and full_steps is \(0,\); give one"),
-    (lambda: StepCacheConfig(0), ValueError, "interval is 0; it must be at least 1"),
+    (lambda: StepCacheConfig(0), ValueError, "interval is 0; it must be 1 to"),
     (lambda: StepCacheConfig(2.0), TypeError, r"interval is 2\.0; it must be an integer"),
     (lambda: StepCacheConfig(True), TypeError, "interval is True"),
     (lambda: StepCacheConfig(2, reuse="skip"), ValueError, "reuse is 'skip'; it must be one of 'deep', 'encoder'"),
