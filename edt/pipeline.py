@@ -209,7 +209,7 @@ class EDTPipeline(DiffusionPipeline):
                     given = {name: known[name] for name in callback_on_step_end_tensor_inputs}
                     latents = _from_callback(callback_on_step_end(self, i, timestep, given), latents)
                 finite.append(latents.isfinite().all())
-            check_finite(finite, timesteps, self.transformer.dtype)
+            check_finite(latents, finite, timesteps, self.transformer.dtype)
             if output_type == "latent":
                 images = latents
             else:

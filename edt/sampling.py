@@ -173,8 +173,16 @@ def noise_level(scheduler: SchedulerMixin, timestep: Tensor) -> float:
     return math.sqrt((1 - alpha) / alpha)
 
 
-def check_finite(finite: list[Tensor], timesteps: Tensor, dtype: torch.dtype) -> None:
-    """Raises ValueError where the latents of a step are not finite.
+class NotFiniteError(ValueError):
+    """Sampling made infinities or NaNs; `latents` has what it ended with."""
+
+    def __init__(self, message: str, latents: Tensor):
+        super().__init__(message)
+        self.latents = latents
+
+
+def check_finite(latents: Tensor, finite: list[Tensor], timesteps: Tensor, dtype: torch.dtype) -> None:
+    """Raises NotFiniteError where the latents of a step were not finite.
 
     Args:
         finite: of each step, a bool on the latents' device; only here is it waited for.
@@ -186,9 +194,10 @@ def check_finite(finite: list[Tensor], timesteps: Tensor, dtype: torch.dtype) ->
     cure = (
         "take bfloat16 or float32" if dtype == torch.float16 else "are its weights, or the latents given, sound?"
     )
-    raise ValueError(
+    raise NotFiniteError(
         f"latents are not finite from step {step + 1} of {len(timesteps)} (timestep {timesteps[step]:g}) on; the "
-        f"model is in {str(dtype).removeprefix('torch.')}: {cure}"
+        f"model is in {str(dtype).removeprefix('torch.')}: {cure}",
+        latents,
     )
 
 
@@ -230,7 +239,8 @@ def sample(
 
     Raises:
         ValueError, TypeError: for labels, guidance or a number of steps that do not fit the model; for
-            `cuda_graph` without a GPU; for latents that are not finite, at the end, naming the step.
+            `cuda_graph` without a GPU.
+        NotFiniteError: a ValueError, at the end, for latents that are not finite, naming the first step of such.
     """
     if not isinstance(getattr(model, "_orig_mod", model), EDTTransformer2DModel):  # or compiled
         raise TypeError(f"model is a {type(model).__name__}; it must be an EDTTransformer2DModel")
@@ -286,5 +296,5 @@ def sample(
                 on_step(i, latents)
     finally:
         model.reset_cache()
-    check_finite(finite, scheduler.timesteps, model.dtype)
+    check_finite(latents, finite, scheduler.timesteps, model.dtype)
     return latents

@@ -79,8 +79,8 @@ def noise_in_gaussian(x, alpha):
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("name", [*DDPM, *SOLVERS])
 def test_every_level_is_that_of_its_timestep(pipe, name, steps):
-    """The noise that the network sees in one picture is N(0, 1) at each call, and none at the end. Deterministic ones
-    show it the same noise each time."""
+    """The noise that the network sees in one picture is N(0, 1) at each call, with deterministic ones the same at
+    each, and none at the end."""
     if name in DDPM and steps == 1:
         pytest.skip("the released single step begins at timestep 0")
     drawn, asked = run(pipe, from_released(name), steps, noise_in_picture)

@@ -119,6 +119,9 @@ BAD_CONFIGS = [
     (lambda: StepCacheConfig.non_uniform(50, 3, center=50), ValueError, "center is 50; it must be a step, 0"),
     (lambda: StepCacheConfig.non_uniform(50, 2, center=25), ValueError, "there are no 25 different steps of 50"),
     (lambda: StepCacheConfig.faster_diffusion(2.5), TypeError, r"num_steps is 2\.5"),
+    (lambda: StepCacheConfig.faster_diffusion(10**400), ValueError, "num_steps is huge; it must be 1 to 10000"),
+    (lambda: StepCacheConfig.non_uniform(10**9, 2), ValueError, "num_steps is 1000000000; it must be 1 to 10000"),
+    (lambda: StepCacheConfig(2, reuse=["deep"]), ValueError, r"reuse is \['deep'\]"),
 ]  # fmt: skip
 
 
