@@ -8,6 +8,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from .text_files import printable
+
 NUM_TRAIN_TIMESTEPS = 1000
 BETA_START, BETA_END = 1e-4, 2e-2
 MAX_SNR_WEIGHT = 5.0
@@ -54,12 +56,14 @@ def _at(name: str, timestep: Tensor, like: Tensor) -> Tensor:
     return _coefficients(name, like.device)[timestep].view(-1, *[1] * (like.ndim - 1))
 
 
-def _check_timestep(timestep: Tensor, batch_size: int) -> None:
+def _check_timestep(timestep: Tensor, batch_size: int, device: torch.device) -> None:
     if not isinstance(timestep, Tensor) or timestep.dtype not in (torch.int64, torch.int32):
         given = timestep.dtype if isinstance(timestep, Tensor) else type(timestep).__name__
         raise TypeError(f"timestep is {given}; it must be an int64 or int32 tensor")
     if tuple(timestep.shape) != (batch_size,):
         raise ValueError(f"timestep has shape {tuple(timestep.shape)}; it must be ({batch_size},)")
+    if timestep.device.type not in ("cpu", device.type):
+        raise ValueError(f"timestep is on {timestep.device}; it must be on {device}, or the CPU")
     # Reading values off a GPU would stall it, and a compiled graph cannot branch on them.
     if timestep.device.type == "cpu" and not torch.compiler.is_compiling() and batch_size > 0:
         low, high = timestep.min().item(), timestep.max().item()
@@ -95,7 +99,7 @@ def add_noise(x_start: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     if x_start.ndim == 0:
         raise ValueError("x_start has shape (); it must be (B, …)")
     _check_same_shape("noise", noise, "x_start", x_start)
-    _check_timestep(timestep, len(x_start))
+    _check_timestep(timestep, len(x_start), x_start.device)
     return (
         _at("sqrt_alphas_cumprod", timestep, x_start) * x_start
         + _at("sqrt_one_minus_alphas_cumprod", timestep, x_start) * noise
@@ -136,7 +140,7 @@ def training_losses(model_output: Tensor, x_start: Tensor, noise: Tensor, timest
     if model_output.device != x_start.device:
         raise ValueError(f"model_output is on {model_output.device}; it must be on x_start's, {x_start.device}")
     _check_same_shape("noise", noise, "x_start", x_start)
-    _check_timestep(timestep, batch_size)
+    _check_timestep(timestep, batch_size, x_start.device)
 
     model_output, x_start, noise = model_output.float(), x_start.float(), noise.float()
     predicted_noise, variance_fraction = model_output.chunk(2, dim=1)
@@ -188,7 +192,7 @@ class LossSecondMomentSampler:
     """
 
     def __init__(self, history: int = 10, uniform_share: float = 0.001, device=None):
-        _check_count("history", history)
+        check_count("history", history)
         if not (is_finite_number(uniform_share) and 0 < uniform_share <= 1):
             raise ValueError(f"uniform_share is {uniform_share!r}; it must be in (0, 1]")
         self.uniform_share = uniform_share
@@ -205,7 +209,7 @@ class LossSecondMomentSampler:
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Timesteps (batch_size,) int64 and the weights 1/(1000·p(t)) float32 that keep the loss unbiased."""
-        _check_count("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         if not (generator is None or isinstance(generator, torch.Generator)):
             raise TypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator")
         probabilities = self.probabilities()
@@ -222,7 +226,10 @@ class LossSecondMomentSampler:
                 f"losses has shape {tuple(losses.shape)} for a timestep of shape {tuple(timestep.shape)}; both "
                 "must be (B,)"
             )
-        _check_timestep(timestep, len(timestep))
+        _check_timestep(timestep, len(timestep), self.losses.device)
+        if losses.is_meta:
+            raise ValueError("losses is on meta, which has no values")
+        timestep = timestep.long()
         history = self.losses.shape[1]
         order = torch.argsort(timestep, stable=True)
         timestep, losses = timestep[order], losses.detach()[order].to(self.losses)
@@ -279,18 +286,27 @@ def is_finite_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _check_count(name: str, value: int) -> None:
+def short(value: object) -> str:
+    """As Python writes it, but of any length and kind one short line."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"an integer of {value.bit_length()} bits"
+    text = printable(repr(value))
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def check_count(name: str, value: int) -> None:
     if type(value) is not int:
         raise TypeError(f"{name} is {value!r}; it must be an integer")
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{name} is {short(value)}; it must be at least 1, and below 2³¹")
 
 
 def check_steps(num_inference_steps: int) -> None:
     """Raises ValueError for what is no number of steps."""
     if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= NUM_TRAIN_TIMESTEPS:
         raise ValueError(
-            f"num_inference_steps is {num_inference_steps!r}; it must be an integer, 1 to {NUM_TRAIN_TIMESTEPS}"
+            f"num_inference_steps is {short(num_inference_steps)}; it must be an integer, 1 to "
+            f"{NUM_TRAIN_TIMESTEPS}"
         )
 
 
@@ -299,7 +315,9 @@ def check_guidance_scale(guidance_scale: float) -> None:
     if not isinstance(guidance_scale, Real) or isinstance(guidance_scale, bool):
         raise TypeError(f"guidance_scale is {guidance_scale!r}; it must be a number, 1 is no guidance")
     if not is_finite_number(guidance_scale) or guidance_scale < 0:
-        raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite and not negative, 1 is none")
+        raise ValueError(
+            f"guidance_scale is {short(guidance_scale)}; it must be finite and not negative, 1 is none"
+        )
 
 
 def check_guidance(config, guidance_scale: float, guidance_channels: int | None) -> int:
@@ -321,7 +339,9 @@ def check_guidance(config, guidance_scale: float, guidance_channels: int | None)
     if guidance_channels is None:
         return min(3, config.in_channels)
     if type(guidance_channels) is not int or not 0 < guidance_channels <= config.in_channels:
-        raise ValueError(f"guidance_channels is {guidance_channels!r}; this model needs 1 to {config.in_channels}")
+        raise ValueError(
+            f"guidance_channels is {short(guidance_channels)}; this model needs 1 to {config.in_channels}"
+        )
     return guidance_channels
 
 
@@ -371,8 +391,16 @@ def predict(
     Raises:
         ValueError, TypeError: as `check_guidance` and the model.
     """
+    if not (callable(model) and hasattr(model, "config")):
+        raise TypeError(f"model is a {type(model).__name__}; it must be an EDTTransformer2DModel")
     guidance_channels = check_guidance(model.config, guidance_scale, guidance_channels)
     check_floating(latents=latents)
+    if latents.ndim != 4 or (latents.is_meta and model.device.type != "meta"):
+        raise ValueError(f"latents has shape {tuple(latents.shape)} on {latents.device}; it must be (B, C, H, W)")
+    if not isinstance(timestep, Tensor) and not (
+        is_finite_number(timestep) and 0 <= timestep < NUM_TRAIN_TIMESTEPS
+    ):
+        raise ValueError(f"timestep is {short(timestep)}; it must be a tensor or 0 to {NUM_TRAIN_TIMESTEPS - 1}")
     latents = latents.to(model.dtype)
     if guidance_scale == 1:
         return model(latents, timestep, class_labels).sample
@@ -380,5 +408,5 @@ def predict(
         given = tuple(class_labels.shape) if isinstance(class_labels, Tensor) else type(class_labels).__name__
         raise TypeError(f"class_labels is {given}; it must be a tensor of shape (B,)")
     labels = torch.cat([class_labels, torch.full_like(class_labels, model.config.num_classes)])
-    both = model(latents.repeat(2, *[1] * (latents.ndim - 1)), timestep, labels).sample
+    both = model(latents.repeat(2, 1, 1, 1), timestep, labels).sample
     return guide(*both.chunk(2), guidance_scale, guidance_channels)

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from .checkpoint import PIPELINE_INDEX, few, load_checkpoint, weights_folder, weights_variant
 from .cuda_graph import GraphedStep
-from .diffusion import check_guidance, check_steps, is_finite_number, make_scheduler, predict
+from .diffusion import (
+    check_count,
+    check_guidance,
+    check_steps,
+    is_finite_number,
+    make_scheduler,
+    predict,
+    short,
+)
 from .model import EDTTransformer2DModel
 from .sampling import check_finite, check_scheduler, noise_level, scheduler_step, set_timesteps
 from .text_files import printable, read_json
@@ -80,6 +88,12 @@ class EDTPipeline(DiffusionPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
+        if not isinstance(getattr(transformer, "_orig_mod", transformer), EDTTransformer2DModel):  # or compiled
+            raise TypeError(f"transformer is a {type(transformer).__name__}; it must be an EDTTransformer2DModel")
+        if not isinstance(scheduler, SchedulerMixin):
+            raise TypeError(f"scheduler is a {type(scheduler).__name__}; it must be a scheduler of diffusers")
+        if not (vae is None or isinstance(vae, torch.nn.Module)):
+            raise TypeError(f"vae is a {type(vae).__name__}; it must be an AutoencoderKL or None")
         config = transformer.config
         if vae is not None:
             check_latent_channels(vae, type(vae).__name__, config.in_channels)
@@ -195,7 +209,7 @@ class EDTPipeline(DiffusionPipeline):
                     given = {name: known[name] for name in callback_on_step_end_tensor_inputs}
                     latents = _from_callback(callback_on_step_end(self, i, timestep, given), latents)
                 finite.append(latents.isfinite().all())
-            check_finite(finite, timesteps, self.transformer.dtype)
+            check_finite(latents, finite, timesteps, self.transformer.dtype)
             if output_type == "latent":
                 images = latents
             else:
@@ -224,8 +238,7 @@ class EDTPipeline(DiffusionPipeline):
 
     def _class_numbers(self, class_labels, num_images_per_prompt: int, device: torch.device) -> Tensor | None:
         """(B,) int64 on the device; None for an unconditional model."""
-        if type(num_images_per_prompt) is not int or num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}; it must be a positive integer")
+        check_count("num_images_per_prompt", num_images_per_prompt)
         num_classes = self.transformer.config.num_classes
         if num_classes == 0:
             if class_labels is not None:
@@ -252,7 +265,7 @@ class EDTPipeline(DiffusionPipeline):
         if not numbers:
             raise ValueError("class_labels is empty; it needs a label for each image")
         if wrong := [number for number in numbers if not 0 <= number < num_classes]:
-            found = few([_short(number) for number in wrong])
+            found = few([short(number) for number in wrong])
             raise ValueError(f"class_labels has {found}; they must be 0 to {num_classes - 1}")
         return torch.tensor(numbers, device=device).repeat_interleave(num_images_per_prompt)
 
@@ -272,7 +285,7 @@ class EDTPipeline(DiffusionPipeline):
                 raise TypeError
             return operator.index(label)  # of NumPy's and torch's integers too
         except (TypeError, RuntimeError):  # RuntimeError: a tensor without values
-            raise TypeError(f"class_labels has {_short(label)}; it must have integers or names") from None
+            raise TypeError(f"class_labels has {short(label)}; it must have integers or names") from None
 
     def _check_call(self, output_type, return_dict, guidance_interval, cuda_graph) -> None:
         config = self.transformer.config
@@ -290,7 +303,7 @@ class EDTPipeline(DiffusionPipeline):
         if not isinstance(cuda_graph, bool | GraphedStep):
             raise TypeError(f"cuda_graph is {cuda_graph!r}; it must be True, False or an edt.GraphedStep")
         if guidance_interval is not None and not (
-            isinstance(guidance_interval, Sequence)
+            isinstance(guidance_interval, tuple | list)
             and len(guidance_interval) == 2
             and is_finite_number(guidance_interval[0])
             and (is_finite_number(guidance_interval[1]) or guidance_interval[1] == math.inf)
@@ -305,7 +318,7 @@ class EDTPipeline(DiffusionPipeline):
         shape = (batch_size, self.transformer.config.in_channels, *self.transformer.latent_size)
         each = generator if isinstance(generator, list) else [generator]
         if not (generator is None or all(isinstance(one, torch.Generator) for one in each)):
-            raise TypeError(f"generator is {_short(generator)}; it must be a torch.Generator, or a list of them")
+            raise TypeError(f"generator is {short(generator)}; it must be a torch.Generator, or a list of them")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator has {len(generator)} generators for {batch_size} images")
         if latents is None:
@@ -319,6 +332,30 @@ class EDTPipeline(DiffusionPipeline):
         elif latents.is_meta or not latents.isfinite().all():
             raise ValueError("latents has values that are not finite, or none; it must be noise, N(0, 1)")
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+
+    def load_lora_weights(self, source: str | Path | dict[str, Tensor], **options) -> None:
+        """Loads a LoRA adapter into the transformer; needs peft.
+
+        Args:
+            source: a folder, a name on a Hub or a state dict.
+            options: of `pipe.transformer.load_lora_adapter`, such as adapter_name, or prefix: what the weights'
+                names begin with, by default "transformer"; None for those that `save_lora_adapter` wrote.
+
+        Raises:
+            ValueError: where there are no weights under the prefix, or peft is missing.
+        """
+        before = set(getattr(self.transformer, "peft_config", {}))
+        self.transformer.load_lora_adapter(source, **options)
+        if set(getattr(self.transformer, "peft_config", {})) == before and not options.get("hotswap"):
+            prefix = options.get("prefix", "transformer")
+            raise ValueError(
+                f"source has no LoRA weights with the prefix {prefix!r}; those of save_lora_adapter have none, "
+                "take prefix=None"
+            )
+
+    def unload_lora_weights(self) -> None:
+        """Takes all LoRA adapters out of the transformer."""
+        self.transformer.unload_lora()
 
     @classmethod
     def load_config(cls, *args, **kwargs):
@@ -391,14 +428,6 @@ def load_pipeline(
         raise ValueError(f"checkpoint {folder} is no complete pipeline: {said}") from error
 
 
-def _short(value: object) -> str:
-    """As Python writes it, but of any length and kind one short line."""
-    if isinstance(value, int) and abs(value) >= 10**20:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
 def _check_callback(callback, tensor_inputs, known: list[str]) -> None:
     if not (callback is None or callable(callback)):
         raise TypeError(f"callback_on_step_end is a {type(callback).__name__}; it must be callable")
@@ -408,7 +437,7 @@ def _check_callback(callback, tensor_inputs, known: list[str]) -> None:
         or not all(isinstance(name, str) for name in tensor_inputs)
     ):
         raise TypeError(
-            f"callback_on_step_end_tensor_inputs is {_short(tensor_inputs)}; it must be a list of names"
+            f"callback_on_step_end_tensor_inputs is {short(tensor_inputs)}; it must be a list of names"
         )
     if unknown := set(tensor_inputs) - set(known):
         raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; it takes {known}")
@@ -444,7 +473,7 @@ def _check_names(id2label, num_classes: int) -> dict[int, str]:
     try:
         names = {int(key): name for key, name in id2label.items()}
     except (AttributeError, TypeError, ValueError, OverflowError):
-        raise TypeError(f"id2label is {_short(id2label)}; it must be a dict of class numbers and names") from None
+        raise TypeError(f"id2label is {short(id2label)}; it must be a dict of class numbers and names") from None
     wrong = [(key, name) for key, name in names.items() if not 0 <= key < num_classes or not isinstance(name, str)]
     if wrong:
         raise ValueError(f"id2label has {wrong[:3]}; it must have names of classes 0 to {num_classes - 1}")

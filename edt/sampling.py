@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .cuda_graph import GraphedStep
 from .diffusion import (
     NUM_TRAIN_TIMESTEPS,
+    check_count,
     check_guidance,
     check_guidance_scale,  # noqa: F401 (the commands check theirs with it)
     check_steps,
@@ -44,12 +45,15 @@ _ROUNDING = 1.01  # of a timestep, which schedulers that begin with noise levels
 
 
 def check_scheduler(scheduler: SchedulerMixin, config, clipping: bool = False) -> None:
-    """Raises ValueError for a scheduler that does not fit the model of this configuration.
+    """Raises ValueError or TypeError for a scheduler that does not fit the model of this configuration.
 
     Args:
         clipping: whether samples may be clipped to ±1, as pixels are.
     """
-    name, settings = type(scheduler).__name__, scheduler.config
+    name = type(scheduler).__name__
+    if not isinstance(scheduler, SchedulerMixin):
+        raise TypeError(f"scheduler is a {name}; it must be a scheduler of diffusers")
+    settings = scheduler.config
     fits = f"take {name}.from_config(edt.make_scheduler().config)"
     if name in _UNFIT:
         raise ValueError(f"scheduler is {name}, which {_UNFIT[name]}; take DPMSolverMultistepScheduler, or DDPM's")
@@ -140,8 +144,8 @@ def scheduler_step(
     latents: Tensor,
     generator: torch.Generator | list[torch.Generator] | None,
 ) -> Tensor:
-    """x_t → x_s, s the next timestep of the scheduler's list, in float32; a scheduler that takes no learned variance
-    gets the noise alone."""
+    """x_t → x_s, s the next timestep of the scheduler's list, in float32; a scheduler that takes no learned
+    variance gets the noise alone."""
     output = output.float()
     if not takes_learned_variance(scheduler):
         output = output[:, : latents.shape[1]]
@@ -169,8 +173,16 @@ def noise_level(scheduler: SchedulerMixin, timestep: Tensor) -> float:
     return math.sqrt((1 - alpha) / alpha)
 
 
-def check_finite(finite: list[Tensor], timesteps: Tensor, dtype: torch.dtype) -> None:
-    """Raises ValueError where the latents of a step are not finite.
+class NotFiniteError(ValueError):
+    """Sampling made infinities or NaNs; `latents` has what it ended with."""
+
+    def __init__(self, message: str, latents: Tensor):
+        super().__init__(message)
+        self.latents = latents
+
+
+def check_finite(latents: Tensor, finite: list[Tensor], timesteps: Tensor, dtype: torch.dtype) -> None:
+    """Raises NotFiniteError where the latents of a step were not finite.
 
     Args:
         finite: of each step, a bool on the latents' device; only here is it waited for.
@@ -182,9 +194,10 @@ def check_finite(finite: list[Tensor], timesteps: Tensor, dtype: torch.dtype) ->
     cure = (
         "take bfloat16 or float32" if dtype == torch.float16 else "are its weights, or the latents given, sound?"
     )
-    raise ValueError(
+    raise NotFiniteError(
         f"latents are not finite from step {step + 1} of {len(timesteps)} (timestep {timesteps[step]:g}) on; the "
-        f"model is in {str(dtype).removeprefix('torch.')}: {cure}"
+        f"model is in {str(dtype).removeprefix('torch.')}: {cure}",
+        latents,
     )
 
 
@@ -226,7 +239,8 @@ def sample(
 
     Raises:
         ValueError, TypeError: for labels, guidance or a number of steps that do not fit the model; for
-            `cuda_graph` without a GPU; for latents that are not finite, at the end, naming the step.
+            `cuda_graph` without a GPU.
+        NotFiniteError: a ValueError, at the end, for latents that are not finite, naming the first step of such.
     """
     if not isinstance(getattr(model, "_orig_mod", model), EDTTransformer2DModel):  # or compiled
         raise TypeError(f"model is a {type(model).__name__}; it must be an EDTTransformer2DModel")
@@ -247,8 +261,8 @@ def sample(
         raise ValueError("class_labels is on meta, which has no values")
     if class_labels is not None and config.num_classes == 0:
         raise ValueError("class_labels was given to an unconditional model; give batch_size instead")
-    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-        raise ValueError(f"batch_size is {batch_size!r}; it must be a positive integer")
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     if class_labels is None and (config.num_classes > 0 or batch_size is None):
         raise ValueError("class_labels is None; that needs an unconditional model and a batch_size")
     if model.training:
@@ -282,5 +296,5 @@ def sample(
                 on_step(i, latents)
     finally:
         model.reset_cache()
-    check_finite(finite, scheduler.timesteps, model.dtype)
+    check_finite(latents, finite, scheduler.timesteps, model.dtype)
     return latents

@@ -11,6 +11,7 @@ from torch import Tensor
 REUSES = ("deep", "encoder")
 
 _FIRST_POWER, _POWER_STEP = 1.2, 0.02
+_MOST_STEPS = 10_000  # far beyond the 1999 of a scheduler of second order
 
 
 @dataclass(frozen=True)
@@ -170,5 +171,5 @@ class StepCache:
 def _check_positive(name: str, value: int) -> None:
     if type(value) is not int:
         raise TypeError(f"{name} is {value!r}; it must be an integer")
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")
+    if not 1 <= value <= _MOST_STEPS:
+        raise ValueError(f"{name} is {value if value < 10**20 else 'huge'}; it must be 1 to {_MOST_STEPS}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import plots
 from .digits import to_uint8
 from .model import EDTTransformer2DModel
-from .sampling import sample
+from .sampling import NotFiniteError, sample
 from .train_config import TrainConfig
 from .vae import decode
 
@@ -17,18 +17,24 @@ from .vae import decode
 def draw_grid(
     model: EDTTransformer2DModel, config: TrainConfig, generator: torch.Generator
 ) -> tuple[Tensor, np.ndarray]:
-    """Latents (sample_count, C, H, W) of classes spread evenly, and their labels; the model is as it is."""
+    """Latents (sample_count, C, H, W) of classes spread evenly, and their labels; the model is as it is.
+
+    Latents that are not finite are returned as well.
+    """
     num_classes, count = model.config.num_classes, config.sample_count
     labels = np.arange(count) * max(num_classes, 1) // count
-    latents = sample(
-        model,
-        torch.from_numpy(labels) if num_classes else None,
-        batch_size=count,
-        num_inference_steps=config.sample_steps,
-        guidance_scale=config.sample_guidance if num_classes else 1.0,
-        generator=generator,
-        progress=False,
-    )
+    try:
+        latents = sample(
+            model,
+            torch.from_numpy(labels) if num_classes else None,
+            batch_size=count,
+            num_inference_steps=config.sample_steps,
+            guidance_scale=config.sample_guidance if num_classes else 1.0,
+            generator=generator,
+            progress=False,
+        )
+    except NotFiniteError as error:  # no reason to end a training
+        latents = error.latents
     return latents, labels
 
 

@@ -49,7 +49,8 @@ def small_model(**overrides) -> edt.EDTTransformer2DModel:
         "num_attention_heads": (2, 3, 4, 3, 2),
         "depths": (1, 1, 1, 2, 2),
     }
-    return tiny_model(**{**sizes, "amm_blocks": (3, 5), "sample_size": 8, "patch_size": 1, **overrides}).eval()
+    sizes |= {"amm_blocks": (3, 5), "sample_size": 8, "patch_size": 1, "class_dropout_prob": 0.1}
+    return tiny_model(**{**sizes, **overrides}).eval()
 
 
 def released_model() -> edt.EDTTransformer2DModel:

@@ -1,6 +1,7 @@
 """Denoising steps as CUDA graphs, against plain calls; on a CPU with a stand-in that runs recorded ops again."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -165,6 +166,19 @@ def test_errors(stand_in):
     graphed, latents, labels = stand_in(model), torch.zeros(2, 4, 8, 8), torch.tensor([1, 2])
     with pytest.raises(ValueError, match=r"timestep has shape \(2,\); a graph takes one for all samples"):
         graphed(latents, torch.tensor([1, 2]), labels)
+    for wrong, error, message in (
+        ({"guidance_scale": math.nan}, ValueError, "guidance_scale is nan"),
+        ({"guidance_channels": 5}, ValueError, "guidance_channels is 5"),
+        ({"latents": None}, TypeError, "latents is a NoneType"),
+        ({"timestep": "1"}, TypeError, "timestep is a str"),
+        ({"class_labels": [1, 2]}, TypeError, "class_labels is a list"),
+    ):
+        with pytest.raises(error, match=message):
+            graphed(**{"latents": latents, "timestep": 1, "class_labels": labels, **wrong})
+    untrained = stand_in(small_model(class_dropout_prob=0.0))
+    with pytest.raises(ValueError, match="class_dropout_prob is 0"):
+        untrained(latents, 1, labels, 2.0)
+    assert not graphed._captured
     model.train()
     with pytest.raises(ValueError, match=r"model is in training mode; call model\.eval\(\) first"):
         graphed(latents, 1, labels)

@@ -7,7 +7,7 @@ import torch
 from released import fixture, relative_error, tiny_model
 
 import edt
-from edt.diffusion import LossSecondMomentSampler, add_noise, guide, make_scheduler, training_losses
+from edt.diffusion import LossSecondMomentSampler, add_noise, guide, make_scheduler, predict, training_losses
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_timestep_sampler_state_round_trip():
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sample(guidance_scale, dtype):
-    model = tiny_model().eval().to(dtype)
+    model = tiny_model(class_dropout_prob=0.1).eval().to(dtype)
     steps = []
 
     def draw(seed):
@@ -236,6 +236,36 @@ BAD_CALLS = {
     "no steps": (lambda: make_scheduler(0), ValueError, "num_inference_steps is 0"),
     "many steps": (lambda: make_scheduler(1001), ValueError, "num_inference_steps is 1001"),
     "history": (lambda: LossSecondMomentSampler(history=0), ValueError, "history is 0"),
+    "huge history": (
+        lambda: LossSecondMomentSampler(history=10**400),
+        ValueError,
+        "history is an integer of 1329",
+    ),
+    "part of history": (lambda: LossSecondMomentSampler(history=1.5), TypeError, "history is 1.5"),
+    "truth for a share": (
+        lambda: LossSecondMomentSampler(uniform_share=True),
+        ValueError,
+        "uniform_share is True",
+    ),
+    "no draws": (lambda: warm_sampler().sample(0), ValueError, "batch_size is 0"),
+    "seed for a generator": (lambda: warm_sampler().sample(1, 3), TypeError, "generator is a int"),
+    "whole losses": (lambda: warm_sampler().update(T, T), TypeError, "losses is torch.int64"),
+    "state of nothing": (lambda: warm_sampler().load_state_dict(None), TypeError, "state is a NoneType"),
+    "guide what": (lambda: guide(OUTPUT, None, 2.0), TypeError, "unconditional is a NoneType"),
+    "guide in another dtype": (
+        lambda: guide(OUTPUT, OUTPUT.half(), 2.0),
+        TypeError,
+        "unconditional is torch.float16",
+    ),
+    "huge guide scale": (lambda: guide(OUTPUT, OUTPUT, 10**400), ValueError, "scale is 1000"),
+    "truth for channels": (lambda: guide(OUTPUT, OUTPUT, 2.0, True), ValueError, "guidance_channels is True"),
+    "noise of another shape": (lambda: add_noise(X, X[:1], T), ValueError, r"noise has shape \(1, 4, 8, 8\)"),
+    "noise of nothing": (lambda: add_noise(X, None, T), TypeError, "noise is a NoneType"),
+    "timestep elsewhere": (lambda: add_noise(X, X, T.to("meta")), ValueError, "timestep is on meta"),
+    "predict by nothing": (lambda: predict(None, X, 1), TypeError, "model is a NoneType"),
+    "predict at no time": (lambda: predict(tiny_model(), X, math.nan), ValueError, "timestep is nan"),
+    "predict for nothing": (lambda: predict(tiny_model(), 3, 1), TypeError, "latents is a int"),
+    "truth for steps": (lambda: make_scheduler(True), ValueError, "num_inference_steps is True"),
     "share": (lambda: LossSecondMomentSampler(uniform_share=0.0), ValueError, "uniform_share is 0.0"),
     "losses": (lambda: warm_sampler().update(T, torch.zeros(3)), ValueError, r"losses has shape \(3,\)"),
     "loss timestep": (
@@ -289,6 +319,31 @@ def test_bad_sample_arguments(overrides, arguments, error, message):
         edt.sample(tiny_model(**overrides).eval(), progress=False, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": None}, TypeError, "model is a NoneType"),
+        ({"class_labels": [1]}, TypeError, "class_labels is list"),
+        ({"class_labels": torch.tensor([True])}, TypeError, "class_labels is torch.bool"),
+        ({"class_labels": torch.tensor([1], device="meta")}, ValueError, "class_labels is on meta"),
+        ({"generator": 0}, TypeError, "generator is a int"),
+        ({"generator": [torch.Generator()]}, TypeError, "generator is a list"),
+        ({"on_step": 1}, TypeError, "on_step is a int"),
+        ({"cuda_graph": None}, TypeError, "cuda_graph is None"),
+        ({"guidance_scale": None}, TypeError, "guidance_scale is None"),
+        ({"guidance_scale": -1.0}, ValueError, "guidance_scale is -1.0"),
+        ({"guidance_scale": 2.0}, ValueError, "class_dropout_prob is 0"),
+        ({"num_inference_steps": 1.0}, ValueError, "num_inference_steps is 1.0"),
+        ({"batch_size": 10**400}, ValueError, "batch_size is an integer of"),
+    ],
+)
+def test_arguments_that_are_none(arguments, error, message):
+    with pytest.raises(error, match=message):
+        edt.sample(
+            **{"model": tiny_model().eval(), "class_labels": torch.tensor([1]), "progress": False, **arguments}
+        )
+
+
 def test_sampling_from_a_model_in_training_mode():
     with pytest.raises(ValueError, match="model is in training mode"):
         edt.sample(tiny_model().train(), torch.tensor([1]), progress=False)
@@ -296,6 +351,6 @@ def test_sampling_from_a_model_in_training_mode():
 
 def test_sampling_guides_as_many_channels_as_there_are():
     """One grey channel: the default of three would not fit."""
-    model = tiny_model(in_channels=1, out_channels=2).eval()
+    model = tiny_model(in_channels=1, out_channels=2, class_dropout_prob=0.1).eval()
     latents = edt.sample(model, torch.tensor([1]), num_inference_steps=2, guidance_scale=2.0, progress=False)
     assert latents.shape == (1, 1, 16, 16)

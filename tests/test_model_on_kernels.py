@@ -79,7 +79,7 @@ def test_gpu_model_compiles_without_a_graph_break():
 
 @pytest.mark.gpu
 def test_gpu_sampling_runs_on_the_kernels():
-    model = tiny_model().to("cuda").eval()
+    model = tiny_model(class_dropout_prob=0.1).to("cuda").eval()
     latents = edt.sample(model, torch.tensor([1, 2]), num_inference_steps=5, guidance_scale=2.0, progress=False)
     assert latents.shape == (2, 4, 16, 16)
     assert torch.isfinite(latents).all()

@@ -1,8 +1,12 @@
 """`EDTPipeline` against the released sampling procedure written out, and as diffusers' users know pipelines."""
 
+import builtins
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -24,6 +28,7 @@ import edt
 from benchmarks import schedulers, step_cache
 from edt import EDTPipeline, GraphedStep, load_preset, make_scheduler
 from edt.demo import DemoOptions, run_demo
+from edt.diffusion import predict
 from edt.digits import to_uint8
 from edt.step_cache import NOTHING, StepCacheConfig
 
@@ -46,7 +51,8 @@ def quiet(pipe):
 
 
 def make_pipeline(vae=None, id2label=None, **overrides):
-    return quiet(EDTPipeline(tiny_model(**overrides).eval(), make_scheduler(), vae, id2label))
+    model = tiny_model(**{"class_dropout_prob": 0.1, **overrides}).eval()  # a null class to guide by
+    return quiet(EDTPipeline(model, make_scheduler(), vae, id2label))
 
 
 def grey_pipeline(**overrides):
@@ -413,6 +419,214 @@ def test_progress_bar(capsys):
     assert "drawing: 100%" in capsys.readouterr().err
 
 
+def test_overflow_is_named():
+    """Of the network at a step, whose latents would become black pictures; none is returned, of no kind."""
+    pipe, calls = grey_pipeline(), []
+    network = pipe.transformer.forward
+
+    def overflow(x, *args):
+        calls.append(len(x))
+        output = network(x, *args)
+        output.sample[-1] = torch.inf if len(calls) == 3 else 0
+        return output
+
+    pipe.transformer.forward = overflow
+    for kind in ("pil", "latent"):
+        calls.clear()
+        with pytest.raises(
+            ValueError, match=r"latents are not finite from step 3 of 5 \(timestep 500\) on; .*float32"
+        ):
+            pipe([1, 2], num_inference_steps=5, output_type=kind)
+    calls.clear()
+    with pytest.raises(ValueError, match="latents are not finite from step 3 of 5"):
+        edt.sample(pipe.transformer, torch.tensor([1, 2]), num_inference_steps=5, progress=False)
+
+
+def test_pictures_that_overflow_in_the_vae_are_named(vae, monkeypatch):
+    pipe = make_pipeline(vae)
+    monkeypatch.setattr(
+        vae, "decode", lambda z: type("Output", (), {"sample": torch.full((1, 3, 32, 32), torch.nan)})
+    )
+    with pytest.raises(ValueError, match="vae makes pictures that are not finite, in float32"):
+        pipe([1], num_inference_steps=1)
+    pipe([1], num_inference_steps=1, output_type="latent")
+
+
+def test_a_scale_of_zero_is_unconditional():
+    """On the guided channels, whatever the label is."""
+    pipe = make_pipeline()
+    options = {"num_inference_steps": 3, "output_type": "latent", "guidance_channels": 4}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    draws = [pipe([label], 0.0, generator=generator(), **options).images for label in (1, 2)]
+    assert relative_error(*draws) <= 1e-4
+    null = pipe.transformer.label_embedding.weight
+    with torch.no_grad():
+        null[1] = null[10]
+    unguided = pipe([1], generator=generator(), **options).images
+    assert relative_error(unguided, draws[0]) <= 1e-4
+
+
+@pytest.mark.parametrize("scale", [math.nan, None, -1.0, "2", True])
+def test_a_callback_that_sets_no_scale(scale):
+    pipe = grey_pipeline()
+
+    def change(pipe, i, timestep, tensors):
+        pipe._guidance_scale = scale
+
+    with pytest.raises((ValueError, TypeError), match="guidance_scale is "):
+        pipe([1], 3.0, num_inference_steps=3, callback_on_step_end=change, output_type="latent")
+
+
+def test_a_callback_ends_guidance_at_zero_or_begins_it():
+    pipe = grey_pipeline()
+    batches, network = [], pipe.transformer.forward
+    pipe.transformer.forward = lambda x, *args: batches.append(len(x)) or network(x, *args)
+
+    def change(pipe, i, timestep, tensors):
+        pipe._guidance_scale = {0: 0.0, 1: 2}.get(i, 1.0)
+
+    pipe([1], 1.0, num_inference_steps=4, callback_on_step_end=change, output_type="latent")
+    assert batches == [1, 2, 2, 1]
+
+
+def test_guidance_needs_a_trained_null_class():
+    """By every way in, also where a callback or an interval begins it."""
+    model = tiny_model(in_channels=1, out_channels=2, class_dropout_prob=0.0).eval()
+    pipe = quiet(EDTPipeline(model, make_scheduler()))
+    latents, labels = torch.zeros(1, 1, 16, 16), torch.tensor([1])
+
+    def begin(pipe, i, timestep, tensors):
+        pipe._guidance_scale = 2.0
+
+    options = {"num_inference_steps": 3, "output_type": "latent"}
+    ways = [
+        lambda: pipe([1], 2.0, **options),
+        lambda: pipe([1], 0.0, **options),
+        lambda: pipe([1], 2.0, guidance_interval=(0.1, 0.2), **options),
+        lambda: pipe([1], callback_on_step_end=begin, **options),
+        lambda: edt.sample(model, labels, guidance_scale=2.0, progress=False),
+        lambda: predict(model, latents, 5, labels, 2.0),
+    ]
+    for way in ways:
+        with pytest.raises(ValueError, match=r"guidance_scale is [02]\.0; this model's class_dropout_prob is 0"):
+            way()
+    assert pipe([1], 1.0, **options).images.shape == (1, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        ("latents", TypeError, "callback_on_step_end returned a str"),
+        ({"latents": None}, ValueError, "returned latents that are a NoneType"),
+        ({"latents": torch.zeros(1, 1, 8, 8)}, ValueError, r"latents that are torch.float32 \(1, 1, 8, 8\)"),
+        ({"latents": torch.zeros(1, 1, 16, 16, dtype=torch.int64)}, ValueError, "latents that are torch.int64"),
+        ({"latents": torch.full((1, 1, 16, 16), math.nan)}, ValueError, "not finite from step 1"),
+    ],
+)
+def test_bad_latents_of_a_callback(returned, error, message):
+    with pytest.raises(error, match=message):
+        grey_pipeline()([1], num_inference_steps=2, callback_on_step_end=lambda *a: returned)
+
+
+def test_latents_of_a_callback_stay_float32():
+    images = grey_pipeline()(
+        [1],
+        num_inference_steps=2,
+        output_type="latent",
+        callback_on_step_end=lambda pipe, i, timestep, tensors: {"latents": tensors["latents"].half()},
+    ).images
+    assert images.dtype == torch.float32
+
+
+def test_numbers_and_names_that_are_numbers():
+    """A string is a name, also of digits; an integer is the class's number."""
+    pipe = grey_pipeline(id2label={0: "0", 1: "1", 2: "10", 3: "2"})
+    options = {"num_inference_steps": 1, "output_type": "latent"}
+
+    def drawn(label):
+        return pipe(label, generator=generator(), **options).images
+
+    assert torch.equal(drawn(["10"]), drawn([2]))
+    assert not torch.equal(drawn(["2"]), drawn([2]))
+    labels = ["10", 2, np.int64(2), torch.tensor(2)]
+    assert all(
+        torch.equal(drawn(label), drawn([2])) for label in (labels[0], *labels[1:3], np.array([2]), range(2, 3))
+    )
+    assert drawn(labels).shape[0] == 4
+    with pytest.raises(
+        ValueError, match=r"class_labels has '7'; .* names 0, 1, 10, 2, and for class number 7 give the integer"
+    ):
+        drawn("7")
+    with pytest.raises(ValueError, match=r"has '10'; .* none: it has no id2label, and for class number 10 give"):
+        grey_pipeline()("10", **options)
+    named = grey_pipeline(id2label={0: "tench", 1: "goldfish", 2: "great white shark"})
+    with pytest.raises(ValueError, match=r"class_labels has 'tensch'; this pipeline knows the names tench$"):
+        named("tensch", **options)
+
+
+def test_a_base_install_draws(tmp_path):
+    """Without what the extras of the package bring; a folder loads with its own code too."""
+    program = """
+import sys
+ABSENT = {"tyro", "accelerate", "matplotlib", "sklearn", "datasets", "pytorch_optimizer", "tensorboard", "scipy"}
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in ABSENT else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+import torch, edt
+from diffusers import DiffusionPipeline
+for name in edt.__all__:
+    getattr(edt, name)
+edt.load_preset("EDT-digits")
+edt.load_checkpoint(sys.argv[1] + "/transformer")
+for pipe in (edt.EDTPipeline.from_pretrained(sys.argv[1]),
+             DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)):
+    pipe([1], num_inference_steps=1)
+edt.sample(pipe.transformer, torch.tensor([1]), num_inference_steps=1, progress=False)
+print("drawn")
+"""
+    grey_pipeline().save_pretrained(tmp_path / "pipe")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "pipe")], capture_output=True, text=True, env=environment
+    )
+    assert found.stdout.endswith("drawn\n"), found.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("missing", "error"), [("edt", ImportError), ("einops", ModuleNotFoundError)])
+def test_a_folder_says_which_package_is_missing(tmp_path, monkeypatch, missing, error):
+    """Only this one is called by its name in pip; another's absence is its own."""
+    grey_pipeline().save_pretrained(tmp_path)
+
+    def absent(name, *args, **kwargs):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    for file in ("pipeline.py", "transformer/edt_transformer.py"):
+        code = compile((tmp_path / file).read_text(), file, "exec")
+        with pytest.raises(error, match="edt-kernels" if missing == "edt" else "einops"):
+            exec(code, {"__builtins__": {**vars(builtins), "__import__": absent}})
+
+
+def test_lora_weights_go_to_the_transformer(monkeypatch):
+    """What finds no weights there is an error; diffusers says so to a log only."""
+    pipe, seen = grey_pipeline(), []
+
+    def load(source, **options):
+        seen.append((source, options))
+        if options.get("prefix", "transformer") is None:
+            pipe.transformer.peft_config = {"default": None}
+
+    monkeypatch.setattr(pipe.transformer, "load_lora_adapter", load, raising=False)
+    with pytest.raises(ValueError, match=r"source has no LoRA weights with the prefix 'transformer'.*prefix=None"):
+        pipe.load_lora_weights("folder")
+    pipe.load_lora_weights("folder", prefix=None)
+    assert seen == [("folder", {}), ("folder", {"prefix": None})]
+
+
 def foreign(scheduler=DDIMScheduler, **config):
     pipe = grey_pipeline()
     pipe.scheduler = scheduler(**config)
@@ -425,7 +639,7 @@ BAD = {
     "number for a generator": (grey_pipeline, {"generator": 3}, TypeError, "generator is 3"),
     "word for the noise": (grey_pipeline, {"latents": "x"}, TypeError, "latents is a str"),
     "no label": (grey_pipeline, {"class_labels": None}, ValueError, "class_labels is None"),
-    "null label": (grey_pipeline, {"class_labels": [10]}, ValueError, "from 10 to 10; they must be 0 to 9"),
+    "null label": (grey_pipeline, {"class_labels": [10]}, ValueError, "class_labels has 10; they must be 0 to 9"),
     "float label": (grey_pipeline, {"class_labels": [1.5]}, TypeError, r"class_labels has 1\.5"),
     "float labels": (grey_pipeline, {"class_labels": torch.rand(2)}, TypeError, "class_labels is torch.float32"),
     "unknown name": (grey_pipeline, {"class_labels": "cat"}, ValueError, "'cat'.*it has no id2label"),
@@ -434,6 +648,47 @@ BAD = {
     "channels": (grey_pipeline, {"guidance_channels": 3}, ValueError, "guidance_channels is 3; .* 1 to 1"),
     "steps": (grey_pipeline, {"num_inference_steps": 1001}, ValueError, "num_inference_steps is 1001"),
     "images": (grey_pipeline, {"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt is 0"),
+    "truth for steps": (grey_pipeline, {"num_inference_steps": True}, ValueError, "num_inference_steps is True"),
+    "parts of steps": (grey_pipeline, {"num_inference_steps": 2.5}, ValueError, "num_inference_steps is 2.5"),
+    "nested labels": (grey_pipeline, {"class_labels": [[1, 2]]}, TypeError, r"class_labels has \[1, 2\]"),
+    "a set of labels": (grey_pipeline, {"class_labels": {1}}, TypeError, r"class_labels has \{1\}"),
+    "infinite label": (grey_pipeline, {"class_labels": [math.inf]}, TypeError, "class_labels has inf"),
+    "huge label": (grey_pipeline, {"class_labels": [10**400]}, ValueError, "has an integer of 1329 bits"),
+    "meta labels": (
+        grey_pipeline,
+        {"class_labels": torch.ones(1, dtype=torch.int64, device="meta")},
+        ValueError,
+        "class_labels is on meta",
+    ),
+    "huge scale": (grey_pipeline, {"guidance_scale": 10**400}, ValueError, "guidance_scale is an integer of"),
+    "negative scale": (grey_pipeline, {"guidance_scale": -1.0}, ValueError, "guidance_scale is -1.0"),
+    "truth for a scale": (grey_pipeline, {"guidance_scale": True}, TypeError, "guidance_scale is True"),
+    "whole noise": (
+        grey_pipeline,
+        {"latents": torch.zeros(1, 1, 16, 16, dtype=torch.int64)},
+        TypeError,
+        "latents is torch.int64",
+    ),
+    "no noise": (
+        grey_pipeline,
+        {"latents": torch.full((1, 1, 16, 16), math.nan)},
+        ValueError,
+        "latents has values that are not finite",
+    ),
+    "callback that is none": (
+        grey_pipeline,
+        {"callback_on_step_end": 3},
+        TypeError,
+        "callback_on_step_end is a int",
+    ),
+    "tuple wanted": (grey_pipeline, {"return_dict": None}, TypeError, "return_dict is None"),
+    "graph wanted": (grey_pipeline, {"cuda_graph": "yes"}, TypeError, "cuda_graph is 'yes'"),
+    "open interval": (
+        grey_pipeline,
+        {"guidance_interval": (math.nan, 1)},
+        ValueError,
+        r"guidance_interval is \(nan, 1\)",
+    ),
     "output": (grey_pipeline, {"output_type": "jpeg"}, ValueError, "output_type is 'jpeg'"),
     "interval": (grey_pipeline, {"guidance_interval": (3, 1)}, ValueError, r"guidance_interval is \(3, 1\)"),
     "generators": (grey_pipeline, {"generator": [generator()] * 2}, ValueError, "2 generators for 1 images"),
@@ -491,6 +746,10 @@ def test_bad_parts(vae):
             grey_pipeline(id2label=names)
     with pytest.raises(ValueError, match="latents of 4 channels; 1 are needed"):
         grey_pipeline(vae=vae)
+    parts = {"transformer": tiny_model().eval(), "scheduler": make_scheduler()}
+    for name, wrong in (("transformer", None), ("transformer", vae), ("scheduler", None), ("vae", "folder")):
+        with pytest.raises(TypeError, match=f"{name} is a "):
+            EDTPipeline(**{**parts, name: wrong})
 
 
 @pytest.mark.slow  # trains the demo

@@ -43,6 +43,7 @@ def checkpoints(tmp_path_factory):
     """Models of random weights, by name."""
     folder = tmp_path_factory.mktemp("checkpoints")
     grey = {"in_channels": 1, "out_channels": 2, "depths": (1, 1, 1, 1, 1), "amm_blocks": (3,)}
+    grey["class_dropout_prob"] = 0.1  # a null class to guide by
     tiny_model(**grey).save_pretrained(folder / "grey")
     tiny_model(in_channels=3, out_channels=6, num_classes=2, sample_size=(8, 16)).save_pretrained(
         folder / "colour"

@@ -43,6 +43,14 @@ def test_classes_are_spread_evenly(tmp_path, num_classes, count, labels):
     assert torch.equal(latents, again)
 
 
+def test_latents_that_are_not_finite_end_no_training(tmp_path):
+    model = EDTTransformer2DModel(**SMALL, num_classes=5).eval()
+    torch.nn.init.constant_(model.final_layer.linear.bias, torch.nan)
+    config = TrainConfig(data=tmp_path, sample_count=5, sample_steps=2)
+    latents, _ = draw_grid(model, config, keyed_generator("cpu", 0))
+    assert latents.isnan().all()
+
+
 @torch.no_grad()
 def test_decode_undoes_the_scaling(vae):
     model, _ = vae
