@@ -340,12 +340,16 @@ def test_data_that_cannot_be_read_at_all(data, tmp_path, monkeypatch, capsys):
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
+def break_reading_by_the_second() -> None:
+    break_reading(pytest.MonkeyPatch(), 3, rank="1")
+
+
 @pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
-def test_data_that_one_of_two_processes_cannot_read(data, tmp_path, monkeypatch, fsdp):
+def test_data_that_one_of_two_processes_cannot_read(data, tmp_path, fsdp):
     """Both save the steps before it together, and say so."""
-    break_reading(monkeypatch, 3, rank="1")
     arguments = small_arguments(data, tmp_path / "run", steps=1000)
-    with forked(arguments, tmp_path / "log", processes=2, fsdp=fsdp) as run:
+    options = {"processes": 2, "fsdp": fsdp, "patch": break_reading_by_the_second}
+    with forked(arguments, tmp_path / "log", **options) as run:
         assert run.wait() == [2, 2], run.text()
     saved = newest(tmp_path / "run")
     assert state_of(saved)["steps"] == 3

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 
 import pytest
 from training_runs import forked, newest, small_arguments, state_of, write_moments
@@ -95,8 +96,8 @@ def test_a_terminal_that_closes(tmp_path, nohup):
         write_moments(tmp_path / "data"), tmp_path / "run", steps=16 if nohup else 4000, checkpoint_every=4000,
         log_every=1, num_workers=1,
     )  # fmt: skip
-    signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
-    with forked(arguments, tmp_path / "log") as run:
+    heed = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    with forked(arguments, tmp_path / "log", patch=heed) as run:
         metrics = tmp_path / "run" / "metrics.jsonl"
         run.wait_for(lambda: metrics.is_file() and len(read_metrics(metrics)) >= 2)
         run.signal(signal.SIGHUP)
