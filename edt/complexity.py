@@ -229,7 +229,8 @@ def _kept_for_backward(model: EDTTransformer2DModel, branch: int, gradient_check
         """All that a block keeps but what enters it and leaves it."""
         C, heads = sizes[i], config.num_attention_heads[i]
         branches = branch * (8 * C + int(C * config.mlp_ratio))
-        return tokens[i] * (_FLOAT * C + branches + 2 * statistics + _FLOAT * heads)
+        logsumexp = _FLOAT * heads * (2 if branch == _FLOAT else 1)  # of float32 inputs in two parts
+        return tokens[i] * (_FLOAT * C + branches + 2 * statistics + logsumexp)
 
     def stage(i: int) -> int:
         stream, depth = _FLOAT * tokens[i] * sizes[i], config.depths[i]

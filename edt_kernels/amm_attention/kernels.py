@@ -189,8 +189,11 @@ def gradients_of_scores(
         if EXACT or not TRANSPOSED:  # where a sum over keys crosses warps, a second one is 30 % more instructions
             row_sum = tl.sum(p, axis=KEYS, keep_dims=True)
             p = p / tl.where(row_sum == 0.0, 1.0, row_sum)
-        row_delta = tl.sum(p * grad_p, axis=KEYS)
-    grad_logits = p * (grad_p - (row_delta[None, :] if TRANSPOSED else row_delta[:, None]))
+        weighted = p * grad_p
+        row_delta = tl.sum(weighted, axis=KEYS)
+        grad_logits = weighted - p * (row_delta[None, :] if TRANSPOSED else row_delta[:, None])
+    else:
+        grad_logits = p * (grad_p - (row_delta[None, :] if TRANSPOSED else row_delta[:, None]))
     return p, grad_weights, grad_logits, row_delta
 
 

@@ -126,13 +126,13 @@ def short_backward(
         k_offsets = row_offsets(batch, token, head, stride_kb, stride_kn, stride_kh, ALIGN)
         v_offsets = row_offsets(batch, token, head, stride_vb, stride_vn, stride_vh, ALIGN)
         grad_offsets = row_offsets(batch, token, head, stride_gb, stride_gn, stride_gh, ALIGN)
+        first_row = (batch.to(tl.int64) * heads + head) * N
+        row_max, row_log_sum = load_logsumexp(logsumexp, first_row, token, N, valid, EXACT)
         q_tile = load_rows(q, q_offsets, valid, D, BLOCK_D, MASKED)  # all (BLOCK, BLOCK_D)
         k_tile = load_rows(k, k_offsets, valid, D, BLOCK_D, MASKED)
         v_tile = load_rows(v, v_offsets, valid, D, BLOCK_D, MASKED)
         grad_tile = load_rows(grad_out, grad_offsets, valid, D, BLOCK_D, MASKED)
         out_offsets = row_offsets(batch, token, head, stride_ob, stride_on, stride_oh, ALIGN)
-        first_row = (batch.to(tl.int64) * heads + head) * N
-        row_max, row_log_sum = load_logsumexp(logsumexp, first_row, token, N, valid, EXACT)
         p, _, grad_logits, _ = gradients_of_scores(
             k_tile, q_tile, v_tile, grad_tile, row_max, row_log_sum, None, scale, bias, factor, None,
             HAS_BIAS or MASKED, False, False, True, True, EXACT, PRECISION,
