@@ -39,7 +39,7 @@ _NAMES = {
 class EvaluateOptions:
     """Compares generated images with real ones: FID, sFID, Inception Score, precision and recall.
 
-    Images are an .npz (arr_0 uint8 N×H×W×C, as edt sample and ADM write it) or a folder of PNG and JPEG files,
+    Images are an .npz (arr_0 uint8 N×H×W×C, as edt sample and ADM write it) or a folder of images,
     searched to any depth.
     """
 

@@ -20,14 +20,13 @@ from .data import ignore_interrupts
 from .devices import torch_device
 from .image_files import UnreadableError
 from .interrupt import StopRequest
-from .run_folder import open_folder
+from .run_folder import LOCK_FILE, open_folder
 from .shards import MANIFEST, MOST_CLASSES, MOST_SIDE, PROGRESS, Manifest, Shard, ShardWriter, number_names
 from .sources import HubDataset, ImageFolder, ReleasedFeatures, listing_digest
 from .text_files import printable
 from .vae import load_autoencoder
 
 _MOST_WORKERS = 1024
-_LOCK = ".lock"  # of `open_folder`
 
 
 @dataclass(frozen=True)
@@ -263,7 +262,7 @@ def _begun(folder: Path, source, settings: dict) -> Manifest | None:
         # Its lock and temporary files: another has just begun, or was killed at once.
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"output {folder} is a file; it must be a folder, or not there yet")
-        begins = {path.name for path in shards.leftovers(folder)} | {_LOCK} if folder.is_dir() else set()
+        begins = {path.name for path in shards.leftovers(folder)} | {LOCK_FILE} if folder.is_dir() else set()
         if folder.exists() and any(entry.name not in begins for entry in folder.iterdir()):
             raise ValueError(f"output {folder} is not empty and was not begun by edt extract; give another folder")
         return None
