@@ -27,6 +27,7 @@ from released import fixture, relative_error, tiny_model
 import edt
 from benchmarks import schedulers, step_cache
 from edt import EDTPipeline, GraphedStep, load_preset, make_scheduler
+from edt.cli import main
 from edt.demo import DemoOptions, run_demo
 from edt.diffusion import predict
 from edt.digits import to_uint8
@@ -440,6 +441,16 @@ def test_overflow_is_named():
     calls.clear()
     with pytest.raises(ValueError, match="latents are not finite from step 3 of 5"):
         edt.sample(pipe.transformer, torch.tensor([1, 2]), num_inference_steps=5, progress=False)
+
+
+def test_no_black_pictures_are_written(tmp_path, capsys):
+    model = load_preset("EDT-digits")
+    torch.nn.init.constant_(model.final_layer.linear.bias, math.nan)
+    model.save_pretrained(tmp_path / "model")
+    command = ["sample", "--checkpoint", str(tmp_path / "model"), "--labels", "3", "--num-per-class", "2"]
+    assert main([*command, "--steps", "2", "--device", "cpu", "--output", str(tmp_path / "drawn")]) == 2
+    assert "latents are not finite from step 1 of 2 (timestep 999) on" in capsys.readouterr().err
+    assert not list((tmp_path / "drawn").rglob("*.png"))
 
 
 def test_pictures_that_overflow_in_the_vae_are_named(vae, monkeypatch):
