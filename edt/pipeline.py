@@ -345,7 +345,7 @@ class EDTPipeline(DiffusionPipeline):
             ValueError: where there are no weights under the prefix, or peft is missing.
         """
         before = set(getattr(self.transformer, "peft_config", {}))
-        self.transformer.load_lora_adapter(source, **options)
+        self.transformer.load_lora_adapter(source, **{"use_safetensors": True, **options})  # no pickles unasked
         if set(getattr(self.transformer, "peft_config", {})) == before and not options.get("hotswap"):
             prefix = options.get("prefix", "transformer")
             raise ValueError(

@@ -635,7 +635,8 @@ def test_lora_weights_go_to_the_transformer(monkeypatch):
     with pytest.raises(ValueError, match=r"source has no LoRA weights with the prefix 'transformer'.*prefix=None"):
         pipe.load_lora_weights("folder")
     pipe.load_lora_weights("folder", prefix=None)
-    assert seen == [("folder", {}), ("folder", {"prefix": None})]
+    safe = {"use_safetensors": True}
+    assert seen == [("folder", safe), ("folder", {**safe, "prefix": None})]
 
 
 def foreign(scheduler=DDIMScheduler, **config):
