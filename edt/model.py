@@ -353,16 +353,14 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
                 and timesteps that are not finite are only found on a CPU, outside of graphs and transforms.
         """
         self._check_inputs(hidden_states, timestep, class_labels, keep_masks, label_drops)
-        stream_dtype = hidden_states.dtype
-        if (
-            enabled_autocast_dtype(hidden_states) is not None
-        ):  # autocast is for products; sums of blocks stay exact
-            stream_dtype = torch.promote_types(stream_dtype, torch.float32)
         batch_size = hidden_states.shape[0]
         middle, skip, expanded = self._reused_features(hidden_states, keep_masks, return_hidden)
         keep_masks = [None] * NUM_MERGES if keep_masks is None else list(keep_masks)
         mid_keep = keep_masks.pop(0) if len(keep_masks) > NUM_MERGES else None
 
+        stream_dtype = hidden_states.dtype
+        if enabled_autocast_dtype(hidden_states) is not None:  # which is for products; sums of blocks stay exact
+            stream_dtype = torch.promote_types(stream_dtype, torch.float32)
         tokens = x = self.position(self.patch_embedding(hidden_states), stream_dtype)  # (B, N, C0)
         cond = self._embed_conditioning(timestep, class_labels, hidden_states, label_drops)
         cond = F.silu(cond)  # (B, C0), once for all modulations
@@ -571,7 +569,8 @@ def _check_timestep(timestep, hidden_states: Tensor) -> None:
             f"timestep has shape {tuple(timestep.shape)}; it must be a scalar or ({batch_size},), as "
             f"hidden_states has {batch_size} samples"
         )
-    if timestep.is_meta and not hidden_states.is_meta:  # from elsewhere it is copied
+    # Not is_meta, which is a graph of its own when this is compiled.
+    if timestep.device.type == "meta" and hidden_states.device.type != "meta":
         raise ValueError(f"timestep is on meta; it must have values, as hidden_states on {hidden_states.device}")
     if has_readable_values(timestep) and not timestep.isfinite().all():
         raise ValueError("timestep has values that are not finite")
