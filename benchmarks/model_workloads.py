@@ -59,10 +59,11 @@ class ModelCase:
 
     @property
     def config(self) -> dict[str, object]:
-        """Of our model. Labels are not dropped: every implementation would draw others."""
+        """Of our model. In training labels are not dropped: every implementation would draw others."""
         config = PRESETS.get(f"{self.preset}-{self.resolution}", PRESETS[self.preset])
         form = {"amm_form": "cos"} if self.resolution >= 512 else {}
-        return {**config, **form, "sample_size": self.resolution // _PIXELS, "class_dropout_prob": 0.0}
+        dropout = 0.1 if self.steps else 0.0  # guidance needs a null class that was trained
+        return {**config, **form, "sample_size": self.resolution // _PIXELS, "class_dropout_prob": dropout}
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

@@ -242,7 +242,7 @@ def sample(
             `cuda_graph` without a GPU.
         NotFiniteError: a ValueError, at the end, for latents that are not finite, naming the first step of such.
     """
-    if not isinstance(getattr(model, "_orig_mod", model), EDTTransformer2DModel):  # or compiled
+    if not (callable(model) and hasattr(model, "config")):  # a compiled or wrapped one has it, too
         raise TypeError(f"model is a {type(model).__name__}; it must be an EDTTransformer2DModel")
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise TypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator")

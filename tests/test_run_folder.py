@@ -230,5 +230,5 @@ def test_pictures_of_others_stay(tmp_path):
 )
 def test_figures_that_are_no_numbers(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "full_loss": 1.0}}\n{line}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl has a line 2 without a step, or with a figure"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has a line 2 that edt train did not write"):
         plot_runs([tmp_path])

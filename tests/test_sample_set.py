@@ -425,7 +425,7 @@ def test_a_vae_without_its_weights(checkpoints, tmp_path, capsys):
     """As a transformer's folder, of which diffusers would make an autoencoder of random weights."""
     args = arguments(checkpoints / "latent", tmp_path / "out", "--labels", "3", "--vae", checkpoints / "latent")
     assert main(args) == 2
-    assert "which is no AutoencoderKL: it lacks" in capsys.readouterr().err.splitlines()[-1]
+    assert "weights of an AutoencoderKL, such as" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_images_of_unknown_settings(checkpoints, tmp_path, capsys):

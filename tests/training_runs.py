@@ -255,8 +255,10 @@ def kill_all_below(run: Processes) -> None:
 
 
 def _is_running(pid: int) -> bool:
+    """Or holds its files yet: as long as one of its threads is there, also where the first is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in "ZX" or len(os.listdir(f"/proc/{pid}/task")) > 1
     except (FileNotFoundError, ProcessLookupError):
         return False
 
