@@ -1,14 +1,15 @@
 """The diffusion process of EDT: training losses, the timestep sampler, the sampling scheduler, guidance."""
 
 import math
-import sys
 from numbers import Real
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from .text_files import printable
+from edt_kernels._checks import shown
+
+from .config import is_number
 
 NUM_TRAIN_TIMESTEPS = 1000
 BETA_START, BETA_END = 1e-4, 2e-2
@@ -193,7 +194,7 @@ class LossSecondMomentSampler:
 
     def __init__(self, history: int = 10, uniform_share: float = 0.001, device=None):
         check_count("history", history)
-        if not (is_finite_number(uniform_share) and 0 < uniform_share <= 1):
+        if not (is_number(uniform_share) and 0 < uniform_share <= 1):
             raise ValueError(f"uniform_share is {uniform_share!r}; it must be in (0, 1]")
         self.uniform_share = uniform_share
         self.losses = torch.zeros(NUM_TRAIN_TIMESTEPS, history, dtype=torch.float64, device=device)
@@ -281,31 +282,18 @@ def make_scheduler(num_inference_steps: int = 250) -> DDPMScheduler:
     return scheduler
 
 
-def is_finite_number(value: object) -> bool:
-    """Whether it is a number, within the range of floats and no NaN; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def short(value: object) -> str:
-    """As Python writes it, but of any length and kind one short line."""
-    if isinstance(value, int) and abs(value) >= 10**20:
-        return f"an integer of {value.bit_length()} bits"
-    text = printable(repr(value))
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
 def check_count(name: str, value: int) -> None:
     if type(value) is not int:
         raise TypeError(f"{name} is {value!r}; it must be an integer")
     if not 1 <= value < 2**31:
-        raise ValueError(f"{name} is {short(value)}; it must be at least 1, and below 2³¹")
+        raise ValueError(f"{name} is {shown(value)}; it must be at least 1, and below 2³¹")
 
 
 def check_steps(num_inference_steps: int) -> None:
     """Raises ValueError for what is no number of steps."""
     if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= NUM_TRAIN_TIMESTEPS:
         raise ValueError(
-            f"num_inference_steps is {short(num_inference_steps)}; it must be an integer, 1 to "
+            f"num_inference_steps is {shown(num_inference_steps)}; it must be an integer, 1 to "
             f"{NUM_TRAIN_TIMESTEPS}"
         )
 
@@ -314,9 +302,9 @@ def check_guidance_scale(guidance_scale: float) -> None:
     """Raises TypeError or ValueError for a scale that suits no model."""
     if not isinstance(guidance_scale, Real) or isinstance(guidance_scale, bool):
         raise TypeError(f"guidance_scale is {guidance_scale!r}; it must be a number, 1 is no guidance")
-    if not is_finite_number(guidance_scale) or guidance_scale < 0:
+    if not is_number(guidance_scale) or guidance_scale < 0:
         raise ValueError(
-            f"guidance_scale is {short(guidance_scale)}; it must be finite and not negative, 1 is none"
+            f"guidance_scale is {shown(guidance_scale)}; it must be finite and not negative, 1 is none"
         )
 
 
@@ -340,7 +328,7 @@ def check_guidance(config, guidance_scale: float, guidance_channels: int | None)
         return min(3, config.in_channels)
     if type(guidance_channels) is not int or not 0 < guidance_channels <= config.in_channels:
         raise ValueError(
-            f"guidance_channels is {short(guidance_channels)}; this model needs 1 to {config.in_channels}"
+            f"guidance_channels is {shown(guidance_channels)}; this model needs 1 to {config.in_channels}"
         )
     return guidance_channels
 
@@ -361,7 +349,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, guidance_cha
     _check_same_shape("unconditional", unconditional, "conditional", conditional)
     if unconditional.dtype != conditional.dtype:
         raise TypeError(f"unconditional is {unconditional.dtype}; it must be conditional's, {conditional.dtype}")
-    if not is_finite_number(scale):
+    if not is_number(scale):
         raise ValueError(f"scale is {scale!r}; it must be a finite number")
     if conditional.ndim < 2:
         raise ValueError(f"conditional has shape {tuple(conditional.shape)}; it must be (B, C, …)")
@@ -397,10 +385,8 @@ def predict(
     check_floating(latents=latents)
     if latents.ndim != 4 or (latents.is_meta and model.device.type != "meta"):
         raise ValueError(f"latents has shape {tuple(latents.shape)} on {latents.device}; it must be (B, C, H, W)")
-    if not isinstance(timestep, Tensor) and not (
-        is_finite_number(timestep) and 0 <= timestep < NUM_TRAIN_TIMESTEPS
-    ):
-        raise ValueError(f"timestep is {short(timestep)}; it must be a tensor or 0 to {NUM_TRAIN_TIMESTEPS - 1}")
+    if not isinstance(timestep, Tensor) and not (is_number(timestep) and 0 <= timestep < NUM_TRAIN_TIMESTEPS):
+        raise ValueError(f"timestep is {shown(timestep)}; it must be a tensor or 0 to {NUM_TRAIN_TIMESTEPS - 1}")
     latents = latents.to(model.dtype)
     if guidance_scale == 1:
         return model(latents, timestep, class_labels).sample

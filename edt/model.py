@@ -41,15 +41,20 @@ NUM_MERGES = 2
 _MAX_NUMBERS = 10**11  # in the weights or tables that one argument makes; EDT-XL has 7·10⁸ in all
 BLOCK_MODULATIONS = 6  # shift, scale and gate, of attention and MLP
 
-# A saved model's folder brings this file for diffusers' AutoModel.
-_AUTO_MODULE = "edt_transformer"
+# A saved folder brings files that name the installed classes, for diffusers' AutoModel and `trust_remote_code`.
+AUTO_MODULE = "edt_transformer"
 _AUTO_CODE = """try:
-    from edt.model import EDTTransformer2DModel  # noqa: F401
+    from edt.{module} import {name}  # noqa: F401
 except ModuleNotFoundError as error:
-    if error.name != "edt":
+    if error.name not in ("edt", "edt_kernels"):  # another one is missing, which the error names
         raise
     raise ImportError("this model needs pip install edt-kernels") from error
 """
+
+
+def import_code(module: str, name: str) -> str:
+    """What such a file has in it."""
+    return _AUTO_CODE.format(module=module, name=name)
 
 
 @dataclass
@@ -218,11 +223,11 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """With the file by which `AutoModel.from_pretrained(…, trust_remote_code=True)` finds this class."""
         super().save_config(save_directory, push_to_hub, **kwargs)
-        Path(save_directory, f"{_AUTO_MODULE}.py").write_text(_AUTO_CODE)
+        Path(save_directory, f"{AUTO_MODULE}.py").write_text(import_code("model", "EDTTransformer2DModel"))
 
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())
-        config["auto_map"] = {"AutoModel": f"{_AUTO_MODULE}.EDTTransformer2DModel"}
+        config["auto_map"] = {"AutoModel": f"{AUTO_MODULE}.EDTTransformer2DModel"}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @classmethod

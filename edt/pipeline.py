@@ -17,37 +17,30 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from edt_kernels._checks import shown
+
 from .checkpoint import PIPELINE_INDEX, few, load_checkpoint, weights_folder, weights_variant
+from .config import is_number
 from .cuda_graph import GraphedStep
 from .diffusion import (
     check_count,
     check_guidance,
     check_steps,
-    is_finite_number,
     make_scheduler,
     predict,
-    short,
 )
-from .model import EDTTransformer2DModel
+from .model import AUTO_MODULE, EDTTransformer2DModel, import_code
 from .sampling import check_finite, check_scheduler, noise_level, scheduler_step, set_timesteps
 from .text_files import printable, read_json
 from .vae import check_latent_channels, decode, load_decoder
 
-# `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` loads a folder that brings its classes. These two
-# files name the installed ones.
-_IMPORT = """try:
-    from edt.{module} import {name}  # noqa: F401
-except ModuleNotFoundError as error:
-    if error.name not in ("edt", "edt_kernels"):  # another one is missing, which the error names
-        raise
-    raise ImportError("this model needs pip install edt-kernels") from error
-"""
+# `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` loads a folder that brings its classes.
 _CODE = {
-    "pipeline.py": _IMPORT.format(module="pipeline", name="EDTPipeline"),
-    "transformer/edt_transformer.py": _IMPORT.format(module="model", name="EDTTransformer2DModel"),
+    "pipeline.py": import_code("pipeline", "EDTPipeline"),
+    f"transformer/{AUTO_MODULE}.py": import_code("model", "EDTTransformer2DModel"),
 }
 _CLASS_IN_FOLDER = ["pipeline", "EDTPipeline"]
-_TRANSFORMER_IN_FOLDER = ["edt_transformer", "EDTTransformer2DModel"]
+_TRANSFORMER_IN_FOLDER = [AUTO_MODULE, "EDTTransformer2DModel"]
 _TRANSFORMER = ["edt.model", "EDTTransformer2DModel"]  # diffusers looks for ModelMixin in the same module
 
 Label = int | str
@@ -265,7 +258,7 @@ class EDTPipeline(DiffusionPipeline):
         if not numbers:
             raise ValueError("class_labels is empty; it needs a label for each image")
         if wrong := [number for number in numbers if not 0 <= number < num_classes]:
-            found = few([short(number) for number in wrong])
+            found = few([shown(number) for number in wrong])
             raise ValueError(f"class_labels has {found}; they must be 0 to {num_classes - 1}")
         return torch.tensor(numbers, device=device).repeat_interleave(num_images_per_prompt)
 
@@ -285,7 +278,7 @@ class EDTPipeline(DiffusionPipeline):
                 raise TypeError
             return operator.index(label)  # of NumPy's and torch's integers too
         except (TypeError, RuntimeError):  # RuntimeError: a tensor without values
-            raise TypeError(f"class_labels has {short(label)}; it must have integers or names") from None
+            raise TypeError(f"class_labels has {shown(label)}; it must have integers or names") from None
 
     def _check_call(self, output_type, return_dict, guidance_interval, cuda_graph) -> None:
         config = self.transformer.config
@@ -305,8 +298,8 @@ class EDTPipeline(DiffusionPipeline):
         if guidance_interval is not None and not (
             isinstance(guidance_interval, tuple | list)
             and len(guidance_interval) == 2
-            and is_finite_number(guidance_interval[0])
-            and (is_finite_number(guidance_interval[1]) or guidance_interval[1] == math.inf)
+            and is_number(guidance_interval[0])
+            and (is_number(guidance_interval[1]) or guidance_interval[1] == math.inf)
             and 0 <= guidance_interval[0] < guidance_interval[1]
         ):
             raise ValueError(
@@ -318,7 +311,7 @@ class EDTPipeline(DiffusionPipeline):
         shape = (batch_size, self.transformer.config.in_channels, *self.transformer.latent_size)
         each = generator if isinstance(generator, list) else [generator]
         if not (generator is None or all(isinstance(one, torch.Generator) for one in each)):
-            raise TypeError(f"generator is {short(generator)}; it must be a torch.Generator, or a list of them")
+            raise TypeError(f"generator is {shown(generator)}; it must be a torch.Generator, or a list of them")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator has {len(generator)} generators for {batch_size} images")
         if latents is None:
@@ -437,7 +430,7 @@ def _check_callback(callback, tensor_inputs, known: list[str]) -> None:
         or not all(isinstance(name, str) for name in tensor_inputs)
     ):
         raise TypeError(
-            f"callback_on_step_end_tensor_inputs is {short(tensor_inputs)}; it must be a list of names"
+            f"callback_on_step_end_tensor_inputs is {shown(tensor_inputs)}; it must be a list of names"
         )
     if unknown := set(tensor_inputs) - set(known):
         raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; it takes {known}")
@@ -473,7 +466,7 @@ def _check_names(id2label, num_classes: int) -> dict[int, str]:
     try:
         names = {int(key): name for key, name in id2label.items()}
     except (AttributeError, TypeError, ValueError, OverflowError):
-        raise TypeError(f"id2label is {short(id2label)}; it must be a dict of class numbers and names") from None
+        raise TypeError(f"id2label is {shown(id2label)}; it must be a dict of class numbers and names") from None
     wrong = [(key, name) for key, name in names.items() if not 0 <= key < num_classes or not isinstance(name, str)]
     if wrong:
         raise ValueError(f"id2label has {wrong[:3]}; it must have names of classes 0 to {num_classes - 1}")

@@ -22,6 +22,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy import ndarray
 
+from edt_kernels._checks import shown
+
 from .text_files import read_json
 
 FORMAT_VERSION = 1
@@ -52,14 +54,14 @@ class Shard:
         for kind, name in names.items():
             if not (number and name == kind + number[1]) and not (kind == "images" and name is None):
                 field_name = "file" if kind == "data" else kind
-                raise ValueError(f"{field_name} of a shard is {_short(name)}; it must be {kind}-00000.npy, or so")
+                raise ValueError(f"{field_name} of a shard is {shown(name)}; it must be {kind}-00000.npy, or so")
         _check(f"count of {self.file}", self.count, int, least=0)
         _check(f"sha256 of {self.file}", self.sha256, dict)
         if set(self.sha256) != {name for name in names.values() if name is not None}:
-            raise ValueError(f"sha256 of {self.file} is of {_short(list(self.sha256))}, which are not its files")
+            raise ValueError(f"sha256 of {self.file} is of {shown(list(self.sha256))}, which are not its files")
         if not all(isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) for x in self.sha256.values()):
             raise ValueError(
-                f"sha256 of {self.file} has {_short(list(self.sha256.values()))}; it must be 64 hexadecimal digits"
+                f"sha256 of {self.file} has {shown(list(self.sha256.values()))}; it must be 64 hexadecimal digits"
             )
         _check_skipped(self.skipped)
 
@@ -96,14 +98,14 @@ class Manifest:
     def __post_init__(self):
         """Raises ValueError or TypeError, naming the field, for what no data folder can have."""
         if self.kind not in ("latents", "pixels"):
-            raise ValueError(f"kind is {_short(self.kind)}; it must be latents or pixels")
+            raise ValueError(f"kind is {shown(self.kind)}; it must be latents or pixels")
         latents = self.kind == "latents"
         if self.dtype != ("float16" if latents else "uint8"):
-            raise ValueError(f"dtype is {_short(self.dtype)}; {self.kind} are {'float16' if latents else 'uint8'}")
+            raise ValueError(f"dtype is {shown(self.dtype)}; {self.kind} are {'float16' if latents else 'uint8'}")
         for name, length in (("shape", 3), ("image_size", 2)):
             sides = getattr(self, name)
             if not isinstance(sides, tuple) or len(sides) != length:
-                raise TypeError(f"{name} is {_short(sides)}; it must be {length} whole numbers")
+                raise TypeError(f"{name} is {shown(sides)}; it must be {length} whole numbers")
             for side in sides:
                 _check(name, side, int, least=1, most=MOST_SIDE)
         for name in ("moments", "mirror", "stores_images"):
@@ -121,7 +123,7 @@ class Manifest:
         for name in ("scaling_factor", "shift_factor"):
             value = getattr(self, name)
             if type(value) not in (int, float):
-                raise TypeError(f"{name} is {_short(value)}; it must be a number")
+                raise TypeError(f"{name} is {shown(value)}; it must be a number")
             if not abs(value) <= 1e30 or (name == "scaling_factor" and not value):  # not of NaN either
                 raise ValueError(
                     f"{name} is {value}; it must be finite{' and not 0' * (name == 'scaling_factor')}"
@@ -132,7 +134,7 @@ class Manifest:
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name), kind)
         if self.encode_dtype not in (None, "float32", "bfloat16"):
-            raise ValueError(f"encode_dtype is {_short(self.encode_dtype)}; it must be float32, bfloat16 or None")
+            raise ValueError(f"encode_dtype is {shown(self.encode_dtype)}; it must be float32, bfloat16 or None")
         _check("created_with", self.created_with, dict)
         _check("count", self.count, int, least=0)
         _check_skipped(self.skipped)
@@ -164,16 +166,11 @@ class Manifest:
 
 def _check(name: str, value: object, kind: type, least: int | None = None, most: int | None = None) -> None:
     if type(value) is not kind:  # a bool is no number here
-        raise TypeError(f"{name} is {_short(value)}; it must be of type {kind.__name__}")
+        raise TypeError(f"{name} is {shown(value)}; it must be of type {kind.__name__}")
     if (least is not None and value < least) or (most is not None and value > most):
         raise ValueError(
             f"{name} is {value}; it must be {f'at least {least}' if most is None else f'{least} to {most}'}"
         )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "…"
 
 
 def _check_skipped(skipped: object) -> None:
@@ -183,7 +180,7 @@ def _check_skipped(skipped: object) -> None:
     _check("count of skipped", skipped["count"], int, least=len(skipped["files"]))
     for file in skipped["files"]:
         if not isinstance(file, dict) or {*map(type, file.values())} != {str} or set(file) != {"path", "reason"}:
-            raise ValueError(f"skipped names {_short(file)}; it must be an object of path and reason")
+            raise ValueError(f"skipped names {shown(file)}; it must be an object of path and reason")
 
 
 def number_names(num_classes: int) -> tuple[str, ...]:
@@ -208,7 +205,7 @@ def read_manifest(path: Path) -> Manifest:
             raise ValueError("it has no format_version")
         version = content["format_version"]
         if type(version) is not int or version != FORMAT_VERSION:
-            raise ValueError(f"its format_version is {_short(version)}; this code reads {FORMAT_VERSION}")
+            raise ValueError(f"its format_version is {shown(version)}; this code reads {FORMAT_VERSION}")
         if wrong := {entry.name for entry in fields(Manifest)} ^ set(content):
             raise ValueError(f"it lacks, or should not have, {', '.join(sorted(wrong))}")
         for name in ("shards", "shape", "class_names", "image_size"):
@@ -216,7 +213,7 @@ def read_manifest(path: Path) -> Manifest:
             content[name] = tuple(content[name])
         for shard in content["shards"]:
             if not isinstance(shard, dict) or set(shard) != {entry.name for entry in fields(Shard)}:
-                raise ValueError(f"its shards have {_short(shard)}")
+                raise ValueError(f"its shards have {shown(shard)}")
         content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
         return Manifest(**content)
     except (ValueError, TypeError) as error:

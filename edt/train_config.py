@@ -13,6 +13,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import tyro
 import yaml
 
+from edt_kernels._checks import shown
+
 from .config import PRESETS
 from .diffusion import NUM_TRAIN_TIMESTEPS
 from .text_files import read_text
@@ -135,7 +137,7 @@ class TrainConfig:
         hints = get_type_hints(TrainConfig)
         for name, value in vars(self).items():
             if not _fits(value, hints[name]):
-                raise ValueError(f"{name} is {_shown(value)}; it must be {_describe(hints[name])}")
+                raise ValueError(f"{name} is {shown(value)}; it must be {_describe(hints[name])}")
             if isinstance(value, (str, Path)) and "\0" in str(value):
                 raise ValueError(f"{name} is {str(value)!r}, with a NUL; no file or name has one")
         if self.model not in PRESETS:
@@ -148,9 +150,9 @@ class TrainConfig:
         for name, low in at_least.items():
             value, high = getattr(self, name), at_most.get(name, 2**31 - 1)
             if value is not None and value < low:
-                raise ValueError(f"{name} is {_shown(value)}; it must be at least {low}")
+                raise ValueError(f"{name} is {shown(value)}; it must be at least {low}")
             if value is not None and value > high:
-                raise ValueError(f"{name} is {_shown(value)}; it must be at most {high}")
+                raise ValueError(f"{name} is {shown(value)}; it must be at most {high}")
         if self.sample_steps > NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"sample_steps is {self.sample_steps}; it must be at most {NUM_TRAIN_TIMESTEPS}")
         for name in ("learning_rate", "max_grad_norm", "peak_tflops"):
@@ -289,7 +291,7 @@ def _typed(path: Path, name: str, value, hint):
             return float(value)
     if hint is not float and _fits(value, hint):
         return value
-    raise ValueError(f"config {path} has {_shown(value)} for {name}; it must be {_describe(hint)}")
+    raise ValueError(f"config {path} has {shown(value)} for {name}; it must be {_describe(hint)}")
 
 
 def _fits(value, hint) -> bool:
@@ -315,15 +317,6 @@ def _describe(hint) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
     return "None" if hint is types.NoneType else getattr(hint, "__name__", str(hint))
-
-
-def _shown(value) -> str:
-    """A value within an error: of a long one its beginning."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of more digits than Python writes
-        text = "a very large number"
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -26,6 +26,8 @@ _LARGEST_SIDE = 2**31 - 1  # the kernels count tokens in 32 bits
 
 def shown(value) -> str:
     """A value in an error: in full if short. An integer of thousands of digits cannot be printed at all."""
+    if type(value) is int and abs(value) >= 10**20:
+        return f"an integer of {value.bit_length()} bits"
     try:
         text = repr(value)
     except Exception:  # whatever the __repr__ of a foreign object does

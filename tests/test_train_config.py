@@ -189,7 +189,7 @@ def test_without_data(capsys):
         ("? [a]\n: 1", "is no YAML that edt train reads"),
         ("[" * 20_000, "is no YAML that edt train reads"),
         (f"steps: 1{'0' * 5000}", "is no YAML that edt train reads: Exceeds the limit"),
-        (f"learning_rate: 1{'0' * 400}", "has 10+… for learning_rate; it must be float"),
+        (f"learning_rate: 1{'0' * 400}", "has an integer of 1329 bits for learning_rate; it must be float"),
         ("1: 2", "has 1; edt train has no such field"),
         ("data: !!binary aGk=", "has b'hi' for data; it must be Path"),
         ("task_routing: [0.8, [4.0]]", r"has \[4.0\] for task_routing; it must be float"),
