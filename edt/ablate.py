@@ -43,7 +43,8 @@ class AblateOptions:
         """Raises ValueError for an option that cannot work."""
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds is {self.seeds}; it must be different numbers, not negative")
-        self.demo(self.seeds[0]).check()
+        for seed in self.seeds:
+            self.demo(seed).check()
 
     def demo(self, seed: int) -> DemoOptions:
         return DemoOptions(

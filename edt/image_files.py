@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections import deque
 from pathlib import Path
 
 # Of what Pillow reads without further packages and people keep images in.
@@ -16,25 +17,33 @@ class UnreadableError(ValueError):
 def find_images(folder: Path) -> list[str]:
     """Every image below a folder, to any depth, as path/from/the/folder, sorted by it.
 
-    Links count as what they lead to, so what two links lead to counts twice; a link to a folder that it lies in is
-    not followed. Hidden files and folders, other suffixes and what is no regular file are passed over.
+    Links count as what they lead to, but within one sub-folder of `folder`, which may be a class, each real folder
+    is taken once, by the shortest of its paths. Hidden files and folders, other suffixes and what is no regular
+    file are passed over.
 
     Raises:
         ValueError: for a link that leads nowhere.
         OSError: for a folder that cannot be read.
     """
-    found = []
-    waiting = [(folder, "", frozenset())]
-    while waiting:
-        here, prefix, above = waiting.pop()
-        status = os.stat(here)
-        identity = status.st_dev, status.st_ino
-        if identity in above:
-            continue
-        folders, images = list_folder(here)
-        found += [prefix + name for name in images]
-        waiting += [(here / name, f"{prefix}{name}/", above | {identity}) for name in folders]
+    tops, found = list_folder(folder)
+    for top in tops:
+        seen = {_identity(folder)}
+        waiting = deque([top])
+        while waiting:
+            here = waiting.popleft()  # breadth first: Linux follows at most 40 links in a path
+            identity = _identity(folder / here)
+            if identity in seen:
+                continue
+            seen.add(identity)
+            folders, images = list_folder(folder / here)
+            found += [f"{here}/{name}" for name in images]
+            waiting += [f"{here}/{name}" for name in sorted(folders)]
     return sorted(found)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:

@@ -90,10 +90,18 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=100, format="png", metadata={"Software": _SOFTWARE})
 
 
-def is_ours(path: Path) -> bool:
-    """Whether `save` wrote this file."""
+def is_ours(path: Path, *others: str) -> bool:
+    """Whether `save` wrote this file, or one of the `others`, as the beginning of its name.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
         with Image.open(path) as image:
-            return image.info.get("Software") == _SOFTWARE
-    except (OSError, ValueError):
+            return str(image.info.get("Software")).startswith((_SOFTWARE, *others))
+    except Exception as error:  # of what is no picture, or a crafted one, almost any
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         return False

@@ -14,6 +14,7 @@ from numpy import ndarray
 
 from . import plots
 from .run_log import METRICS_FILE, read_metrics
+from .text_files import printable
 
 PLOTS = "plots"  # in the run's folder
 _COLOURS = matplotlib.color_sequences["tab10"]
@@ -39,9 +40,11 @@ class Run:
         return any(metric in line for line in self.lines)
 
     def skipped(self) -> tuple[ndarray, int]:
-        """The steps of lines within which steps were skipped, and how many were in all."""
-        counts = np.array([line.get("skipped_steps", 0) for line in self.lines])
-        return self.steps[np.diff(counts, prepend=0) > 0], int(counts[-1])
+        """The steps of lines within which steps were skipped, and how many were in all; by lines that say."""
+        counts = self.values("skipped_steps")
+        known = np.isfinite(counts)
+        counts = np.append(0, counts[known])
+        return self.steps[known][np.diff(counts) > 0], int(counts[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +101,11 @@ def plot_runs(folders: list[Path] | tuple[Path, ...], output: Path | None = None
         picture: [metric for metric in picture.metrics if any(run.has(metric) for run in runs)]
         for picture in PICTURES
     }
-    place = folders[0] / PLOTS if output is None else output  # a run's own plots are ours whatever they say
+    place = folders[0] / PLOTS if output is None else output
+    others = ("Matplotlib",) if output is None else ()  # as what earlier versions drew for a run says
     files = {picture: place / f"{picture.name}.png" for picture, metrics in drawn.items() if metrics}
     for file in files.values():
-        if output is not None and os.path.lexists(file) and not plots.is_ours(file):
+        if os.path.lexists(file) and not plots.is_ours(file, *others):
             raise ValueError(f"output has {file}, which edt plot did not draw; move it, or give another output")
     place.mkdir(parents=True, exist_ok=True)
     for picture, file in files.items():
@@ -110,9 +114,12 @@ def plot_runs(folders: list[Path] | tuple[Path, ...], output: Path | None = None
 
 
 def _names(folders) -> list[str]:
-    """The folders' own names where these differ, else their paths."""
+    """The folders' own names where these differ, else their paths, as Matplotlib shows them as they are: between
+    two $ it reads formulas, and what begins with _ it leaves out of legends."""
     names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return [" " * name.startswith("_") + printable(name).replace("$", r"\$") for name in names]
 
 
 def _read(folder: Path) -> list[dict]:
@@ -181,7 +188,7 @@ def _dress(ax: Axes, picture: Picture, label: str, metric: str) -> None:
     if picture.log:
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         ax.yaxis.set_minor_formatter(_PlainLogFormatter(minor_thresholds=(2, 0.5)))
-    else:
+    elif ax.dataLim.ymin >= 0:
         ax.set_ylim(bottom=0)
     if metric == "model_flop_utilisation":
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -88,9 +88,9 @@ def test_reports_of_others_stay(tmp_path, text, message):
     assert (tmp_path / name).read_text() == before
 
 
-@pytest.mark.parametrize("seeds", [(), (1, 1), (-1,)])
+@pytest.mark.parametrize("seeds", [(), (1, 1), (-1,), (0, 2**63)])
 def test_seeds_are_checked(tmp_path, seeds):
-    with pytest.raises(ValueError, match="seeds"):
+    with pytest.raises(ValueError, match="seed"):
         AblateOptions(output=tmp_path, seeds=seeds).check()
 
 

@@ -30,14 +30,24 @@ def test_what_is_found(tmp_path):
 
 
 def test_links_that_lead_back(tmp_path):
-    """Each is left at the folder that it lies in; two links to one folder bring its images twice."""
+    """Each real folder is taken once in each sub-folder, by the shortest of its paths."""
     save(tmp_path, "a/1.png", "b/2.png")
     (tmp_path / "a" / "up").symlink_to("..")
     (tmp_path / "a" / "here").symlink_to(".")
     (tmp_path / "a" / "b").symlink_to("../b")
     (tmp_path / "b" / "a").symlink_to("../a")
     (tmp_path / "b" / "again").symlink_to("../a")
-    assert find_images(tmp_path) == ["a/1.png", "a/b/2.png", "b/2.png", "b/a/1.png", "b/again/1.png"]
+    assert find_images(tmp_path) == ["a/1.png", "a/b/2.png", "b/2.png", "b/a/1.png"]
+
+
+def test_links_that_cross(tmp_path):
+    """Of so many folders that link to each other the ways are without number."""
+    for i in range(60):
+        save(tmp_path, f"class/{i:02}/1.png")
+        for j in range(60):
+            (tmp_path / "class" / f"{i:02}" / f"to-{j:02}").symlink_to(f"../{j:02}")
+    (tmp_path / "other").symlink_to("class")
+    assert find_images(tmp_path) == [f"{top}/{i:02}/1.png" for top in ("class", "other") for i in range(60)]
 
 
 @pytest.mark.parametrize("name", ["gone.png", "gone", "cat/gone.png"])

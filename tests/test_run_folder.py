@@ -1,16 +1,21 @@
 """The folder of a training run, looked at: `edt plot`, and `edt sample` and `edt info` of it."""
 
+import errno
 import json
 import math
+import os
 import shutil
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 import edt
-from edt import run_plots
+from edt import plots, run_plots
 from edt.cli import main
 from edt.data import write_dataset
 from edt.run_plots import Run, plot_runs, running_mean
@@ -211,18 +216,85 @@ def test_fine_tuning_starts_from_a_run(trained, run, tmp_path):
         torch.testing.assert_close(tuned[name], averages[name], rtol=0, atol=1e-9)
 
 
-def test_pictures_of_others_stay(tmp_path):
-    """In a folder of one's own; those that edt plot drew there are drawn anew."""
+@pytest.mark.parametrize("place", ["pictures", "plots"])
+def test_pictures_of_others_stay(tmp_path, place):
+    """In a folder of one's own and in the run's; those that edt plot drew there are drawn anew."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "full_loss": 1.0, "learning_rate": 0.1}\n')
-    output = tmp_path / "pictures"
-    assert len(plot_runs([tmp_path], output)) == len(plot_runs([tmp_path], output)) == 2
+    output = tmp_path / place
+    given = None if place == run_plots.PLOTS else output
+    assert len(plot_runs([tmp_path], given)) == len(plot_runs([tmp_path], given)) == 2
     Image.new("RGB", (9, 9)).save(output / "learning_rate.png")
     (output / "losses.png").unlink()
     before = (output / "learning_rate.png").read_bytes()
     with pytest.raises(ValueError, match=r"output has .*learning_rate\.png, which edt plot did not draw"):
-        plot_runs([tmp_path], output)
+        plot_runs([tmp_path], given)
     assert (output / "learning_rate.png").read_bytes() == before
     assert not (output / "losses.png").exists()
+
+
+def test_matplotlibs_own_pictures_are_ours_among_a_runs_plots(tmp_path):
+    """Earlier versions drew them there without a name of their own."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "learning_rate": 0.1}\n')
+    (file,) = plot_runs([tmp_path])
+    Figure().savefig(file)
+    assert plot_runs([tmp_path]) == [file]
+    assert plots.is_ours(file)
+    Figure().savefig(file)
+    with pytest.raises(ValueError, match="which edt plot did not draw"):
+        plot_runs([tmp_path], file.parent)
+
+
+def test_what_is_no_picture_of_ours(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    plots.save(Figure(figsize=(1, 1)), tmp_path / "ours")
+    content = bytearray((tmp_path / "ours").read_bytes())
+    (tmp_path / "torn").write_bytes(content[:30])
+    content[16:24] = (100_000).to_bytes(4, "big") * 2  # 10¹⁰ pixels, as its header has it
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    (tmp_path / "bomb").write_bytes(content)
+    (tmp_path / "text").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    found = {path.name for path in tmp_path.iterdir() if plots.is_ours(path)}
+    assert found == {"ours"}
+
+    def fail(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        plots.is_ours(tmp_path / "ours")
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    """Those that are not UTF-8, that Matplotlib would read as formulas, or leave out of a legend."""
+    names = ["gar\udce7on", r"$\no$", "_hidden", r"a\$b", "plain"]
+    runs = [fake_run(tmp_path / name, steps=3, skipped_steps=lambda step: int(step > 10)) for name in names]
+    figure = drawn("gradient_norm", runs)
+    shown = [r"gar\udce7on", r"\$\no\$", " _hidden", r"a\\$b", "plain"]
+    assert labels(figure.axes[0]) == shown + [f"{name}: 1 skipped" for name in shown]
+    text = Text(0, 0, "")
+    assert [text._preprocess_math(name) for name in shown] == [
+        (r"gar\udce7on", False), (r"$\no$", False), (" _hidden", False), (r"a\$b", False), ("plain", False)
+    ]  # fmt: skip
+    assert plot_runs(runs)
+    assert plot_runs(runs[:1])
+
+
+def test_counts_of_skipped_steps_that_are_none(tmp_path):
+    counts = {10: 0, 20: math.nan, 30: 2, 40: None, 50: 2, 60: math.inf}
+    one = fake_run(tmp_path / "one", steps=6, skipped_steps=counts.get)
+    (run,) = (Run("one", run_plots._read(one)),)
+    steps, total = run.skipped()
+    assert (steps.tolist(), total) == ([30], 2)
+    assert plot_runs([one])
+    assert plot_runs([fake_run(tmp_path / "two", skipped_steps=lambda step: math.nan)])
+
+
+def test_values_below_zero_are_in_the_picture(tmp_path):
+    (axes,) = drawn("alignment_loss", [fake_run(tmp_path / "run", alignment_loss=lambda step: -step / 600)]).axes
+    assert axes.get_ylim()[0] <= -1
+    (axes,) = drawn("memory", [tmp_path / "run"]).axes
+    assert axes.get_ylim()[0] == 0
 
 
 @pytest.mark.parametrize(
