@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .devices import tf32, torch_device
+from .file_errors import named_errors
 from .image_sets import FolderImages, NpzImages, has_images, open_images, read_statistics
 from .metrics import Gaussian, RunningGaussian, RunningInceptionScore, frechet_distance, precision_recall
 from .shards import sha256, write_json
@@ -25,6 +26,8 @@ from .text_files import printable, read_json
 INCEPTION_FEATURES = {"pool": 2048, "spatial": 7 * 17 * 17}
 NEIGHBOURS = 3
 SPLITS = 10
+# What every report has, by which an earlier one is told from another program's file.
+_REPORT = {"samples", "reference", "extractor", "metrics", "not_computed", "notes", "versions", "device"}
 _NAMES = {
     "fid": "FID",
     "sfid": "sFID",
@@ -77,8 +80,7 @@ class EvaluateOptions:
             if path is not None and not path.is_file():
                 raise FileNotFoundError(f"{name} {path}: there is no such file")
         if model is not None:
-            if model.suffix != ".pt2" or not _is_exported(model):
-                raise ValueError(f"feature_model {model} is not a .pt2 file of torch.export.save")
+            _check_is_exported(model)
             if not self.trust_feature_model:
                 raise ValueError(
                     f"feature_model {model} is a .pt2, and to load one runs code that it brings; "
@@ -91,15 +93,16 @@ class EvaluateOptions:
 
 def _check_output(file: Path) -> None:
     """Raises ValueError, OSError where the report could not be written, or would replace another file."""
-    if file.exists() and not file.is_file():  # /dev/stdout is none either: a rename would take its place
-        raise ValueError(f"output {file} is {'a folder' if file.is_dir() else 'a device'}; it must be a file")
     if os.path.lexists(file):
-        other = f"output {file} is there and no report of edt evaluate; give another"
+        if not file.is_file():  # /dev/stdout is none either: a rename would take its place
+            kind = "a folder" if file.is_dir() else "a device or a link that leads nowhere"
+            raise ValueError(f"output {file} is {kind}; it must be a file")
         try:
-            if not {"samples", "reference", "metrics"} <= read_json(file, "output", dict).keys():
-                raise ValueError(other)
-        except (OSError, ValueError) as error:
-            raise ValueError(other) from error
+            ours = read_json(file, "output", dict).keys() >= _REPORT
+        except ValueError:
+            ours = False
+        if not ours:
+            raise ValueError(f"output {file} is there and no report of edt evaluate; give another")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent):
@@ -123,23 +126,28 @@ class Inception:
 
     def __init__(self, weights: Path | None, device: torch.device):
         module = _torch_fidelity_module("feature_extractor_inceptionv3")
-        if weights is not None:
-            _check_is_plain_weights(weights)
         file = weights or Path(torch.hub.get_dir(), "checkpoints", Path(module.URL_INCEPTION_V3).name)
+        if file.is_file():
+            _check_is_plain_weights(file)
         try:
             self.network = module.FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
-            ).to(device)
+            )
         except OSError as error:
+            if file.is_file():
+                raise
             raise RuntimeError(
                 f"InceptionV3's weights could not be downloaded to {file} ({error}); give them by "
                 "--inception-weights"
             ) from error
-        except RuntimeError as error:  # of load_state_dict, with hundreds of names
-            raise ValueError(
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise ValueError(  # without the hundreds of names
                 f"inception_weights {file} has not the weights of torch-fidelity's InceptionV3, which are "
                 f"{module.URL_INCEPTION_V3}"
             ) from error
+        self.network.to(device)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         name = f"InceptionV3 of torch-fidelity {version('torch-fidelity')}"
         self.label = {"name": name, "weights": str(file), "sha256": sha256(file)}
@@ -168,11 +176,14 @@ def _torch_fidelity_module(name: str):
 def _check_is_plain_weights(path: Path) -> None:
     """torch-fidelity unpickles whatever a file has; this refuses all but tensors first."""
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # of a crafted pickle almost any
+        with named_errors(f"inception_weights {path}"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except ValueError as error:  # without torch's advice to unpickle it all the same
         raise ValueError(f"inception_weights {path} is no file of weights; torch.load cannot read it") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise ValueError(f"inception_weights {path} is no file of weights; they must be tensors by name")
 
 
 class ExportedModel:
@@ -182,30 +193,34 @@ class ExportedModel:
         from torch.export.passes import move_to_device_pass  # takes a second, which others need not wait for
 
         self.path = path
-        try:
+        with named_errors(f"feature_model {path}", "cannot be loaded"):
             self.model = move_to_device_pass(torch.export.load(path), str(device)).module()
-        except Exception as error:  # of a damaged one almost any
-            raise ValueError(f"feature_model {path} cannot be loaded: {error!r}") from error
         self.label = {"name": "feature model", "path": str(path), "sha256": sha256(path)}
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        try:
+        with (
+            named_errors(f"feature_model {self.path}", f"does not take images {tuple(images.shape)}"),
+            tf32(False),
+        ):
             features = self.model(images.float() / 127.5 - 1)
-        except (AssertionError, RuntimeError) as error:
-            raise ValueError(
-                f"feature_model {self.path} does not take images {tuple(images.shape)}: {error}"
-            ) from error
-        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+        if not (
+            isinstance(features, Tensor)
+            and features.ndim == 2
+            and len(features) == len(images)
+            and features.shape[1] > 0
+        ):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"feature_model {self.path} returns {shape}; it must return ({len(images)}, F)")
         return {"pool": features.float()}
 
 
-def _is_exported(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/archive_format") for name in archive.namelist())
+def _check_is_exported(path: Path) -> None:
+    with named_errors(f"feature_model {path}", "is not a .pt2 file of torch.export.save"):
+        if path.suffix != ".pt2":
+            raise ValueError("its name must end in .pt2")
+        with zipfile.ZipFile(path) as archive:
+            if not any(name.endswith("/archive_format") for name in archive.namelist()):
+                raise ValueError("there is no archive_format in it")
 
 
 class Pixels:
@@ -244,12 +259,19 @@ def measure(
     pool, inception_score, seen = None, None, 0
     with tqdm(desc=name, unit="image", total=images.count) as bar:
         for batch in images.batches(batch_size):
-            features = extractor(torch.from_numpy(batch).to(device).permute(0, 3, 1, 2))
+            try:
+                features = extractor(torch.from_numpy(batch).to(device).permute(0, 3, 1, 2))
+                for value in features.values():
+                    if not (finite := value.isfinite().all(dim=1)).all():
+                        first = images.name(seen + int(finite.logical_not().nonzero()[0]))
+                        raise ValueError(f"features of {first} are not finite")
+                for key in features.keys() - {"logits", *skip}:
+                    running.setdefault(key, RunningGaussian()).update(features[key])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
             if score and "logits" in features:
                 inception_score = inception_score or RunningInceptionScore(images.count, SPLITS)
                 inception_score.update(features["logits"])
-            for key in features.keys() - {"logits", *skip}:
-                running.setdefault(key, RunningGaussian()).update(features[key])
             if keep_pool:
                 if pool is None:
                     pool = torch.empty(images.count, features["pool"].shape[1])
@@ -312,7 +334,10 @@ def evaluate(options: EvaluateOptions) -> dict:
             omitted[metric] = f"the reference has neither statistics of {kind} features nor images"
             continue
         other = Gaussian(other.mean.to(device), other.covariance.to(device))
-        value = frechet_distance(drawn.gaussians[kind], other)
+        try:
+            value = frechet_distance(drawn.gaussians[kind], other)
+        except ValueError as error:
+            raise ValueError(f"{metric} of samples and reference: {error}") from error
         metrics[metric] = {"value": value, "features": len(other.mean), "against": source}
     if drawn.inception_score:
         value, deviation = drawn.inception_score

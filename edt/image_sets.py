@@ -4,26 +4,29 @@ A set of images has `path`, `kind`, `count`, `shape` (H, W, C) and `batches(batc
 (B, H, W, C). Of its images one batch is held at a time.
 """
 
-import math
 import os
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy import ndarray
 from PIL import Image
+from tqdm import tqdm
 
+from .file_errors import named_errors
 from .image_files import SUFFIXES, find_images
 from .metrics import MAX_FEATURES, Gaussian
+from .shards import parse_npy_header
+from .text_files import read_json
 
 # In the folder of edt sample: what its images depend on, and themselves.
 SETTINGS, IMAGES = "samples.json", "images"
 
 _DEFLATED_AT_MOST = 1032  # times as many bytes come of a deflated stream
+_WAITING = 4096  # images handed to threads at once; each takes 2 kB there
 # ADM's names for means and covariances of InceptionV3's pooled and spatial features.
 _STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
@@ -35,50 +38,41 @@ class NpzImages:
 
     def __init__(self, path: Path):
         self.path = path
-        shape, fortran, dtype = _declared(path, "arr_0")
+        dtype, shape, order = _declared(path, "arr_0")
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
             raise ValueError(f"arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, C) with C 1 or 3")
-        if fortran:
+        if order == "F":
             raise ValueError("arr_0 is stored in Fortran order; save numpy.ascontiguousarray of it")
         self.count, self.shape = shape[0], shape[1:]
 
     def batches(self, batch_size: int) -> Iterator[ndarray]:
-        with _named_errors(self.path), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
-            _read_header(stream)
+        with named_errors(self.path), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
+            *_, first = parse_npy_header(stream, archive.getinfo("arr_0.npy").file_size)
+            stream.seek(first)
             for start in range(0, self.count, batch_size):
                 batch = np.empty((min(batch_size, self.count - start), *self.shape), np.uint8)
                 if stream.readinto(batch.reshape(-1)) < batch.nbytes:
                     raise EOFError(f"arr_0 ends before {self.count} images")
                 yield batch
 
+    def name(self, number: int) -> str:
+        return f"image {number} of {self.path}"
 
-def _declared(path: Path, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, and dtype that an array's header in an .npz declares, before anything of
-    that size is allocated.
+
+def _declared(path: Path, name: str) -> tuple[np.dtype, tuple[int, ...], str]:
+    """Dtype, shape and order that an array's header in an .npz declares; nothing of that size is allocated.
 
     Raises:
         ValueError: where the file cannot hold so much.
     """
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-        shape, fortran, dtype = _read_header(stream)
-        header = stream.tell()
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream, named_errors(name):
         member = archive.getinfo(f"{name}.npy")
-    most = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: _DEFLATED_AT_MOST}.get(member.compress_type)
-    if most is None:
-        raise ValueError(f"{name} is compressed otherwise than numpy.savez and savez_compressed do")
-    if min(shape, default=0) < 0 or dtype.hasobject:
-        raise ValueError(f"{name} is {dtype} {shape}; it must be numbers")
-    size = math.prod(shape) * dtype.itemsize
-    if header + size != member.file_size or member.file_size > most * member.compress_size + 1024:
-        raise ValueError(f"{name} is {dtype} {shape}, which is {size} bytes; the file has not so many")
-    return shape, fortran, dtype
-
-
-def _read_header(stream) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Leaves the stream at the first element."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(stream)
+        most = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: _DEFLATED_AT_MOST}.get(member.compress_type)
+        if most is None:
+            raise ValueError("is compressed otherwise than numpy.savez and savez_compressed do")
+        if member.file_size > most * member.compress_size + 1024:
+            raise ValueError(f"has {member.file_size} bytes by its header; the file has not so many")
+        return parse_npy_header(stream, member.file_size)[:3]
 
 
 class FolderImages:
@@ -92,13 +86,13 @@ class FolderImages:
 
     def __init__(self, path: Path):
         self.path = path
-        if (path / SETTINGS).is_file():  # of edt sample, whose grid is no image of the set
+        if _is_sample_set(path):  # whose grid is no image of it
             path = path / IMAGES
         self.files = [path / name for name in find_images(path)]
         self.count = len(self.files)
         if not self.files:
             raise ValueError(f"there are no images in it ({', '.join(SUFFIXES)})")
-        with _named_errors(self.files[0]), Image.open(self.files[0]) as image:
+        with named_errors(self.files[0]), Image.open(self.files[0]) as image:
             self.shape = image.height, image.width, 1 if _is_grey(image) else 3
 
     def batches(self, batch_size: int) -> Iterator[ndarray]:
@@ -108,11 +102,18 @@ class FolderImages:
 
     def check(self) -> None:
         """Looks at the header of every image, seconds for thousands: the last one may not fit, hours later."""
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            list(pool.map(lambda file: self._load(file, decode=False), self.files))
+        bar = tqdm(desc="headers", unit="image", total=self.count, disable=self.count < 10_000)
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool, bar:
+            for start in range(0, self.count, _WAITING):
+                files = self.files[start : start + _WAITING]
+                list(pool.map(lambda file: self._load(file, decode=False), files))
+                bar.update(len(files))
+
+    def name(self, number: int) -> str:
+        return str(self.files[number])
 
     def _load(self, file: Path, decode: bool = True) -> ndarray | None:
-        with _named_errors(file), Image.open(file) as image:
+        with named_errors(file), Image.open(file) as image:
             H, W, C = self.shape
             if (image.height, image.width) != (H, W):
                 raise ValueError(
@@ -128,13 +129,33 @@ class FolderImages:
             return np.asarray(image.convert("L" if C == 1 else "RGB")).reshape(H, W, C) if decode else None
 
 
+def read_settings(folder: Path) -> dict:
+    """What edt sample wrote beside its images. Raises ValueError for a samples.json of another program."""
+    file = folder / SETTINGS
+    settings = read_json(file, "settings", dict)
+    number = settings.get("num_images")
+    if not {"weights", "classes", "steps", "seed"} <= settings.keys() or type(number) is not int or number < 1:
+        raise ValueError(f"settings {file} are not those of edt sample; move it, or give another output")
+    return settings
+
+
+def _is_sample_set(folder: Path) -> bool:
+    if not (folder / SETTINGS).is_file():
+        return False
+    try:
+        read_settings(folder)
+    except ValueError:  # other programs have such a file too, beside images or above them
+        return False
+    return True
+
+
 def _is_grey(image: Image.Image) -> bool:
     return image.mode in ("1", "L")
 
 
 def open_images(name: str, path: Path) -> NpzImages | FolderImages:
     """A set of at least two images; `name` says in errors, all of them ValueError, whose path it is."""
-    with _named_errors(f"{name} {path}"):
+    with named_errors(f"{name} {path}"):
         if not has_images(path):
             raise ValueError(f"there is no arr_0, uint8 (N, H, W, C), in it, but {', '.join(_members(path))}")
         images = FolderImages(path) if path.is_dir() else NpzImages(path)
@@ -157,7 +178,7 @@ def read_statistics(name: str, path: Path) -> dict[str, Gaussian]:
     Empty for a folder and for an .npz of images alone.
     """
     found = {}
-    with _named_errors(f"{name} {path}"):
+    with named_errors(f"{name} {path}"):
         names = _members(path) or ()
         for features, pair in _STATISTICS.items():
             missing = [member for member in pair if member not in names]
@@ -165,7 +186,7 @@ def read_statistics(name: str, path: Path) -> dict[str, Gaussian]:
                 raise ValueError(f"there is no {missing[0]} in it beside {', '.join(names)}")
             if missing:
                 continue
-            shapes = [_declared(path, member)[0] for member in pair]
+            shapes = [_declared(path, member)[1] for member in pair]
             if len(shapes[0]) != 1 or shapes[1] != 2 * shapes[0] or not 1 <= shapes[0][0] <= MAX_FEATURES:
                 raise ValueError(
                     f"{pair[0]} is {shapes[0]}, {pair[1]} is {shapes[1]}; they must be (F,) and (F, F), F 1 to "
@@ -187,24 +208,10 @@ def _members(path: Path) -> list[str] | None:
     """Names of the arrays in an .npz; None for a folder."""
     if path.is_dir():
         return None
-    if not path.is_file() or not zipfile.is_zipfile(path):  # of a pipe one would wait
+    if not path.is_file():  # of a pipe one would wait
         raise ValueError("it is neither an .npz nor a folder")
-    with zipfile.ZipFile(path) as archive:
-        return [member.removesuffix(".npy") for member in archive.namelist()]
-
-
-@contextmanager
-def _named_errors(what: str | Path) -> Iterator[None]:
-    """Whatever a reader raises for bad content, as a ValueError that begins with `what`; what the operating system
-    says, such as of a mount that went away, stays an OSError."""
     try:
-        yield
-    except MemoryError:
-        raise
-    except OSError as error:
-        if error.errno is None:  # PIL's own
-            raise ValueError(f"{what}: {error}") from error
-        raise OSError(error.errno, f"{what} cannot be read: {error.strerror}") from error
-    except Exception as error:  # readers of crafted files raise almost any
-        said = f"{error}" if isinstance(error, (ValueError, SyntaxError, EOFError)) else repr(error)
-        raise ValueError(f"{what}: {said}") from error
+        with zipfile.ZipFile(path) as archive:
+            return [member.removesuffix(".npy") for member in archive.namelist()]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"it is neither an .npz nor a folder: {error}") from error

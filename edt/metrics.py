@@ -38,6 +38,8 @@ class RunningGaussian:
                 f"features has {F} per image; a covariance is computed of at most {MAX_FEATURES}. Use a feature "
                 "model with fewer, or smaller images"
             )
+        if self.count and len(self.mean) != F:
+            raise ValueError(f"features has {F} per image, and had {len(self.mean)} before; it must be as many")
         features = features.double()
         if not features.isfinite().all():
             row = int((~features.isfinite()).any(dim=1).nonzero()[0])

@@ -27,7 +27,7 @@ from .config import amm_placement
 from .cuda_graph import GraphedStep
 from .devices import torch_device
 from .diffusion import NUM_TRAIN_TIMESTEPS
-from .image_sets import IMAGES, SETTINGS
+from .image_sets import IMAGES, SETTINGS, read_settings
 from .interrupt import StopRequest
 from .model import EDTTransformer2DModel
 from .pipeline import EDTPipeline, load_pipeline
@@ -36,7 +36,7 @@ from .run_folder import open_folder
 from .sampling import check_guidance, check_guidance_scale
 from .shards import PARTIAL, sha256, write_json
 from .step_cache import StepCacheConfig
-from .text_files import printable, read_json
+from .text_files import printable
 
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -165,7 +165,7 @@ def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
         if rank == 0:
             _begin_or_go_on(options, settings)
         processes.wait_for_everyone()
-        if _differences(_read_settings(options.output), settings):  # a run of training that goes on meanwhile
+        if _differences(read_settings(options.output), settings):  # a run of training that goes on meanwhile
             raise ValueError(f"checkpoint {options.checkpoint} is not the same for all processes")
         drawn = _draw_missing(options, pipe, classes, labels, processes, device, stop)
     if num_processes > 1:
@@ -330,7 +330,7 @@ def _begin_or_go_on(options: SampleOptions, settings: dict) -> None:
             name that this set needs.
     """
     folder, numbers = options.output, _numbers_of_files(options.output)
-    drawn_with = _read_settings(folder) if os.path.lexists(folder / SETTINGS) else None
+    drawn_with = read_settings(folder) if os.path.lexists(folder / SETTINGS) else None
     written = drawn_with["num_images"] if drawn_with else 0
     others = [name for name, number in numbers.items() if written <= number < settings["num_images"]]
     if not drawn_with:
@@ -363,16 +363,6 @@ def _numbers_of_files(folder: Path) -> dict[str, int]:
         if (match := _IMAGE_NAME.fullmatch(file.name)) and file.name == f"{int(match[1]):06}{file.suffix}":
             numbers[f"{IMAGES}/{file.name}"] = int(match[1])
     return numbers
-
-
-def _read_settings(folder: Path) -> dict:
-    """Raises ValueError for a samples.json that edt sample did not write."""
-    file = folder / SETTINGS
-    settings = read_json(file, "settings", dict)
-    number = settings.get("num_images")
-    if not {"weights", "classes", "steps", "seed"} <= settings.keys() or type(number) is not int or number < 1:
-        raise ValueError(f"settings {file} are not those of edt sample; move it, or give another output")
-    return settings
 
 
 def _differences(drawn_with: dict, settings: dict) -> list[str]:

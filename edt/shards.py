@@ -8,6 +8,7 @@ View 0 is the image, view 1 its mirror image. A file has its final name only onc
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -32,6 +33,7 @@ PROGRESS = "progress.json"  # the manifest of an extraction that is not finished
 PARTIAL = ".partial"
 MOST_CLASSES = 10**6  # each has a name in the manifest, and a row in the model
 MOST_SIDE = 2**14  # of an image or a latent, in pixels
+_HEADER = 2**14  # of an .npy file, more than numpy parses
 _LISTED = 100  # skipped files named in the manifest; all are counted
 _OWN = re.compile(r"((data|labels|images)-\d{5,}\.npy|(manifest|progress)\.json)(\.partial)?|\.lock")
 
@@ -255,15 +257,14 @@ def parse_npy_header(file: BinaryIO, size: int) -> tuple[np.dtype, tuple[int, ..
     Raises:
         ValueError: for another content, objects, and a header that says another size.
     """
+    file = io.BytesIO(file.read(_HEADER))  # one that says of itself that it has gigabytes would be read first
     try:
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f"version {version}")  # 3.0 is for names of fields
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # of the parsers of its text, which is Python's
+    except Exception as error:  # of the parser of its text, which is Python's: MemoryError of a deep one
         raise ValueError(f"is truncated or no .npy file ({error})") from error
     if dtype.hasobject or any(type(length) is not int or length < 0 for length in shape):
         raise ValueError(f"has {dtype} {shape}; it must be an array of numbers")

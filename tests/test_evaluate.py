@@ -28,8 +28,10 @@ from edt import digits
 from edt.cli import main
 from edt.digits import load_split_digits, to_uint8
 from edt.evaluate import (
+    _REPORT,
     INCEPTION_FEATURES,
     EvaluateOptions,
+    ExportedModel,
     Inception,
     _torch_fidelity_module,
     evaluate,
@@ -139,6 +141,8 @@ def test_features_that_make_no_covariance():
     running.update(torch.zeros(3, 2))
     with pytest.raises(ValueError, match="features of image 4 are not finite"):
         running.update(torch.tensor([[0.0, 1.0], [0.0, math.nan]]))
+    with pytest.raises(ValueError, match="features has 1 per image, and had 2 before"):
+        running.update(torch.zeros(3, 1))
     with pytest.raises(ValueError, match="features are of 1 images"):
         gaussian(torch.zeros(1, 2))
     with pytest.raises(ValueError, match=f"features has {MAX_FEATURES + 1} per image"):
@@ -417,10 +421,10 @@ def test_code_of_a_feature_model_runs_only_where_it_is_trusted(sets, tmp_path, c
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("colour", r"does not take images \(64, 1, 8, 8\)"),
+        ("colour", r"^samples: feature_model .*\.pt2 does not take images \(64, 1, 8, 8\)"),
         ("static", r"does not take images \(64, 1, 8, 8\)"),
         ("maps", r"returns \(64, 6, 6, 6\); it must return \(64, F\)"),
-        ("nan", "features of image 0 are not finite"),
+        ("nan", r"^samples: features of image 0 of .*held_out\.npz are not finite"),
     ],
 )
 def test_feature_models_that_do_not_fit(sets, tmp_path, name, message):
@@ -585,9 +589,12 @@ class Malicious:
     [
         (b"no weights", "is no file of weights"),
         (pickle.dumps(Malicious(), protocol=2), "is no file of weights"),
+        ([torch.zeros(2)], "is no file of weights; they must be tensors by name"),
+        ({1: torch.zeros(2)}, "is no file of weights; they must be tensors by name"),
+        ({"fc.weight": 2}, "is no file of weights; they must be tensors by name"),
         ({"fc.weight": torch.zeros(2)}, "has not the weights of torch-fidelity's InceptionV3"),
     ],
-    ids=("text", "code", "other weights"),
+    ids=("text", "code", "list", "number", "no tensor", "other weights"),
 )
 def test_wrong_inception_weights(sets, tmp_path, capsys, content, message):
     path = tmp_path / "weights.pth"
@@ -595,6 +602,73 @@ def test_wrong_inception_weights(sets, tmp_path, capsys, content, message):
     with pytest.raises(ValueError, match=message):
         run(sets, "train.npz", "held_out.npz", inception_weights=path)
     assert "executed" not in capsys.readouterr().out
+
+
+@needs_torch_fidelity
+def test_downloaded_weights_that_are_damaged(sets, tmp_path, monkeypatch):
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    cached = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    cached.write_bytes(b"torn")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"inception_weights {cached} is no file of weights"):
+        run(sets, "train.npz", "held_out.npz")
+
+
+def raises(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+NO_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+GONE = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+@needs_torch_fidelity
+def test_weights_are_not_blamed_for_the_machine(weights, monkeypatch):
+    for error, kind in ((GONE, OSError), (NO_MEMORY, MemoryError)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "load", raises(error))
+            with pytest.raises(kind, match=rf"inception_weights {weights} cannot be read"):
+                Inception(weights, CPU)
+    monkeypatch.setattr(nn.Module, "load_state_dict", raises(NO_MEMORY))
+    with pytest.raises(RuntimeError, match=r"^DefaultCPUAllocator"):
+        Inception(weights, CPU)
+
+
+def test_feature_models_are_not_blamed_for_the_machine(sets, tmp_path, monkeypatch):
+    file = tmp_path / "model.pt2"
+    export(nn.Flatten(), file)
+    options = {"feature_model": str(file), "trust_feature_model": True}
+    for where, error, kind in (
+        ("zipfile.ZipFile", GONE, OSError),
+        ("torch.export.load", GONE, OSError),
+        ("torch.export.load", NO_MEMORY, MemoryError),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, raises(error))
+            with pytest.raises(kind, match=rf"feature_model {file} cannot be read"):
+                run(sets, sets / "held_out", sets / "held_out", **options)
+    model = ExportedModel(file, CPU)
+    for error, kind in ((NO_MEMORY, MemoryError), (torch.OutOfMemoryError("CUDA"), torch.OutOfMemoryError)):
+        model.model = raises(error)
+        with pytest.raises(kind, match=rf"feature_model {file} "):
+            model(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+
+
+def test_a_broken_feature_model(sets, tmp_path, capsys):
+    """The end of a zip file alone, whose list of files is none."""
+    file = tmp_path / "model.pt2"
+    export(nn.Flatten(), file)
+    content = file.read_bytes()
+    start = content.rindex(b"PK\x05\x06")
+    file.write_bytes(bytes(start) + content[start:])
+    assert zipfile.is_zipfile(file)
+    args = ["--samples", str(sets / "held_out.npz"), "--reference", str(sets / "held_out.npz"), "--device", "cpu"]
+    assert main(["evaluate", *args, "--feature-model", str(file), "--trust-feature-model"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"feature_model {file} is not a .pt2 file of torch.export.save" in error
 
 
 @needs_torch_fidelity
@@ -712,19 +786,19 @@ def save_sets(folder: Path, kind: str) -> Path:
         ("samples", "transparent", "1.png: is transparent"),
         ("samples", "16 bits", "levels of more than 8 bits"),
         ("samples", "broken", "1.png: "),
-        ("samples", "object images", "x.npz: arr_0 is object (1,); it must be numbers"),
-        ("samples", "huge", "x.npz: arr_0 is uint8 (1000000, 100000, 100000, 3), which is"),
-        ("samples", "shorter", "x.npz: arr_0 is uint8 (4, 8, 8, 3), which is 768 bytes; the file has not so many"),
-        ("samples", "below zero", "x.npz: arr_0 is uint8 (-4, -8, 8, 1); it must be numbers"),
+        ("samples", "object images", "x.npz: arr_0: has object (1,); it must be an array of numbers"),
+        ("samples", "huge", "x.npz: arr_0: is truncated (has 896 bytes; its header says 300000000000"),
+        ("samples", "shorter", "x.npz: arr_0: is truncated (has 828 bytes; its header says 896)"),
+        ("samples", "below zero", "x.npz: arr_0: has uint8 (-4, -8, 8, 1); it must be an array of numbers"),
         ("samples", "endless header", "x.npz: "),
-        ("samples", "bzip2", "x.npz: arr_0 is compressed otherwise than numpy.savez"),
+        ("samples", "bzip2", "x.npz: arr_0: is compressed otherwise than numpy.savez"),
         ("samples", "pipe", "x.npz: it is neither an .npz nor a folder"),
         ("samples", "bomb", "1.png: "),
-        ("reference", "huge statistics", "x.npz: mu is float64 (1000000,), which is 8000000 bytes"),
+        ("reference", "huge statistics", "x.npz: mu: is truncated (has 896 bytes; its header says 8000128"),
         ("reference", "no covariance", "x.npz: sigma is no covariance"),
         ("reference", "negative", "x.npz: sigma is no covariance"),
         ("reference", "no features", "they must be (F,) and (F, F), F 1 to"),
-        ("reference", "objects", "x.npz: mu is object (1,); it must be numbers"),
+        ("reference", "objects", "x.npz: mu: has object (1,); it must be an array of numbers"),
         ("reference", "other dimension", "has pool statistics of 64 features; InceptionV3 has 2048"),
         ("reference", "not square", "mu is (2048,), sigma is (2048, 3)"),
         ("reference", "mu alone", "there is no sigma in it beside mu"),
@@ -772,6 +846,94 @@ def test_all_headers_are_read_before_any_image(sets, tmp_path, monkeypatch):
         run(sets, "held_out.npz", path, inception_weights=None)
 
 
+def test_headers_are_read_some_at_a_time(tmp_path, monkeypatch):
+    for i in range(5):
+        random_image(i, (8, 8)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr("edt.image_sets._WAITING", 2)
+    assert open_images("samples", tmp_path).count == 5
+    random_image(4, (8, 9)).save(tmp_path / "4.png")
+    with pytest.raises(ValueError, match=r"4\.png: has 9×8 pixels"):
+        open_images("samples", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("length", "content"), [(2**28, b" " * 2**26), (9000, b"-" * 9000)], ids=("of gigabytes", "deep")
+)
+def test_a_header_that_is_none(tmp_path, length, content):
+    """Neither does one that says that it has gigabytes take them, nor one that Python's parser gives up on."""
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", np.lib.format.magic(2, 0) + length.to_bytes(4, "little") + content)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"samples .*x\.npz: arr_0: is truncated or no \.npy file"):
+        open_images("samples", tmp_path / "x.npz")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**22
+
+
+def test_an_npz_is_not_blamed_for_a_mount_that_went_away(sets, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZipFile", raises(GONE))
+    for read in (open_images, read_statistics):
+        with pytest.raises(OSError, match=r"samples .*held_out\.npz cannot be read: Stale") as caught:
+            read("samples", sets / "held_out.npz")
+        assert caught.value.errno == errno.ESTALE
+
+
+@pytest.mark.parametrize("content", [b'{"samples": []}', b"[]", b"{", b'{"num_images": 2, "steps": 3}'])
+def test_images_beside_another_programs_samples_json(tmp_path, content):
+    """All of the folder is read; of edt sample's own set, what is in images/."""
+    for name in ("a.png", "images/b.png", "data/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        random_image(0, (8, 8)).save(tmp_path / name)
+    (tmp_path / "images" / "d.png").symlink_to("b.png")
+    (tmp_path / "samples.json").write_bytes(content)
+    assert open_images("samples", tmp_path).count == 4
+    ours = {"num_images": 2, "weights": {}, "classes": [0], "steps": 3, "seed": 0}
+    (tmp_path / "samples.json").write_text(json.dumps(ours))
+    images = open_images("samples", tmp_path)
+    assert [file.name for file in images.files] == ["b.png", "d.png"]
+
+
+def test_features_that_are_not_finite_are_named(tmp_path):
+    """With the set and the file; and those of a reference whose statistics are given too."""
+    for i in range(5):
+        random_image(i, (8, 8)).save(tmp_path / f"{i}.png")
+    images = open_images("reference", tmp_path)
+    seen = []
+
+    def infinite(batch):
+        seen.extend(batch)
+        features = torch.zeros(len(batch), 3)
+        if len(seen) > 3:
+            features[3 - len(seen), 1] = math.inf
+        return {"pool": features}
+
+    with pytest.raises(ValueError, match=rf"^reference: features of {tmp_path}/3\.png are not finite$"):
+        measure("reference", images, infinite, batch_size=2, device=CPU, keep_pool=True, skip={"pool"})
+
+
+class Halves(nn.Module):
+    """As many features as rows."""
+
+    def forward(self, images):
+        return images.mean((1, 3))
+
+
+def test_feature_models_whose_features_change(sets, tmp_path):
+    np.savez(tmp_path / "higher.npz", arr_0=np.zeros((5, 9, 8, 1), np.uint8))
+    shapes = ({0: torch.export.Dim("batch"), 2: torch.export.Dim("rows")},)
+    program = torch.export.export(Halves(), (torch.zeros(2, 1, 8, 8),), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "model.pt2")
+    options = {"feature_model": str(tmp_path / "model.pt2"), "trust_feature_model": True}
+    said = "frechet_distance of samples and reference: statistics are of 9 and of 8 features"
+    with pytest.raises(ValueError, match=said):
+        run(sets, tmp_path / "higher.npz", "held_out.npz", **options)
+    model = ExportedModel(tmp_path / "model.pt2", CPU)
+    model.model = lambda images: images[:, :0, 0, 0]
+    with pytest.raises(ValueError, match=r"returns \(2, 0\); it must return \(2, F\)"):
+        model(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+
+
 def test_a_disk_that_fails_is_no_bad_image(tmp_path, monkeypatch):
     """As of a mount that went away."""
     for i in range(2):
@@ -790,7 +952,11 @@ def test_a_disk_that_fails_is_no_bad_image(tmp_path, monkeypatch):
         open_images("samples", tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b'{"name": "my package"}', b"\xff\xfe\x00", b"{"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[1]", b'{"name": "my package"}', b"\xff\xfe\x00", b"{",
+     b'{"samples": [1], "reference": "a book", "metrics": {}}'],
+)  # fmt: skip
 def test_output_that_is_no_report_stays(sets, tmp_path, content):
     output = tmp_path / "package.json"
     output.write_bytes(content)
@@ -801,7 +967,8 @@ def test_output_that_is_no_report_stays(sets, tmp_path, content):
 
 def test_a_report_is_replaced(sets, tmp_path):
     output = tmp_path / "report.json"
-    run(sets, "noise.npz", "held_out.npz", feature_model="pixels", output=output)
+    report = run(sets, "noise.npz", "held_out.npz", feature_model="pixels", output=output)
+    assert report.keys() == json.loads(output.read_text()).keys() == _REPORT
     run(sets, "held_out.npz", "held_out.npz", feature_model="pixels", output=output)
     assert json.loads(output.read_text())["samples"]["path"].endswith("held_out.npz")
 
@@ -810,7 +977,9 @@ def test_output_that_cannot_be_written_is_found_first(sets, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"output .*file/o\.json cannot be written: "):
         run(sets, "held_out.npz", "held_out.npz", feature_model="pixels", output=tmp_path / "file" / "o.json")
-    with pytest.raises(ValueError, match="output /dev/null is a device; it must be a file"):
+    with pytest.raises(
+        ValueError, match="output /dev/null is a device or a link that leads nowhere; it must be a file"
+    ):
         run(sets, "held_out.npz", "held_out.npz", feature_model="pixels", output=Path("/dev/null"))
 
 
