@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 import os
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from .text_files import printable, read_json
 INCEPTION_FEATURES = {"pool": 2048, "spatial": 7 * 17 * 17}
 NEIGHBOURS = 3
 SPLITS = 10
+_BATCH_BYTES = 2**28  # of images as uint8; networks have them as floats, several times
 # What every report has, by which an earlier one is told from another program's file.
 _REPORT = {"samples", "reference", "extractor", "metrics", "not_computed", "notes", "versions", "device"}
 _NAMES = {
@@ -61,7 +63,7 @@ class EvaluateOptions:
     output: Path | None = None
     """A JSON file for the figures and all that they depend on. It may replace an earlier report, no other file."""
     batch_size: int = 64
-    """Images whose features are computed at a time."""
+    """Images whose features are computed at a time; fewer of very large ones."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     """cuda or cpu; by default the GPU if there is one."""
 
@@ -202,7 +204,7 @@ class ExportedModel:
             named_errors(f"feature_model {self.path}", f"does not take images {tuple(images.shape)}"),
             tf32(False),
         ):
-            features = self.model(images.float() / 127.5 - 1)
+            features = self.model(images.contiguous().float() / 127.5 - 1)  # exported graphs take views
         if not (
             isinstance(features, Tensor)
             and features.ndim == 2
@@ -255,6 +257,7 @@ def measure(
     score: bool = False,
 ) -> Measured:
     """One pass over a set of images; statistics of the features in `skip` are left out."""
+    batch_size = max(1, min(batch_size, _BATCH_BYTES // math.prod(images.shape)))
     running: dict[str, RunningGaussian] = {}
     pool, inception_score, seen = None, None, 0
     with tqdm(desc=name, unit="image", total=images.count) as bar:
