@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from numpy import ndarray
 from PIL import Image
 
+from .file_errors import named_errors
+
 _SOFTWARE = "edt-kernels"
 _LINE = 72  # light on the inverted scale of ink on paper
 
@@ -99,9 +101,7 @@ def is_ours(path: Path, *others: str) -> bool:
     if not path.is_file():  # a pipe would be waited for
         return False
     try:
-        with Image.open(path) as image:
+        with named_errors(path), Image.open(path) as image:
             return str(image.info.get("Software")).startswith((_SOFTWARE, *others))
-    except Exception as error:  # of what is no picture, or a crafted one, almost any
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
+    except ValueError:  # of what is no picture, or a crafted one
         return False

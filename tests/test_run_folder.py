@@ -261,7 +261,7 @@ def test_what_is_no_picture_of_ours(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError, match=r"ours cannot be read: Input/output error"):
         plots.is_ours(tmp_path / "ours")
 
 
