@@ -955,7 +955,7 @@ class Rows(nn.Module):
         return images.mean((1, 3))
 
 
-def test_feature_models_whose_features_change(sets, tmp_path):
+def test_features_of_other_shapes_and_products(sets, tmp_path):
     np.savez(tmp_path / "higher.npz", arr_0=np.zeros((5, 9, 8, 1), np.uint8))
     shapes = ({0: torch.export.Dim("batch"), 2: torch.export.Dim("rows")},)
     program = torch.export.export(Rows(), (torch.zeros(2, 1, 8, 8),), dynamic_shapes=shapes)
@@ -968,6 +968,15 @@ def test_feature_models_whose_features_change(sets, tmp_path):
     model.model = lambda images: images[:, :0, 0, 0]
     with pytest.raises(ValueError, match=r"returns \(2, 0\); it must return \(2, F\)"):
         model(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    precisions = []
+
+    def exactly(images):
+        precisions.append(torch.backends.cudnn.conv.fp32_precision)
+        return images.flatten(1)
+
+    model.model = exactly
+    model(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    assert precisions == ["ieee"]
 
 
 def test_a_disk_that_fails_is_no_bad_image(tmp_path, monkeypatch):
