@@ -4,9 +4,11 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from edt_kernels._checks import shown
+
+_UNIONS = (types.UnionType, Union)  # X | None; of Literal, Python makes the other
 
 
 def check_types(options) -> None:
@@ -22,7 +24,7 @@ def check_types(options) -> None:
 def fits(value, hint) -> bool:
     """Whether a value is of a field's type; an integer fits a float that holds it, a list a tuple."""
     origin, choices = get_origin(hint), get_args(hint)
-    if origin is types.UnionType:
+    if origin in _UNIONS:
         return any(fits(value, choice) for choice in choices)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in choices)
@@ -37,7 +39,7 @@ def fits(value, hint) -> bool:
 
 
 def describe(hint) -> str:
-    if get_origin(hint) is types.UnionType:
+    if get_origin(hint) in _UNIONS:
         return " or ".join(map(describe, get_args(hint)))
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
