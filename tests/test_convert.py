@@ -22,7 +22,7 @@ from edt.checkpoint import to_released_state_dict, weights_folder
 from edt.cli import main
 from edt.convert import ConvertOptions, convert, recognize_config
 from edt.layers import sincos_position_embedding
-from edt.outputs import NEW, clear_left, new_output
+from edt.outputs import NEW, new_output
 from edt.run_checkpoint import write_checkpoint
 
 PRESETS = edt.PRESETS
@@ -633,6 +633,67 @@ def killed(what, checkpoint, output):
         cwd=pathlib.Path(__file__).parents[1],
     )
     assert process.returncode == -signal.SIGKILL
+
+
+def test_an_output_that_is_filled_meanwhile_stays(tmp_path, file, pipeline, monkeypatch):
+    """Saving takes minutes."""
+    save_transformer, save_tensors = edt.EDTTransformer2DModel.save_pretrained, torch.save
+    folder, other = tmp_path / "new", tmp_path / "other.pt"
+
+    def save_meanwhile(save):
+        def wrapped(*args, **kwargs):
+            save(*args, **kwargs)
+            folder.mkdir(exist_ok=True)
+            (folder / "notes.txt").write_text("mine")
+            (pipeline / "notes.txt").write_text("mine")
+            other.write_text("mine")
+
+        return wrapped
+
+    monkeypatch.setattr(edt.EDTTransformer2DModel, "save_pretrained", save_meanwhile(save_transformer))
+    monkeypatch.setattr(torch, "save", save_meanwhile(save_tensors))
+    for checkpoint, output, overwrite, message in (
+        (file, folder, False, "is there already"),
+        (file, pipeline, True, r"has notes\.txt beside a pipeline's files"),
+        (pipeline, other, False, "is there already"),
+        (pipeline, other, True, r"is no \.pt that edt convert wrote"),
+    ):
+        for path in (folder / "notes.txt", pipeline / "notes.txt", other):
+            path.unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=message):
+            convert(ConvertOptions(checkpoint, output, overwrite=overwrite))
+        kept = output if output.is_file() else output / "notes.txt"
+        assert kept.read_text() == "mine"
+    assert left_by(tmp_path) == []
+
+
+def test_a_pt_of_others_is_not_replaced(tmp_path, pipeline):
+    for number, members in enumerate(
+        ([], ["new/data.pkl"], ["edt-convert/notes.txt"], ["edt-convert/data.pkl", "a"])
+    ):
+        with zipfile.ZipFile(tmp_path / f"{number}.pt", "w") as archive:
+            for member in members:
+                archive.writestr(member, "mine")
+    convert(ConvertOptions(pipeline, tmp_path / "broken.pt"))
+    content = bytearray((tmp_path / "broken.pt").read_bytes())
+    content[content.rindex(b"PK\x01\x02")] = 0  # the last entry of its listing
+    (tmp_path / "broken.pt").write_bytes(content)
+    (tmp_path / "short.pt").write_bytes(content[len(content) // 2 :])
+    for output in sorted(tmp_path.glob("*.pt")):
+        before = output.read_bytes()
+        with pytest.raises(ValueError, match=rf"{output.name} is no \.pt that edt convert wrote, so --overwrite"):
+            convert(ConvertOptions(pipeline, output, overwrite=True))
+        assert output.read_bytes() == before
+
+
+def test_options_are_checked_before_anything_is_removed(tmp_path, pipeline):
+    left = tmp_path / ".out.pt.partial-abcd1234"
+    left.mkdir()
+    (left / "lock").touch()
+    for options in ({"checkpoint": tmp_path / "none"}, {"vae": "some"}, {"overwrite": "yes"}):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            convert(ConvertOptions(**{"checkpoint": pipeline, "output": tmp_path / "out.pt", **options}))
+        assert left.exists()
 
 
 def test_what_a_killed_one_left_is_removed(tmp_path, pipeline):
