@@ -79,8 +79,10 @@ def test_a_folder_with_other_files_is_not_left_by_a_checkpoint(tmp_path):
     assert len(list(tmp_path.glob(".writing-*"))) == 4
 
 
-@pytest.mark.parametrize("name", [CHECKSUMS, "model/weights", "checkpoints"])
-def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "number"), [(CHECKSUMS, errno.EIO), ("model/weights", errno.EIO), ("checkpoints", errno.EACCES)]
+)
+def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch, name, number):
     """A run would go on from an older checkpoint, or anew."""
     root = tmp_path / "checkpoints"
     for step in (1, 2):
@@ -90,14 +92,14 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch, name):
 
     def fail(path, *args, otherwise):
         if Path(getattr(path, "name", path) if name == "model/weights" else path) == failing:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), *([str(path)] if name == "checkpoints" else []))
+            raise OSError(number, os.strerror(number), *([str(path)] if name == "checkpoints" else []))
         return otherwise(path, *args)
 
     monkeypatch.setattr(Path, "read_bytes", lambda path: fail(path, otherwise=read_bytes))
     monkeypatch.setattr(hashlib, "file_digest", lambda *args: fail(*args, otherwise=file_digest))
     monkeypatch.setattr(Path, "iterdir", lambda path: fail(path, otherwise=iterdir))
     monkeypatch.setattr(os, "scandir", lambda path=".": fail(path, otherwise=scandir))
-    with pytest.raises(OSError, match=f"Input/output error: '{failing}'"):
+    with pytest.raises(OSError, match=f"{os.strerror(number)}: '{failing}'"):
         latest_checkpoint(root, no_damage)
 
 
