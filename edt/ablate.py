@@ -12,6 +12,7 @@ from .demo import DemoOptions, SamplingInterruptedError, Variant, digits_folder,
 from .devices import torch_device
 from .digits import NUM_CLASSES, Judge, from_uint8, load_split_digits
 from .interrupt import StopRequest
+from .options import check_types
 from .run_folder import open_folder
 from .run_log import METRICS_FILE, read_metrics
 from .shards import write_json
@@ -41,6 +42,7 @@ class AblateOptions:
 
     def check(self) -> None:
         """Raises ValueError for an option that cannot work."""
+        check_types(self)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds is {self.seeds}; it must be different numbers, not negative")
         for seed in self.seeds:

@@ -1,17 +1,11 @@
 """`edt convert`: a `.pt` of the released code → the folder of an `EDTPipeline`, and back."""
 
 import argparse
-import fcntl
 import functools
 import itertools
 import math
-import os
 import re
-import shutil
-import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,7 +28,9 @@ from .config import AMM_PLACEMENTS, PRESETS, published_size
 from .diffusion import make_scheduler
 from .file_errors import named_errors
 from .model import NUM_STAGES, EDTTransformer2DModel
-from .text_files import printable, read_json, read_text
+from .options import check_types
+from .outputs import NEW, clear_left, new_output
+from .text_files import parse_json, printable, read_json, read_text
 from .vae import load_decoder
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -85,8 +81,7 @@ def convert(options: ConvertOptions) -> str:
             that is there.
         FileNotFoundError: for a checkpoint that is not there.
     """
-    for left in options.output.resolve().parent.glob(f".*{_PARTIAL}*"):
-        _remove_if_left(left)
+    check_types(options)
     if options.checkpoint.is_dir():
         return _to_file(options)
     if options.checkpoint.is_file():
@@ -98,14 +93,8 @@ def _to_pipeline(options: ConvertOptions) -> str:
     from .pipeline import EDTPipeline  # takes seconds, which other commands need not wait for
 
     file, output = options.checkpoint, options.output
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file; of a .pt comes a folder")
-    if output.is_dir() and any(output.iterdir()):
-        if not options.overwrite:
-            raise ValueError(f"output {output} is there already; --overwrite replaces it")
-        if file.resolve().is_relative_to(output.resolve()):
-            raise ValueError(f"output {output} has the checkpoint in it; --overwrite would delete that")
-        _check_is_ours_alone(output)
+    clear_left(output)
+    _check_folder(options)
     state, weights = read_released_file(file, options.weights)
     dtype = _chosen_dtype(options, {tensor.dtype for tensor in state.values()})
     with named_errors(f"checkpoint {file}", "is not one of the released EDT"):
@@ -122,8 +111,9 @@ def _to_pipeline(options: ConvertOptions) -> str:
         vae=None if options.vae is None else load_decoder(options.vae, config["in_channels"]),
         id2label=None if options.labels is None else read_labels(options.labels, config["num_classes"]),
     )
-    with _replacing(output) as temporary:
+    with new_output(output, options.overwrite) as temporary:
         pipeline.save_pretrained(temporary)
+        _check_folder(options)  # again: this took minutes
 
     size = published_size(config) or "of no published size"
     latents = "×".join(map(str, (config["in_channels"], *model.latent_size)))
@@ -140,18 +130,10 @@ def _to_file(options: ConvertOptions) -> str:
     for name in ("vae", "labels", "weights"):
         if getattr(options, name) is not None:
             raise ValueError(f"{name} is for a .pt; checkpoint {folder} is a folder, so leave it out")
-    if output.is_dir():
-        raise ValueError(f"output {output} is a folder; of a folder comes a file, such as EDT-S.pt")
     if output.suffix == ".safetensors":
         raise ValueError(f"output {output} would be no safetensors file; the released code reads a .pt")
-    if output.exists():
-        if not options.overwrite:
-            raise ValueError(f"output {output} is there already; --overwrite replaces it")
-        if not _is_ours(output):
-            raise ValueError(
-                f"output {output} is no .pt that edt convert wrote, so --overwrite does not replace it; move it, "
-                "or give another output"
-            )
+    clear_left(output)
+    _check_file(options)
     folder = weights_folder(folder)
     model = load_checkpoint(folder)
     if model.config.task_routing is not None:
@@ -160,8 +142,9 @@ def _to_file(options: ConvertOptions) -> str:
     state = to_released_state_dict(model)
     state |= {name: table[None] for name, table in released_position_tables(model).items()}
     state = {name: _cast(folder, name, tensor, dtype) for name, tensor in state.items()}
-    with _replacing(output) as temporary:
+    with new_output(output) as temporary:
         torch.save(state, temporary)
+        _check_file(options)
 
     foreign = model.config.num_classes == 0 or len(set(model.latent_size)) > 1
     return f"{len(state)} tensors in {_name(dtype)} under the released names are in {printable(output)}" + (
@@ -333,14 +316,20 @@ def read_labels(file: Path, num_classes: int) -> dict[int, str]:
     """
     if num_classes == 0:
         raise ValueError(f"labels {file} was given for an unconditional model; leave out --labels")
-    text = read_text(file, "labels")
-    if file.suffix.lower() == ".json" or text.lstrip().startswith(("{", "[")):
-        names = read_json(file, "labels")
-        if not isinstance(names, (dict, list)):
+    text, is_json = read_text(file, "labels"), file.suffix.lower() == ".json"
+    # Not splitlines, for which U+2028 or a form feed within a name ends it.
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text.rstrip())]
+    try:
+        names = parse_json(text, file, "labels")
+    except ValueError:
+        # A first name may be [unused]; but of as many lines as names are needed JSON is not torn.
+        if is_json or (text.lstrip().startswith(("{", "[")) and len(lines) != num_classes):
+            raise
+        names = lines
+    if not isinstance(names, (dict, list)):
+        if is_json:
             raise ValueError(f"labels {file} is JSON of a {type(names).__name__}; it must be an object or a list")
-    else:
-        # Not splitlines, for which U+2028 or a form feed within a name ends it.
-        names = [line.strip() for line in re.split(r"\r\n|\r|\n", text.rstrip())]
+        names = lines
     if isinstance(names, list):
         names = {str(i): name for i, name in enumerate(names)}
     if set(names) != set(map(str, range(num_classes))):
@@ -392,6 +381,34 @@ _PIPELINE_FILES = re.compile(
 )
 
 
+def _check_folder(options: ConvertOptions) -> None:
+    """Raises ValueError unless a pipeline may be written there."""
+    output = options.output
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file; of a .pt comes a folder")
+    if output.is_dir() and any(output.iterdir()):
+        if not options.overwrite:
+            raise ValueError(f"output {output} is there already; --overwrite replaces it")
+        if options.checkpoint.resolve().is_relative_to(output.resolve()):
+            raise ValueError(f"output {output} has the checkpoint in it; --overwrite would delete that")
+        _check_is_ours_alone(output)
+
+
+def _check_file(options: ConvertOptions) -> None:
+    """Raises ValueError unless a .pt may be written there."""
+    output = options.output
+    if output.is_dir():
+        raise ValueError(f"output {output} is a folder; of a folder comes a file, such as EDT-S.pt")
+    if output.exists():
+        if not options.overwrite:
+            raise ValueError(f"output {output} is there already; --overwrite replaces it")
+        if not _is_ours(output):
+            raise ValueError(
+                f"output {output} is no .pt that edt convert wrote, so --overwrite does not replace it; move it, "
+                "or give another output"
+            )
+
+
 def _check_is_ours_alone(folder: Path) -> None:
     """Raises ValueError unless the folder is an EDTPipeline's, and has no file that its `save_pretrained` does not
     write: those would be deleted with it."""
@@ -410,66 +427,13 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-# torch.save names the folder within a .pt after the file that it writes, which is a temporary one; "new" once.
-_NEW = "edt-convert"
-_WRITTEN_AS = (f"{_NEW}/", "new/")
-
-
 def _is_ours(file: Path) -> bool:
     """Whether `edt convert` wrote this .pt."""
-    if not (file.is_file() and zipfile.is_zipfile(file)):
+    if not file.is_file():
         return False
-    with zipfile.ZipFile(file) as archive:
-        return all(name.startswith(_WRITTEN_AS) for name in archive.namelist())
-
-
-_PARTIAL, _LOCK = ".partial-", "lock"
-
-
-@contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """A path beside `output` for the file or folder that takes its place in the end, but not with an exception.
-
-    It is in a hidden folder with a file that is locked for as long as this process lives, so that a later call
-    knows what a killed one left.
-    """
-    output = output.resolve()  # of a link, what it leads to
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}{_PARTIAL}"))
-    except OSError as error:
-        raise OSError(error.errno, f"output {output} cannot be written: {error.strerror}") from error
-    temporary, former = folder / _NEW, folder / "former"
-    with open(folder / "unlocked", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            os.replace(lock.name, folder / _LOCK)  # under this name it is never seen unlocked
-        except OSError:
-            pass  # a file system without locks, where nothing is ever removed for others
-        try:
-            yield temporary
-            if not output.is_dir():
-                os.replace(temporary, output)
-                return
-            os.replace(output, former)  # a folder cannot be renamed onto one
-            os.replace(temporary, output)
-        except BaseException:
-            if former.exists():
-                os.replace(former, output)
-            raise
-        finally:
-            shutil.rmtree(folder)
-
-
-def _remove_if_left(folder: Path) -> None:
-    """Removes a folder of `_replacing` whose process is dead, after it has put back an output that was amid its
-    replacement."""
-    try:
-        with open(folder / _LOCK) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            output = folder.with_name(folder.name[1:].rpartition(_PARTIAL)[0])
-            if (folder / "former").exists() and not output.exists():
-                os.replace(folder / "former", output)
-            shutil.rmtree(folder)
-    except OSError:
-        pass  # not one of ours, of a process that runs, or removed by another meanwhile
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return False
+    return f"{NEW}/data.pkl" in names and all(name.startswith(f"{NEW}/") for name in names)

@@ -11,7 +11,6 @@ import functools
 import itertools
 import math
 import os
-import shutil
 import signal
 import weakref
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from . import shards
+from .outputs import clear_left, new_output
 from .shards import MANIFEST, Manifest, ShardWriter, number_names
 
 _advise = getattr(os, "posix_fadvise", None)  # macOS has none
@@ -306,11 +306,8 @@ def write_dataset(
 
     Raises:
         FileExistsError: if the folder exists and is not empty.
-        TypeError, ValueError: if the arrays do not fit each other, have values that float16 cannot hold, or
-            another process writes there.
+        TypeError, ValueError: if the arrays do not fit each other, or have values that float16 cannot hold.
     """
-    from .run_folder import open_folder  # which imports this module
-
     folder, items = _folder(folder), _array("items", items)
     kind = "pixels" if items.dtype == np.uint8 else "latents"
     if kind == "latents" and not np.issubdtype(items.dtype, np.floating):
@@ -366,29 +363,21 @@ def write_dataset(
         shift_factor=shift_factor.item() if isinstance(shift_factor, np.generic) else shift_factor,
         count=len(items),
     )
-    temporary = folder.with_name(folder.name + shards.PARTIAL)
-    if temporary.exists() and not shards.is_own(temporary):
-        raise FileExistsError(f"{temporary} is there, with other files than this writes; remove it")
     shard_size = shard_size or len(items)
-    with open_folder(temporary):
-        for left in temporary.glob("[!.]*"):  # of a writing that was killed
-            left.unlink()
-        try:
-            written = []
-            for start in range(0, len(items), shard_size):
-                part = slice(start, start + shard_size)
-                with ShardWriter(temporary, len(written), manifest) as writer:
-                    writer.append(
-                        items[part].astype(manifest.dtype),
-                        labels[part].astype(np.int64),
-                        None if images is None else images[part],
-                    )
-                    written.append(writer.finish())
-            shards.write_manifest(temporary / MANIFEST, replace(manifest, shards=tuple(written)))
-            os.replace(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    clear_left(folder)
+    with new_output(folder) as temporary:
+        temporary.mkdir()
+        written = []
+        for start in range(0, len(items), shard_size):
+            part = slice(start, start + shard_size)
+            with ShardWriter(temporary, len(written), manifest) as writer:
+                writer.append(
+                    items[part].astype(manifest.dtype),
+                    labels[part].astype(np.int64),
+                    None if images is None else images[part],
+                )
+                written.append(writer.finish())
+        shards.write_manifest(temporary / MANIFEST, replace(manifest, shards=tuple(written)))
     return open_dataset(folder)
 
 

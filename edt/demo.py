@@ -24,6 +24,7 @@ from .diffusion import NUM_TRAIN_TIMESTEPS, make_scheduler
 from .digits import NUM_CLASSES, Judge, from_uint8, load_split_digits, to_uint8
 from .interrupt import StopRequest, stop_on_interrupt
 from .model import EDTTransformer2DModel
+from .options import check_types
 from .run_checkpoint import CHECKPOINTS, list_checkpoints
 from .run_folder import open_folder
 from .run_log import METRICS_FILE, read_metrics
@@ -73,6 +74,7 @@ class DemoOptions:
 
     def check(self) -> None:
         """Raises ValueError for an option that cannot work; called before anything is spent."""
+        check_types(self)
         for name in ("steps", "batch_size"):
             if not 1 <= getattr(self, name) < 2**63:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and below 2**63")

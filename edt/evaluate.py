@@ -21,6 +21,7 @@ from .devices import tf32, torch_device
 from .file_errors import named_errors
 from .image_sets import FolderImages, NpzImages, has_images, open_images, read_statistics
 from .metrics import Gaussian, RunningGaussian, RunningInceptionScore, frechet_distance, precision_recall
+from .options import check_types
 from .shards import sha256, write_json
 from .text_files import printable, read_json
 
@@ -69,6 +70,7 @@ class EvaluateOptions:
 
     def check(self) -> None:
         """Raises ValueError for options that cannot work, FileNotFoundError for missing files."""
+        check_types(self)
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
         if self.inception_weights is not None and self.feature_model is not None:

@@ -5,8 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import UnionType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from .data import ignore_interrupts
 from .devices import torch_device
 from .image_files import UnreadableError
 from .interrupt import StopRequest
+from .options import check_types
 from .run_folder import LOCK_FILE, open_folder
 from .shards import MANIFEST, MOST_CLASSES, MOST_SIDE, PROGRESS, Manifest, Shard, ShardWriter, number_names
 from .sources import HubDataset, ImageFolder, ReleasedFeatures, listing_digest
@@ -87,9 +87,8 @@ class ExtractOptions:
         return self.image_size[0], self.image_size[-1]
 
     def check(self) -> None:
-        """Raises TypeError or ValueError for options that cannot work, FileNotFoundError for missing folders."""
-        for name, hint in get_type_hints(ExtractOptions).items():
-            _check_type(name, getattr(self, name), hint)
+        """Raises ValueError for options that cannot work, FileNotFoundError for missing folders."""
+        check_types(self)
         for name in ("shard_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -124,25 +123,6 @@ class ExtractOptions:
                     f"{name} {folder} is in output {self.output}, which has to be a folder of its own"
                 )
         torch_device(self.device)
-
-
-def _check_type(name: str, value: object, hint: object) -> None:
-    if get_origin(hint) is Literal:
-        if not any(type(value) is type(choice) and value == choice for choice in get_args(hint)):
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, get_args(hint)))}")
-        return
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if get_origin(hint) is tuple:
-        fits = isinstance(value, tuple | list) and all(type(item) is int for item in value)
-    else:
-        fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
-    if isinstance(value, str | Path) and "\0" in str(value):
-        raise ValueError(f"{name} is {str(value)!r}; it must not have a NUL")
-    if not fits:
-        needed = " or ".join(
-            "None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds
-        )
-        raise TypeError(f"{name} is {value!r}; it must be of type {needed}")
 
 
 def _is_within(folder: Path, other: Path) -> bool:

@@ -19,6 +19,8 @@ CHECKPOINTS = "checkpoints"  # in the run's folder
 CHECKSUMS = "checksums.json"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".writing-"
+# What `train_state` and this write: a folder that has anything else was not left by a checkpoint.
+_CONTENT = {"model", "ema", "optimizer.safetensors", "training.safetensors", "state.json", CHECKSUMS}
 
 
 class DamagedCheckpointError(ValueError):
@@ -40,8 +42,8 @@ def write_checkpoint(
     root.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(root)
     temporary, final = root / f"{_TEMPORARY}{step:08d}", root / f"step-{step:08d}"
+    temporary.mkdir()
     try:
-        temporary.mkdir()
         write(temporary)
         _write_checksums(temporary)
     except BaseException:
@@ -63,7 +65,11 @@ def write_checkpoint(
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of each, the oldest first, damaged ones too."""
-    found = ((_STEP_NAME.fullmatch(folder.name), folder) for folder in root.glob("step-*"))
+    try:
+        folders = list(root.iterdir())  # a glob takes a folder that cannot be read for an empty one
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = ((_STEP_NAME.fullmatch(folder.name), folder) for folder in folders)
     return sorted((int(name[1]), folder) for name, folder in found if name and folder.is_dir())
 
 
@@ -72,12 +78,13 @@ def verify_checkpoint(folder: Path, part: str = "") -> None:
 
     Raises:
         DamagedCheckpointError: naming the first file that is missing, torn or changed.
+        OSError: for a file that is there and cannot be read, as of a disk that has gone away.
     """
     try:
         listed = read_json(folder / CHECKSUMS, "list", dict)
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()
                     if name.startswith(part)}  # fmt: skip
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError) as error:
         raise DamagedCheckpointError(f"checkpoint {folder} has no readable {CHECKSUMS}: {error}") from error
     if not expected:
         raise DamagedCheckpointError(f"checkpoint {folder} lists no file of {part or 'it'} in {CHECKSUMS}")
@@ -120,7 +127,8 @@ def _write_checksums(folder: Path) -> None:
 
 def _remove_unfinished(root: Path) -> None:
     for folder in root.glob(f"{_TEMPORARY}*"):
-        if folder.name.removeprefix(_TEMPORARY).isdecimal():  # any other is not ours
+        ours = folder.name.removeprefix(_TEMPORARY).isdecimal() and folder.is_dir() and not folder.is_symlink()
+        if ours and {path.name for path in folder.iterdir()} <= _CONTENT:
             shutil.rmtree(folder)
 
 

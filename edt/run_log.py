@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from .outputs import new_file
 from .text_files import printable
 
 METRICS_FILE = "metrics.jsonl"
@@ -199,6 +200,5 @@ def keep_lines_until(file: Path, step: int) -> None:
     """Drops the lines of steps after `step`: a run that goes on from a checkpoint computes them again."""
     if file.is_file():
         kept = [line for line in read_metrics(file) if line["step"] <= step]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(file)
+        with new_file(file) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))

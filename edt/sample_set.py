@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -30,11 +29,13 @@ from .diffusion import NUM_TRAIN_TIMESTEPS
 from .image_sets import IMAGES, SETTINGS, read_settings
 from .interrupt import StopRequest
 from .model import EDTTransformer2DModel
+from .options import check_types
+from .outputs import half_files, new_file
 from .pipeline import EDTPipeline, load_pipeline
 from .randomness import keyed_generator
 from .run_folder import open_folder
 from .sampling import check_guidance, check_guidance_scale
-from .shards import PARTIAL, sha256, write_json
+from .shards import sha256, write_json
 from .step_cache import StepCacheConfig
 from .text_files import printable
 
@@ -47,8 +48,7 @@ SCHEDULERS = {
 }
 _GRID_ROWS = _GRID_COLUMNS = 20
 _TOKENS_PER_CALL = 1024  # on a CPU; more are not faster
-_HALF = ".tmp"  # of a file that is being written
-_IMAGE_NAME = re.compile(r"([0-9]{6,8})(\.png|\.tmp)")
+_IMAGE_NAME = re.compile(r"([0-9]{6,8})\.png")
 _MAX_IMAGES = 10_000_000  # hours before the first is drawn, on looking which are there
 
 
@@ -113,6 +113,7 @@ class SampleOptions:
 
     def check(self) -> None:
         """Raises ValueError for an option that cannot work with any model."""
+        check_types(self)
         for name in ("num_per_class", "num_images", "batch_size", "cache_interval"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -184,7 +185,8 @@ def _draw_missing(options, pipe, classes: list[int], labels: np.ndarray, process
     graph = GraphedStep(pipe.transformer) if options.cuda_graph else False
 
     def save(number: int, image: Image.Image) -> None:
-        _replace(_image_file(options.output, number), lambda path: image.save(path, format="PNG"))
+        with new_file(_image_file(options.output, number)) as file:
+            image.save(file, format="PNG")
 
     with (
         tqdm(total=len(calls) * options.steps, desc="sampling", unit="step", disable=rank > 0) as bar,
@@ -348,19 +350,19 @@ def _begin_or_go_on(options: SampleOptions, settings: dict) -> None:
             f"output {folder} has images drawn with other settings ({', '.join(changed)}); give another "
             "output, or --overwrite"
         )
-    for name in ours:
-        if replaced or name.endswith(_HALF):
-            (folder / name).unlink()
+    for file in [*half_files(folder), *half_files(folder / IMAGES)]:  # of a drawing that was killed
+        file.unlink()
+    for name in ours if replaced else ():
+        (folder / name).unlink()
     (folder / IMAGES).mkdir(parents=True, exist_ok=True)
     write_json(folder / SETTINGS, settings)
 
 
 def _numbers_of_files(folder: Path) -> dict[str, int]:
     """Of the names there that a set has, the number of the image; of those beside the images, 0."""
-    beside = ("samples.npz", "samples.png", f"samples{_HALF}", SETTINGS + PARTIAL)
-    numbers = {name: 0 for name in beside if os.path.lexists(folder / name)}
+    numbers = {name: 0 for name in ("samples.npz", "samples.png") if os.path.lexists(folder / name)}
     for file in folder.glob(f"{IMAGES}/*"):
-        if (match := _IMAGE_NAME.fullmatch(file.name)) and file.name == f"{int(match[1]):06}{file.suffix}":
+        if (match := _IMAGE_NAME.fullmatch(file.name)) and file.name == _image_file(folder, int(match[1])).name:
             numbers[f"{IMAGES}/{file.name}"] = int(match[1])
     return numbers
 
@@ -426,37 +428,23 @@ def _read(folder: Path, number: int) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """A file is there whole or not at all."""
-    temporary = path.with_suffix(_HALF)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:  # such as of a full disk, which names no file
-        raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
-
-
 def _write_npz(folder: Path, labels: np.ndarray) -> None:
     """arr_0 (N, H, W, C) uint8 and labels (N,), as np.savez would; only one image is in memory."""
     shape = (len(labels), *_read(folder, 0).shape)
-
-    def write(path: Path) -> None:
-        with zipfile.ZipFile(path, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for i in tqdm(range(len(labels)), desc="samples.npz", unit="image", disable=len(labels) < 1000):
-                    pixels = _read(folder, i)
-                    if (pixels.dtype, pixels.shape) != (np.uint8, shape[1:]):
-                        raise ValueError(
-                            f"{_image_file(folder, i)} is {pixels.dtype} {pixels.shape}, the first image is "
-                            f"{shape[1:]}; remove it, and the same command draws it anew"
-                        )
-                    file.write(pixels.tobytes())
-            with archive.open("labels.npy", "w") as file:
-                np.lib.format.write_array(file, labels)
-
-    _replace(folder / "samples.npz", write)
+    with new_file(folder / "samples.npz") as new, zipfile.ZipFile(new, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for i in tqdm(range(len(labels)), desc="samples.npz", unit="image", disable=len(labels) < 1000):
+                pixels = _read(folder, i)
+                if (pixels.dtype, pixels.shape) != (np.uint8, shape[1:]):
+                    raise ValueError(
+                        f"{_image_file(folder, i)} is {pixels.dtype} {pixels.shape}, the first image is "
+                        f"{shape[1:]}; remove it, and the same command draws it anew"
+                    )
+                file.write(pixels.tobytes())
+        with archive.open("labels.npy", "w") as file:
+            np.lib.format.write_array(file, labels)
 
 
 def _write_grid(options: SampleOptions, pipe: EDTPipeline, classes: list[int], num_images: int) -> None:
@@ -466,4 +454,5 @@ def _write_grid(options: SampleOptions, pipe: EDTPipeline, classes: list[int], n
     labels = np.array([classes[i % len(classes)] for i in numbers])
     title = f"AMM {'on' if pipe.transformer.config.amm_blocks else 'off'}, guidance {options.guidance_scale:g}, "
     title += f"{options.steps} steps" + ("" if options.scheduler == "ddpm" else f" of {options.scheduler}")
-    _replace(options.output / "samples.png", lambda path: plots.save_label_grid(path, images, labels, title))
+    with new_file(options.output / "samples.png") as file:
+        plots.save_label_grid(file, images, labels, title)

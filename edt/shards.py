@@ -25,6 +25,7 @@ from numpy import ndarray
 
 from edt_kernels._checks import shown
 
+from .outputs import half_files, new_file
 from .text_files import read_json
 
 FORMAT_VERSION = 1
@@ -35,7 +36,8 @@ MOST_CLASSES = 10**6  # each has a name in the manifest, and a row in the model
 MOST_SIDE = 2**14  # of an image or a latent, in pixels
 _HEADER = 2**14  # of an .npy file, more than numpy parses
 _LISTED = 100  # skipped files named in the manifest; all are counted
-_OWN = re.compile(r"((data|labels|images)-\d{5,}\.npy|(manifest|progress)\.json)(\.partial)?|\.lock")
+# The JSON ones are of earlier versions.
+_HALF = re.compile(r"((data|labels|images)-\d{5,}\.npy|(manifest|progress)\.json)\.partial")
 
 
 @dataclass(frozen=True)
@@ -224,15 +226,10 @@ def read_manifest(path: Path) -> Manifest:
 
 def write_json(path: Path, content: dict) -> None:
     """Replaces the file in one step, once the new content is on the disk."""
-    temporary = path.with_name(path.name + PARTIAL)
-    try:
-        with open(temporary, "w") as file:
-            file.write(json.dumps(content, indent=1) + "\n")  # ASCII, whatever names are in it
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as temporary, open(temporary, "w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")  # ASCII, whatever names are in it
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -248,7 +245,10 @@ def sum_skipped(parts: Iterable[dict]) -> dict:
 
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:  # reading does not say of what
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def parse_npy_header(file: BinaryIO, size: int) -> tuple[np.dtype, tuple[int, ...], str, int]:
@@ -275,14 +275,9 @@ def parse_npy_header(file: BinaryIO, size: int) -> tuple[np.dtype, tuple[int, ..
     return dtype, shape, "F" if fortran else "C", start
 
 
-def is_own(folder: Path) -> bool:
-    """Whether nothing is in a folder but files named as those that are written here."""
-    return folder.is_dir() and all(_OWN.fullmatch(path.name) for path in folder.iterdir())
-
-
 def leftovers(folder: Path) -> list[Path]:
     """Files that an interrupted writing left in a folder, told by their names."""
-    return [path for path in folder.glob(f"*{PARTIAL}") if _OWN.fullmatch(path.name)]
+    return half_files(folder) + [path for path in folder.glob(f"*{PARTIAL}") if _HALF.fullmatch(path.name)]
 
 
 class ArrayWriter:

@@ -51,15 +51,19 @@ def read_json(path: Path, what: str, kind: type | None = None) -> object:
         ValueError: naming the file, for text that `read_text` refuses, is no JSON, or is of another type.
         OSError: if it cannot be read.
     """
-    text = read_text(path, what)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
-        raise ValueError(f"{what} {path} is no JSON, or torn: {error}") from error
+    value = parse_json(read_text(path, what), path, what)
     if kind is not None and not isinstance(value, kind):
         needed = {dict: "an object", list: "a list"}[kind]
         raise ValueError(f"{what} {path} is JSON, but {type(value).__name__}; it must be {needed}")
     return value
+
+
+def parse_json(text: str, path: Path, what: str) -> object:
+    """`read_json` of a file whose text is read already."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
+        raise ValueError(f"{what} {path} is no JSON, or torn: {error}") from error
 
 
 def printable(text: object) -> str:

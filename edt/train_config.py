@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import sys
 import types
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,13 +9,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-import tyro
 import yaml
 
 from edt_kernels._checks import shown
 
 from .config import PRESETS
 from .diffusion import NUM_TRAIN_TIMESTEPS
+from .options import check_types, describe, fits
+from .outputs import new_file
 from .text_files import read_text
 
 CONFIG_FILE = "config.yaml"  # beside the run
@@ -134,12 +134,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises ValueError for a field that cannot work; called before anything is spent."""
-        hints = get_type_hints(TrainConfig)
-        for name, value in vars(self).items():
-            if not _fits(value, hints[name]):
-                raise ValueError(f"{name} is {shown(value)}; it must be {_describe(hints[name])}")
-            if isinstance(value, (str, Path)) and "\0" in str(value):
-                raise ValueError(f"{name} is {str(value)!r}, with a NUL; no file or name has one")
+        check_types(self)
         if self.model not in PRESETS:
             raise ValueError(f"model is {self.model!r}; it must be one of {', '.join(PRESETS)}")
         at_least = {"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "decay_steps": 1,
@@ -187,9 +182,8 @@ class TrainConfig:
         """YAML of all fields but where defaults and the first weights came from: a run goes on from its own."""
         values = {name: value for name, value in asdict(self.absolute()).items() if name not in _NOT_SAVED}
         values = {name: plain(value) for name, value in values.items()}
-        temporary = path.with_suffix(".tmp")  # a run goes on by it, so it is there whole or not at all
-        temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        temporary.replace(path)
+        with new_file(path) as temporary:  # a run goes on by it
+            temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     def absolute(self) -> "TrainConfig":
         """With paths that are the same from any folder: a run may be started again from another."""
@@ -201,8 +195,10 @@ class TrainConfig:
 
 def plain(value):
     """As JSON and YAML have it."""
-    if isinstance(value, tuple):
-        return list(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return list(map(plain, value))
+    if isinstance(value, float):
+        return float(value)  # NumPy's is one too
     return str(value) if isinstance(value, Path) else value
 
 
@@ -269,7 +265,7 @@ def load_config(path: Path, **overrides) -> TrainConfig:
     hints = get_type_hints(TrainConfig)
     typed = {name: _typed(path, name, value, hints[name]) for name, value in values.items()}
     if "data" not in {**typed, **overrides}:
-        overrides["data"] = tyro.MISSING
+        overrides["data"] = _missing()
     return TrainConfig(**{**typed, **overrides})
 
 
@@ -289,34 +285,9 @@ def _typed(path: Path, name: str, value, hint):
     if hint is float and type(value) in (int, float, str):  # YAML takes 1e-4, without a point, for text
         with suppress(ValueError, OverflowError):
             return float(value)
-    if hint is not float and _fits(value, hint):
+    if hint is not float and fits(value, hint):
         return value
-    raise ValueError(f"config {path} has {shown(value)} for {name}; it must be {_describe(hint)}")
-
-
-def _fits(value, hint) -> bool:
-    """Whether a value is of a field's type; integers are floats too, where a float holds them."""
-    origin, choices = get_origin(hint), get_args(hint)
-    if origin is types.UnionType:
-        return any(_fits(value, choice) for choice in choices)
-    if origin is Literal:
-        return isinstance(value, str) and value in choices
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        kinds = choices[:1] * len(value) if choices[-1] is Ellipsis else choices
-        return len(kinds) == len(value) and all(map(_fits, value, kinds))
-    if hint is float:
-        return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _describe(hint) -> str:
-    if get_origin(hint) is types.UnionType:
-        return " or ".join(map(_describe, get_args(hint)))
-    if get_origin(hint) is Literal:
-        return " or ".join(map(repr, get_args(hint)))
-    return "None" if hint is types.NoneType else getattr(hint, "__name__", str(hint))
+    raise ValueError(f"config {path} has {shown(value)} for {name}; it must be {describe(hint)}")
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -342,7 +313,13 @@ def recipe(name: str, **overrides) -> TrainConfig:
     """
     if name not in RECIPES:
         raise ValueError(f"recipe is {name!r}; it must be one of {', '.join(RECIPES)}")
-    return TrainConfig(**{"data": tyro.MISSING, **RECIPES[name], **overrides})
+    return TrainConfig(**{"data": _missing(), **RECIPES[name], **overrides})
+
+
+def _missing():
+    import tyro  # the command line's alone: who loads a run's weights need not have it
+
+    return tyro.MISSING
 
 
 def parse(args: Sequence[str], prog: str = "edt train") -> TrainConfig:
@@ -351,6 +328,8 @@ def parse(args: Sequence[str], prog: str = "edt train") -> TrainConfig:
     Raises:
         ValueError, FileNotFoundError: for a recipe or a file that is none; SystemExit for an unknown option.
     """
+    import tyro
+
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--config", type=Path)
@@ -366,7 +345,7 @@ def parse(args: Sequence[str], prog: str = "edt train") -> TrainConfig:
     elif saved.is_file():
         default = load_config(saved, output=sources.output)
     else:
-        default = TrainConfig(data=tyro.MISSING)
+        default = TrainConfig(data=_missing())
     return tyro.cli(TrainConfig, args=args, default=default, prog=prog)
 
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import secrets
 import statistics
 import subprocess
 import sys
@@ -588,9 +589,12 @@ def _write_table(path: Path, table: dict) -> None:
         rows = ",\n".join(json.dumps(row) for row in table[name])
         lines.append(f'"{name}": [\n{rows}\n]' if rows else f'"{name}": []')
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    os.replace(new, path)
+    new = path.with_name(f".{secrets.token_hex(8)}.edt-half")  # a name that nobody else has
+    try:
+        new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 @functools.cache

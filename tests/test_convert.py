@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 
 import pytest
@@ -21,6 +22,7 @@ from edt.checkpoint import to_released_state_dict, weights_folder
 from edt.cli import main
 from edt.convert import ConvertOptions, convert, recognize_config
 from edt.layers import sincos_position_embedding
+from edt.outputs import NEW, new_output
 from edt.run_checkpoint import write_checkpoint
 
 PRESETS = edt.PRESETS
@@ -441,7 +443,8 @@ def test_options_of_a_pipeline_that_do_not_fit(tmp_path, file, options, message)
     (tmp_path / "list").write_text(json.dumps({str(i): ["n01440764", "tench"] for i in range(10)}))
     (tmp_path / "gap").write_text("\n".join("abc efghij"))
     (tmp_path / "others").write_text(json.dumps({str(i): "tench" for i in range(1, 11)}))
-    options = {name: value if name == "weights" else tmp_path / value for name, value in options.items()}
+    paths = {"vae": str(tmp_path / "vae"), "weights": "ema"}
+    options = {name: paths.get(name, tmp_path / value) for name, value in options.items()}
     with pytest.raises(ValueError, match=message):
         convert(ConvertOptions(file, tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
@@ -467,6 +470,7 @@ NAMES = ["tench", "goldfish", "white shark, man-eater"]
         "\n".join(NAMES).encode("utf-8-sig"),
         "\r\n".join([*NAMES, ""]).encode("utf-16"),
         "\r".join(NAMES).encode("utf-32"),
+        json.dumps(NAMES, indent=1)[:-2].replace("\n ", "").encode() + b"\n\n]",  # in as many lines
     ],
 )
 def test_labels_as_editors_write_them(tmp_path, content):
@@ -479,7 +483,7 @@ def test_labels_as_editors_write_them(tmp_path, content):
     [
         ("labels.txt", "tänch\nb\nc".encode("latin-1"), "labels .*labels.txt is not UTF-8"),
         ("labels.txt", "a\nb\nc".encode("utf-16-le"), "labels .*labels.txt has a NUL"),
-        ("labels.txt", b"[tench\nb\nc", "labels .*labels.txt is no JSON, or torn"),
+        ("labels.txt", b"[tench\nb", "labels .*labels.txt is no JSON, or torn"),
         ("labels.json", b"tench\nb\nc", "labels .*labels.json is no JSON, or torn"),
         ("labels.json", b'"tench"', "labels .*labels.json is JSON of a str; it must be an object or a list"),
         ("labels.json", b'["a", "b"]', "labels .*labels.json has 2 names, for 0, 1; the model needs"),
@@ -492,6 +496,23 @@ def test_labels_that_are_none(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         conversion.read_labels(tmp_path / name, 3)
+
+
+def test_names_that_begin_as_json_does(tmp_path):
+    for first in ("[unused]", "{none}", "7", "null", '"a"', "[tench"):
+        (tmp_path / "labels.txt").write_text(f"{first}\nb\nc\n")
+        assert conversion.read_labels(tmp_path / "labels.txt", 3) == {0: first, 1: "b", 2: "c"}
+    (tmp_path / "labels.txt").write_text("7\n")
+    assert conversion.read_labels(tmp_path / "labels.txt", 1) == {0: "7"}
+
+
+def test_labels_of_a_pipe(tmp_path):
+    """Such as a shell's <(head -3 names), which can be read once."""
+    os.mkfifo(tmp_path / "labels")
+    writer = threading.Thread(target=(tmp_path / "labels").write_text, args=(json.dumps(NAMES),))
+    writer.start()
+    assert conversion.read_labels(tmp_path / "labels", 3) == dict(enumerate(NAMES))
+    writer.join()
 
 
 def test_a_name_may_have_any_space_within(tmp_path):
@@ -614,13 +635,74 @@ def killed(what, checkpoint, output):
     assert process.returncode == -signal.SIGKILL
 
 
+def test_an_output_that_is_filled_meanwhile_stays(tmp_path, file, pipeline, monkeypatch):
+    """Saving takes minutes."""
+    save_transformer, save_tensors = edt.EDTTransformer2DModel.save_pretrained, torch.save
+    folder, other = tmp_path / "new", tmp_path / "other.pt"
+
+    def save_meanwhile(save):
+        def wrapped(*args, **kwargs):
+            save(*args, **kwargs)
+            folder.mkdir(exist_ok=True)
+            (folder / "notes.txt").write_text("mine")
+            (pipeline / "notes.txt").write_text("mine")
+            other.write_text("mine")
+
+        return wrapped
+
+    monkeypatch.setattr(edt.EDTTransformer2DModel, "save_pretrained", save_meanwhile(save_transformer))
+    monkeypatch.setattr(torch, "save", save_meanwhile(save_tensors))
+    for checkpoint, output, overwrite, message in (
+        (file, folder, False, "is there already"),
+        (file, pipeline, True, r"has notes\.txt beside a pipeline's files"),
+        (pipeline, other, False, "is there already"),
+        (pipeline, other, True, r"is no \.pt that edt convert wrote"),
+    ):
+        for path in (folder / "notes.txt", pipeline / "notes.txt", other):
+            path.unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=message):
+            convert(ConvertOptions(checkpoint, output, overwrite=overwrite))
+        kept = output if output.is_file() else output / "notes.txt"
+        assert kept.read_text() == "mine"
+    assert left_by(tmp_path) == []
+
+
+def test_a_pt_of_others_is_not_replaced(tmp_path, pipeline):
+    for number, members in enumerate(
+        ([], ["new/data.pkl"], ["edt-convert/notes.txt"], ["edt-convert/data.pkl", "a"])
+    ):
+        with zipfile.ZipFile(tmp_path / f"{number}.pt", "w") as archive:
+            for member in members:
+                archive.writestr(member, "mine")
+    convert(ConvertOptions(pipeline, tmp_path / "broken.pt"))
+    content = bytearray((tmp_path / "broken.pt").read_bytes())
+    content[content.rindex(b"PK\x01\x02")] = 0  # the last entry of its listing
+    (tmp_path / "broken.pt").write_bytes(content)
+    (tmp_path / "short.pt").write_bytes(content[len(content) // 2 :])
+    for output in sorted(tmp_path.glob("*.pt")):
+        before = output.read_bytes()
+        with pytest.raises(ValueError, match=rf"{output.name} is no \.pt that edt convert wrote, so --overwrite"):
+            convert(ConvertOptions(pipeline, output, overwrite=True))
+        assert output.read_bytes() == before
+
+
+def test_options_are_checked_before_anything_is_removed(tmp_path, pipeline):
+    left = tmp_path / ".out.pt.partial-abcd1234"
+    left.mkdir()
+    (left / "lock").touch()
+    for options in ({"checkpoint": tmp_path / "none"}, {"vae": "some"}, {"overwrite": "yes"}):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            convert(ConvertOptions(**{"checkpoint": pipeline, "output": tmp_path / "out.pt", **options}))
+        assert left.exists()
+
+
 def test_what_a_killed_one_left_is_removed(tmp_path, pipeline):
     killed("writing", pipeline, tmp_path / "out.pt")
     foreign = tmp_path / ".out.pt.partial-mine"
     foreign.mkdir()
     (foreign / "new").write_text("of an earlier version, or of a user: nothing says that its process is dead")
     assert len(left_by(tmp_path)) == 2
-    with conversion._replacing(tmp_path / "running.pt") as temporary:  # as another process
+    with new_output(tmp_path / "running.pt") as temporary:  # as another process
         temporary.write_text("half")
         convert(ConvertOptions(pipeline, tmp_path / "out.pt"))
         assert len(left_by(tmp_path)) == 2
@@ -666,7 +748,7 @@ def test_an_interruption_leaves_what_was_there(tmp_path, file, pipeline, monkeyp
         replace = os.replace
 
         def replace_all_but_the_new(source, target):
-            if pathlib.Path(source).name == conversion._NEW:
+            if pathlib.Path(source).name == NEW:
                 raise KeyboardInterrupt
             replace(source, target)
 

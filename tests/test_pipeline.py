@@ -31,7 +31,9 @@ from edt.cli import main
 from edt.demo import DemoOptions, run_demo
 from edt.diffusion import predict
 from edt.digits import to_uint8
+from edt.run_checkpoint import write_checkpoint
 from edt.step_cache import NOTHING, StepCacheConfig
+from edt.train_config import TrainConfig
 
 SCHEDULERS = [
     DDPMScheduler,
@@ -594,16 +596,25 @@ for name in edt.__all__:
     getattr(edt, name)
 edt.load_preset("EDT-digits")
 edt.load_checkpoint(sys.argv[1] + "/transformer")
-for pipe in (edt.EDTPipeline.from_pretrained(sys.argv[1]),
+from edt.pipeline import load_pipeline
+for pipe in (load_pipeline(sys.argv[1]), load_pipeline(sys.argv[2]), edt.EDTPipeline.from_pretrained(sys.argv[1]),
              DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)):
     pipe([1], num_inference_steps=1)
 edt.sample(pipe.transformer, torch.tensor([1]), num_inference_steps=1, progress=False)
 print("drawn")
 """
     grey_pipeline().save_pretrained(tmp_path / "pipe")
+    run = tmp_path / "run"
+    write_checkpoint(
+        run / "checkpoints", 1, lambda folder: grey_pipeline().transformer.save_pretrained(folder / "ema"), 1
+    )
+    TrainConfig(data=tmp_path / "data").save(run / "config.yaml")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
     found = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "pipe")], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", program, str(tmp_path / "pipe"), str(run)],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert found.stdout.endswith("drawn\n"), found.stderr[-2000:]
 

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import itertools
 import os
 import sys
@@ -61,6 +62,45 @@ def test_of_what_is_there_only_checkpoints_count(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step-00000002", "step-00000009", "step-00000009.bak", "step-9",
     ]  # fmt: skip
+
+
+def test_a_folder_with_other_files_is_not_left_by_a_checkpoint(tmp_path):
+    for name, content in ((".writing-00000009", "notes.txt"), (".writing-mine", "state.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / content).write_text("mine")
+    (tmp_path / "elsewhere" / "model").mkdir(parents=True)
+    (tmp_path / ".writing-00000007").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / ".writing-00000008").write_text("mine")
+    save(tmp_path, 1)
+    with pytest.raises(FileExistsError, match="writing-00000009"):
+        save(tmp_path, 9)
+    assert (tmp_path / ".writing-00000009" / "notes.txt").read_text() == "mine"
+    assert steps(tmp_path) == [1]
+    assert len(list(tmp_path.glob(".writing-*"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [(CHECKSUMS, errno.EIO), ("model/weights", errno.EIO), ("checkpoints", errno.EACCES)]
+)
+def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch, name, number):
+    """A run would go on from an older checkpoint, or anew."""
+    root = tmp_path / "checkpoints"
+    for step in (1, 2):
+        save(root, step)
+    failing = root / "step-00000002" / name if name != "checkpoints" else root
+    read_bytes, file_digest, iterdir, scandir = Path.read_bytes, hashlib.file_digest, Path.iterdir, os.scandir
+
+    def fail(path, *args, otherwise):
+        if Path(getattr(path, "name", path) if name == "model/weights" else path) == failing:
+            raise OSError(number, os.strerror(number), *([str(path)] if name == "checkpoints" else []))
+        return otherwise(path, *args)
+
+    monkeypatch.setattr(Path, "read_bytes", lambda path: fail(path, otherwise=read_bytes))
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: fail(*args, otherwise=file_digest))
+    monkeypatch.setattr(Path, "iterdir", lambda path: fail(path, otherwise=iterdir))
+    monkeypatch.setattr(os, "scandir", lambda path=".": fail(path, otherwise=scandir))
+    with pytest.raises(OSError, match=f"{os.strerror(number)}: '{failing}'"):
+        latest_checkpoint(root, no_damage)
 
 
 def test_later_damaged_ones_do_not_take_the_place_of_good_ones(tmp_path):

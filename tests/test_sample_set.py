@@ -121,11 +121,14 @@ def test_killed_and_resumed(checkpoints, whole, tmp_path):
             run.wait_for(lambda count=count: len(pictures(output)) >= count)
             run.kill()
         assert count <= len(pictures(output)) < 64
-    (output / "images" / "000063.tmp").write_bytes(b"half")
+    half = [folder / ".0123456789abcdef.edt-half" for folder in (output, output / "images")]
+    for file in half:
+        file.write_bytes(b"half")
     kept = {file: file.stat().st_mtime_ns for file in (output / "images").glob("*.png")}
     assert not (output / "samples.npz").exists()
     run_to_end(small_batches, log)
     assert pictures(output) == pictures(whole)
+    assert not any(file.exists() for file in half)
     assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
 
 
@@ -476,7 +479,7 @@ FEW = ("--labels", 3, "--num-images", 2, "--steps", 1)
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
 @pytest.mark.parametrize(
     "name",
-    ["images/holiday.png", "images/000000.png", "images/000001.tmp", "samples.npz", "samples.png", "samples.tmp"],
+    ["images/holiday.png", "images/000000.png", "samples.npz", "samples.png"],
 )
 def test_pictures_of_others_stay(checkpoints, tmp_path, capsys, name, overwrite):
     """No samples.json says that they are of edt sample, whatever they are called."""
@@ -506,10 +509,19 @@ def test_overwriting_removes_a_sets_own_images_alone(checkpoints, tmp_path, caps
 
 def test_a_half_written_picture_of_a_user_stays(checkpoints, tmp_path):
     draw(checkpoints / "grey", tmp_path, *FEW)
-    for name in ("000001.tmp", "000002.tmp", "a.tmp"):
-        (tmp_path / "images" / name).write_text("half")
+    names = (
+        "images/000001.tmp",
+        "images/.000001.png",
+        "images/.a.edt-half",
+        "samples.tmp",
+        "samples.json.partial",
+    )
+    for name in names:
+        (tmp_path / name).write_text("half")
+    (tmp_path / "images" / "000001.png").unlink()
     draw(checkpoints / "grey", tmp_path, *FEW)
-    assert sorted(file.name for file in (tmp_path / "images").glob("*.tmp")) == ["000002.tmp", "a.tmp"]
+    draw(checkpoints / "grey", tmp_path, *FEW, "--seed", 1, "--overwrite")
+    assert all((tmp_path / name).read_text() == "half" for name in names)
 
 
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])

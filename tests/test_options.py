@@ -1,0 +1,84 @@
+"""Options of commands that Python calls with values of other types than a command line gives."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edt.ablate import AblateOptions, ablate
+from edt.convert import ConvertOptions, convert
+from edt.demo import DemoOptions, run_demo
+from edt.evaluate import EvaluateOptions, evaluate
+from edt.extract import ExtractOptions, extract
+from edt.interrupt import StopRequest
+from edt.options import check_types
+from edt.sample_set import SampleOptions, draw_samples
+from edt.train_config import TrainConfig, load_config
+
+OPTIONS = {
+    "ablate": (AblateOptions(), lambda options: ablate(options, StopRequest())),
+    "convert": (ConvertOptions(Path("checkpoint"), Path("output")), convert),
+    "demo": (DemoOptions(), run_demo),
+    "evaluate": (EvaluateOptions(Path("samples"), Path("reference")), evaluate),
+    "extract": (ExtractOptions(Path("source"), Path("output")), extract),
+    "sample": (SampleOptions(Path("checkpoint")), lambda options: draw_samples(options, StopRequest())),
+    "train": (TrainConfig(Path("data")), TrainConfig.check),
+}
+WRONG = [
+    *((command, "output", "out", "Path") for command in OPTIONS),
+    ("ablate", "seeds", 3, r"tuple\[int, \.\.\.\]"),
+    ("ablate", "seeds", ("0", 1), r"tuple\[int, \.\.\.\]"),
+    ("ablate", "steps", "9", "int"),
+    ("convert", "vae", 3, "str or None"),
+    ("convert", "weights", "averaged", "'ema' or 'model' or None"),
+    ("convert", "dtype", ["float16"], "'float32' or 'float16' or 'bfloat16' or None"),
+    ("convert", "overwrite", "no", "bool"),
+    ("demo", "quick", 1, "bool"),
+    ("demo", "seed", True, "int"),
+    ("demo", "learning_rate", "fast", "float"),
+    ("evaluate", "batch_size", 1.0, "int"),
+    ("evaluate", "samples", None, "Path"),
+    ("evaluate", "feature_model", Path("model.pt2"), "str or None"),
+    ("extract", "channels", 3.0, "1 or 3"),
+    ("sample", "labels", "tench", r"tuple\[str, \.\.\.\]"),
+    ("sample", "labels", (3,), r"tuple\[str, \.\.\.\]"),
+    ("sample", "guidance_interval", (0.1,), r"tuple\[float, float\] or None"),
+    ("sample", "steps", None, "int"),
+]
+
+
+@pytest.mark.parametrize(("command", "name", "value", "needed"), WRONG)
+def test_other_types(tmp_path, monkeypatch, command, name, value, needed):
+    monkeypatch.chdir(tmp_path)
+    options, run = OPTIONS[command]
+    needed = f"{needed} or None" if (command, name) == ("evaluate", "output") else needed
+    with pytest.raises(ValueError, match=f"^{name} is .*; it must be {needed}$"):
+        run(replace(options, **{name: value}))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_a_nul(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    options, run = OPTIONS[command]
+    with pytest.raises(ValueError, match=r"output is 'a.*b', with a NUL"):
+        run(replace(options, output=Path("a\0b")))
+
+
+def test_types_that_fit():
+    for options, _ in OPTIONS.values():
+        check_types(options)
+    check_types(AblateOptions(seeds=range(3)))
+    check_types(DemoOptions(learning_rate=np.float64(0.1), guidance_scale=2))
+    check_types(SampleOptions(Path(), labels=["3"], guidance_interval=[0, 1.5]))
+
+
+def test_a_config_of_other_types_that_fit_is_saved(tmp_path):
+    config = TrainConfig(
+        tmp_path, output=tmp_path, learning_rate=np.float64(0.1), trackers=["wandb"], task_routing=[0.5, 1]
+    )
+    config.check()
+    config.save(tmp_path / "config.yaml")
+    saved = load_config(tmp_path / "config.yaml")
+    assert (saved.learning_rate, saved.trackers, saved.task_routing) == (0.1, ("wandb",), (0.5, 1.0))
