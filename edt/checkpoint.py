@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from .file_errors import named_errors
 from .model import EDTTransformer2DModel
 from .run_checkpoint import CHECKPOINTS, latest_checkpoint, list_checkpoints, verify_checkpoint
 from .text_files import printable, read_json
@@ -194,7 +194,7 @@ def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:
     kind = read_json(folder / _CONFIG, "checkpoint", dict).get("_class_name", name)
     if not str(kind).endswith(name):  # FSDP puts its own before it
         raise ValueError(f"checkpoint {folder} is of a {kind}; it must be of an {name}")
-    try:
+    with named_errors(f"checkpoint {folder}", "is damaged, or has weights or a config that do not fit"):
         model, loading = EDTTransformer2DModel.from_pretrained(
             folder,
             local_files_only=True,
@@ -202,15 +202,6 @@ def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:
             output_loading_info=True,
             **{"variant": weights_variant(folder), **kwargs},
         )
-    except (SafetensorError, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # of the disk, not of the file
-            raise OSError(error.errno, f"checkpoint {folder} cannot be read: {error.strerror}") from error
-        raise ValueError(f"checkpoint {folder} is truncated or not a safetensors checkpoint: {error}") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # of a config's values of wrong types almost any
-        said = f"{error}" if isinstance(error, (ValueError, TypeError, RuntimeError)) else repr(error)
-        raise ValueError(f"checkpoint {folder} has weights or a config that do not fit: {said}") from error
     missing, unexpected = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     if missing or unexpected:  # diffusers only warns, and leaves what is missing at random
         raise ValueError(

@@ -32,6 +32,7 @@ from .checkpoint import (
 )
 from .config import AMM_PLACEMENTS, PRESETS, published_size
 from .diffusion import make_scheduler
+from .file_errors import named_errors
 from .model import NUM_STAGES, EDTTransformer2DModel
 from .text_files import printable, read_json, read_text
 from .vae import load_decoder
@@ -107,14 +108,12 @@ def _to_pipeline(options: ConvertOptions) -> str:
         _check_is_ours_alone(output)
     state, weights = read_released_file(file, options.weights)
     dtype = _chosen_dtype(options, {tensor.dtype for tensor in state.values()})
-    try:
+    with named_errors(f"checkpoint {file}", "is not one of the released EDT"):
         config = recognize_config(state)
         with torch.device("meta"):  # shapes first: a wrong one may ask for more memory than there is
             check_released_shapes(EDTTransformer2DModel(**config), state)
         model = EDTTransformer2DModel(**config)
         load_released_state_dict(model, state)
-    except (ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"checkpoint {file} is not one of the released EDT: {error}") from error
     for name, parameter in model.named_parameters():
         parameter.data = _cast(file, name, parameter.data, dtype)
     pipeline = EDTPipeline(
@@ -217,30 +216,20 @@ def _load_pickle(file: Path):
             f"checkpoint {file} is {kind} of {file.stat().st_size} bytes that begin with {head!r}; it must be "
             f"{expected}"
         )
-    try:
+    with named_errors(f"checkpoint {file}", f"is damaged or not {expected}"):
         with zipfile.ZipFile(file) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 # torch.load by mmap would take the compressed bytes for numbers.
-                raise _WrongFileError(f"checkpoint {file} has compressed members; it must be {expected}")
+                raise ValueError(f"checkpoint {file} has compressed members; it must be {expected}")
             if damaged := archive.testzip():  # which torch.load does not
-                raise _WrongFileError(f"checkpoint {file} is damaged: {damaged} in it has another checksum")
+                raise ValueError(f"checkpoint {file} is damaged: {damaged} in it has another checksum")
         with torch.serialization.safe_globals([argparse.Namespace]):
             if objects := torch.serialization.get_unsafe_globals_in_checkpoint(file):
-                raise _WrongFileError(
+                raise ValueError(
                     f"checkpoint {file} has pickled objects that are not loaded, as they could run code: "
                     f"{few(objects)}; it must be tensors and an argparse.Namespace"
                 )
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (_WrongFileError, OSError, MemoryError):
-        raise
-    except Exception as error:  # of a crafted pickle almost any
-        raise ValueError(
-            f"checkpoint {file} is damaged or not {expected}: {error or type(error).__name__}"
-        ) from error
-
-
-class _WrongFileError(ValueError):
-    """Says already what is wrong with the file."""
 
 
 def _is_weight(item) -> bool:

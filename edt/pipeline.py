@@ -29,6 +29,7 @@ from .diffusion import (
     make_scheduler,
     predict,
 )
+from .file_errors import named_errors
 from .model import AUTO_MODULE, EDTTransformer2DModel, import_code
 from .sampling import check_finite, check_scheduler, noise_level, scheduler_step, set_timesteps
 from .text_files import printable, read_json
@@ -409,16 +410,11 @@ def load_pipeline(
     for part in ("scheduler/scheduler_config.json", "vae/config.json"):
         if (folder / part).is_file():  # of other JSON than an object diffusers takes a string for a Hub's name
             read_json(folder / part, "checkpoint", dict)
-    try:
+    with named_errors(f"checkpoint {folder}", "is no complete pipeline"):
         variant = weights_variant(weights_folder(folder))
         return EDTPipeline.from_pretrained(
             folder, transformer=model, local_files_only=True, variant=variant, **parts
         )
-    except MemoryError:
-        raise
-    except Exception as error:  # of an index with values of wrong types almost any
-        said = f"{error}" if isinstance(error, (OSError, ValueError)) else repr(error)
-        raise ValueError(f"checkpoint {folder} is no complete pipeline: {said}") from error
 
 
 def _check_callback(callback, tensor_inputs, known: list[str]) -> None:

@@ -261,7 +261,7 @@ def parse_npy_header(file: BinaryIO, size: int) -> tuple[np.dtype, tuple[int, ..
             raise ValueError(f"version {version}")  # 3.0 is for names of fields
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # of the parsers of its text, which is Python's
         raise ValueError(f"is truncated or no .npy file ({error})") from error

@@ -15,6 +15,7 @@ import numpy as np
 from numpy import ndarray
 from PIL import Image, UnidentifiedImageError
 
+from .file_errors import named_errors
 from .image_files import SUFFIXES, UnreadableError, find_images, list_folder, read_file
 from .shards import MOST_CLASSES, number_names, parse_npy_header
 from .text_files import read_json
@@ -154,12 +155,9 @@ class HubDataset:
         self.labels, self.num_classes, self.class_names = _column_labels(dataset, label_column, num_classes)
         # Undecoded: its decoder turns images by their EXIF orientation, ours does not.
         images = dataset.select_columns([image_column])
-        try:
+        fault = f"is {dataset.features[image_column]}; it must have images"
+        with named_errors(f"image_column {image_column!r}", fault):
             self.dataset = images.cast_column(image_column, datasets.Image(decode=False))
-        except Exception as error:  # Arrow's, of many kinds
-            raise ValueError(
-                f"image_column {image_column!r} is {dataset.features[image_column]}; it must have images"
-            ) from error
         self.names = range(len(dataset))
 
     def listing(self) -> Iterator[str]:
@@ -200,12 +198,8 @@ def _load_from_disk(folder: Path, split: str):
     for file in files:
         if not (folder / _inside(folder, file.get("filename"))).is_file():
             raise ValueError(f"source {folder} has no file {file['filename']}, which its state.json names")
-    try:
+    with named_errors(f"source {folder}", "is no dataset that save_to_disk wrote"):
         dataset = datasets.load_from_disk(str(folder)) if files else ()
-    except Exception as error:  # Arrow's, and what odd values in its JSON lead to
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ValueError(f"source {folder} is no dataset that save_to_disk wrote: {error}") from error
     if len(dataset) == 0:
         raise ValueError(f"source {folder} is a Hugging Face dataset without rows; there is nothing to extract")
     return dataset

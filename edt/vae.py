@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .file_errors import named_errors
 from .text_files import read_json
 
 
@@ -20,15 +21,10 @@ def load_autoencoder(vae: str, subfolder: str | None = None, dtype: torch.dtype 
     if config.is_file():
         read_json(config, "vae", dict)  # diffusers says of a list that it cannot connect to the Hub
     named = f"vae is {vae!r}" + (f" (subfolder {subfolder!r})" if subfolder else "")
-    try:
+    with named_errors(f"{named}, which", "cannot be loaded"):
         autoencoder, loading = AutoencoderKL.from_pretrained(
             vae, subfolder=subfolder, torch_dtype=dtype, output_loading_info=True
         )
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever a damaged or another model's folder leads to
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{named}, which cannot be loaded: {reason}") from error
     if missing := loading["missing_keys"]:
         raise ValueError(
             f"{named}, which lacks {len(missing)} weights of an AutoencoderKL, such as {sorted(missing)[0]}"

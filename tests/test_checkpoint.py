@@ -187,10 +187,26 @@ def edit_config(folder, values):
     [
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, r"needs a config\.json .*the folder has none"),
         (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, r"no \.safetensors weights"),
-        (lambda f: truncate(f / WEIGHTS, 0.5), ValueError, "is truncated or not a safetensors"),
-        (lambda f: truncate(f / WEIGHTS, 0.999), ValueError, "is truncated or not a safetensors"),
-        (lambda f: truncate(f / WEIGHTS, 0), ValueError, "is truncated or not a safetensors"),
-        (lambda f: (f / WEIGHTS).write_bytes(b"\x80\x04" * 500), ValueError, "is truncated or not a safetensors"),
+        (
+            lambda f: truncate(f / WEIGHTS, 0.5),
+            ValueError,
+            "is damaged, or .*: Unable to load weights from checkpoint file",
+        ),
+        (
+            lambda f: truncate(f / WEIGHTS, 0.999),
+            ValueError,
+            "is damaged, or .*: Unable to load weights from checkpoint file",
+        ),
+        (
+            lambda f: truncate(f / WEIGHTS, 0),
+            ValueError,
+            "is damaged, or .*: Unable to load weights from checkpoint file",
+        ),
+        (
+            lambda f: (f / WEIGHTS).write_bytes(b"\x80\x04" * 500),
+            ValueError,
+            "is damaged, or .*: Unable to load weights from checkpoint file",
+        ),
         (
             lambda f: (f / "config.json").write_text("{"),
             ValueError,
