@@ -10,9 +10,11 @@
 import functools
 import itertools
 import math
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -514,5 +516,16 @@ def make_loader(
 def ignore_interrupts(worker: int) -> None:
     """For a worker process: Ctrl-C and SIGHUP reach every process of a terminal, a scheduler's SIGTERM every one
     of a job; the main one decides what to do, and workers end with it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """By its SIGTERM multiprocessing ends workers at exit, and waits for them for ever, where a variable or an
+    error's traceback still holds the loader."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+        pass
+    os._exit(0)

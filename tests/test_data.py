@@ -1,6 +1,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -437,3 +439,17 @@ def test_throughput_and_constant_memory(tmp_path):
     assert rate > 2000
     growth = {name: memory[-1][name] - memory[0][name] for name in memory[0]}
     assert max(growth.values()) < 2**23, growth  # of 8 MB that all batches together would exceed 20 times
+
+
+HELD = """
+import sys
+from edt.data import make_loader, open_dataset
+loader = make_loader(open_dataset(sys.argv[1]), seed=0, start=0, stride=2, batch_size=2, num_workers=2)
+next(iter(loader))
+"""
+
+
+def test_a_program_ends_that_still_holds_a_loader(folder):
+    subprocess.run(
+        [sys.executable, "-c", HELD, str(folder)], cwd=Path(__file__).parents[1], timeout=60, check=True
+    )
