@@ -7,16 +7,19 @@
 `edt extract` writes such folders (`edt.shards` has the format), `write_dataset` makes small ones from arrays.
 """
 
+import errno
 import functools
 import itertools
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -187,21 +190,42 @@ def open_dataset(folder: str | Path, *, with_images: bool = False) -> LatentData
     if not manifest.shards:
         raise ValueError(f"data folder {folder}: its manifest lists no shards")
     data, labels, images = [], [], []
-    for shard in manifest.shards:
-        for kind, (dtype, item_shape) in manifest.arrays().items():
-            name = {"data": shard.file, "labels": shard.labels, "images": shard.images}[kind]
-            rows = _open_rows(folder / name, dtype, (shard.count, *item_shape))
-            if kind == "labels":
-                labels.append(_read_labels(rows))
-                _check_labels(f"shard {rows.path}", labels[-1], manifest.num_classes)
-            elif kind == "data" or with_images:
-                (data if kind == "data" else images).append(rows)
+    with _files_allowed(len(manifest.shards) * (1 + with_images)):
+        for shard in manifest.shards:
+            for kind, (dtype, item_shape) in manifest.arrays().items():
+                name = {"data": shard.file, "labels": shard.labels, "images": shard.images}[kind]
+                rows = _open_rows(folder / name, dtype, (shard.count, *item_shape))
+                if kind == "labels":
+                    labels.append(_read_labels(rows))
+                    _check_labels(f"shard {rows.path}", labels[-1], manifest.num_classes)
+                elif kind == "data" or with_images:
+                    (data if kind == "data" else images).append(rows)
     count = sum(map(len, labels))
     if count != manifest.count or count == 0:
         raise ValueError(
             f"data folder {folder}: the manifest counts {manifest.count} items, its shards hold {count}"
         )
     return LatentDataset(folder, manifest, data, labels, images if with_images else None)
+
+
+@contextmanager
+def _files_allowed(count: int) -> Iterator[None]:
+    """Where so many more files come near to what this process may open, often 1024, its own limit is raised as far
+    as it may; where that is too few, the error says what to do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < 4 * count:  # −1 is none
+        highest = 2**20 if hard == resource.RLIM_INFINITY else hard  # macOS refuses infinity
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, highest), hard))
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            error.strerror += (
+                f": this process may open {limit}, and the shards need {count}; raise the limit (ulimit -n), or "
+                "extract with a larger --shard-size"
+            )
+        raise
 
 
 def _open_rows(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> _Rows:
