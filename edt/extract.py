@@ -195,8 +195,8 @@ def _extract(
     finished = shards.read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
     if not missing and finished and not (folder / PROGRESS).is_file():
         return finished, False
-    if vae is None and missing:
-        vae = load_vae(options)
+    if missing:
+        vae = load_vae(options) if vae is None else vae
         _check_is_the_same_vae(options, begun, vae)
     manifest = begun or planned or _plan(options, source, settings, vae)
     with _saying_what_is_kept(folder, done, count):
