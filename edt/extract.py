@@ -297,7 +297,8 @@ def _begun(folder: Path, source, settings: dict) -> Manifest | None:
         if differing == ["names_and_labels"]:
             text += " (the images' names or labels are others now, or the order of the classes is)"
         raise ValueError(text)
-    if source.class_names and manifest.class_names != source.class_names:
+    # Of numbers in .npy files the classes are counted in the end.
+    if source.num_classes is not None and manifest.class_names != source.class_names:
         raise ValueError(
             f"output {folder} was begun with other names of the classes than source has now; give another --output"
         )

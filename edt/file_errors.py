@@ -29,6 +29,8 @@ def named_errors(what: str | Path, fault: str = "") -> Iterator[None]:
 def _of_machine(error: Exception, what: str | Path) -> Exception | None:
     if isinstance(error, OSError) and error.errno is not None:
         return _system_error(error.errno, f"{what} cannot be read: {error.strerror}", error.filename, what)
+    if type(error) is FileNotFoundError:  # safetensors', without a number
+        return FileNotFoundError(f"{what} cannot be read: {error}")
     cause = error
     while cause is not None:  # diffusers turns any error into an OSError without a number
         said = str(cause)

@@ -325,6 +325,14 @@ def test_an_extraction_begun_in_another_order_of_classes_does_not_go_on(tmp_path
         run(tmp_path / "images", tmp_path / "data")
 
 
+def test_labels_that_are_all_equal_and_none_at_all(tmp_path):
+    """Their numbers are the same."""
+    write_table(tmp_path / "source", [0, 0])
+    run(tmp_path / "source", tmp_path / "data")
+    with pytest.raises(ValueError, match="begun with other names of the classes"):
+        run(tmp_path / "source", tmp_path / "data", label_column=None)
+
+
 def test_hugging_face_dataset_errors(tmp_path, capsys, monkeypatch):
     import datasets
 
