@@ -7,13 +7,18 @@
 `edt extract` writes such folders (`edt.shards` has the format), `write_dataset` makes small ones from arrays.
 """
 
+import errno
 import functools
 import itertools
 import math
+import multiprocessing
 import os
+import resource
 import signal
+import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -185,21 +190,42 @@ def open_dataset(folder: str | Path, *, with_images: bool = False) -> LatentData
     if not manifest.shards:
         raise ValueError(f"data folder {folder}: its manifest lists no shards")
     data, labels, images = [], [], []
-    for shard in manifest.shards:
-        for kind, (dtype, item_shape) in manifest.arrays().items():
-            name = {"data": shard.file, "labels": shard.labels, "images": shard.images}[kind]
-            rows = _open_rows(folder / name, dtype, (shard.count, *item_shape))
-            if kind == "labels":
-                labels.append(_read_labels(rows))
-                _check_labels(f"shard {rows.path}", labels[-1], manifest.num_classes)
-            elif kind == "data" or with_images:
-                (data if kind == "data" else images).append(rows)
+    with _files_allowed(len(manifest.shards) * (1 + with_images)):
+        for shard in manifest.shards:
+            for kind, (dtype, item_shape) in manifest.arrays().items():
+                name = {"data": shard.file, "labels": shard.labels, "images": shard.images}[kind]
+                rows = _open_rows(folder / name, dtype, (shard.count, *item_shape))
+                if kind == "labels":
+                    labels.append(_read_labels(rows))
+                    _check_labels(f"shard {rows.path}", labels[-1], manifest.num_classes)
+                elif kind == "data" or with_images:
+                    (data if kind == "data" else images).append(rows)
     count = sum(map(len, labels))
     if count != manifest.count or count == 0:
         raise ValueError(
             f"data folder {folder}: the manifest counts {manifest.count} items, its shards hold {count}"
         )
     return LatentDataset(folder, manifest, data, labels, images if with_images else None)
+
+
+@contextmanager
+def _files_allowed(count: int) -> Iterator[None]:
+    """Where so many more files come near to what this process may open, often 1024, its own limit is raised as far
+    as it may; where that is too few, the error says what to do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < 4 * count:  # −1 is none
+        highest = 2**20 if hard == resource.RLIM_INFINITY else hard  # macOS refuses infinity
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, highest), hard))
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            error.strerror += (
+                f": this process may open {limit}, and the shards need {count}; raise the limit (ulimit -n), or "
+                "extract with a larger --shard-size"
+            )
+        raise
 
 
 def _open_rows(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> _Rows:
@@ -503,5 +529,16 @@ def make_loader(
 def ignore_interrupts(worker: int) -> None:
     """For a worker process: Ctrl-C and SIGHUP reach every process of a terminal, a scheduler's SIGTERM every one
     of a job; the main one decides what to do, and workers end with it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """By its SIGTERM multiprocessing ends workers at exit, and waits for them for ever, where a variable or an
+    error's traceback still holds the loader."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+        pass
+    os._exit(0)

@@ -112,7 +112,13 @@ def frechet_distance(images: ndarray, others: ndarray) -> float:
 
 
 def to_uint8(images: ndarray) -> ndarray:
-    """(N, C, H, W) on the scale −1 to 1, clipped → (N, H, W, C) uint8, 0 to 255."""
+    """(N, C, H, W) on the scale −1 to 1, clipped → (N, H, W, C) uint8, 0 to 255.
+
+    Raises:
+        ValueError: for numbers that are not finite, of which any picture could be made.
+    """
+    if not np.isfinite(images).all():
+        raise ValueError("images have numbers that are not finite")
     scaled = np.round((np.clip(images, -1, 1) + 1) * 127.5)
     return scaled.astype(np.uint8).transpose(0, 2, 3, 1)
 

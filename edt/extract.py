@@ -2,7 +2,8 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -24,9 +25,10 @@ from .run_folder import LOCK_FILE, open_folder
 from .shards import MANIFEST, MOST_CLASSES, MOST_SIDE, PROGRESS, Manifest, Shard, ShardWriter, number_names
 from .sources import HubDataset, ImageFolder, ReleasedFeatures, listing_digest
 from .text_files import printable
-from .vae import load_autoencoder
+from .vae import load_autoencoder, weights_digest
 
 _MOST_WORKERS = 1024
+_VAE_DIGEST = "vae_sha256"  # in a manifest's extraction, beside the options
 
 
 @dataclass(frozen=True)
@@ -170,32 +172,49 @@ def _extract(
     }
     count = -(-len(source.names) // options.shard_size)
     missing = [number for number in range(count) if f"data-{number:05d}.npy" not in done]
-    if not missing and (folder / MANIFEST).is_file():
-        (folder / PROGRESS).unlink(missing_ok=True)  # left by a run that was killed in its last step
-        return begun, False
-    vae = load_vae(options) if vae is None else vae
+    finished = shards.read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    if not missing and finished and not (folder / PROGRESS).is_file():
+        return finished, False
+    if missing:
+        vae = load_vae(options) if vae is None else vae
+        _check_is_the_same_vae(options, begun, vae)
     manifest = begun or planned or _plan(options, source, settings, vae)
-    try:
+    with _saying_what_is_kept(folder, done, count):
         for left in shards.leftovers(folder):
             left.unlink()
         _save_progress(folder, manifest, done)
-        (folder / MANIFEST).unlink(missing_ok=True)  # of a finished folder that has lost a shard
-        for shard in _make_shards(options, source, manifest, missing, vae, stop):
+        for shard in _make_shards(options, source, manifest, missing, vae, stop) if missing else ():
             done[shard.file] = shard
+            if finished:  # but for shards that were lost, or are made again: it stays true of what is there
+                parts = {part.file: part for part in finished.shards} | done
+                shards.write_manifest(folder / MANIFEST, _with_shards(finished, parts))
             _save_progress(folder, manifest, done)
-        manifest = _finished(folder, manifest, done)
+    manifest = _finished(folder, manifest, done)
+    with _saying_what_is_kept(folder, done, count):
         shards.write_manifest(folder / MANIFEST, manifest)
         (folder / PROGRESS).unlink(missing_ok=True)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = f"{error.strerror} ({error.filename or folder})" if error.errno else str(error)
-        stopped = OSError(
+    return manifest, bool(missing)
+
+
+@contextmanager
+def _saying_what_is_kept(folder: Path, done: dict[str, Shard], count: int) -> Iterator[None]:
+    """Errors end with how many shards are complete, and that the same command goes on."""
+    try:
+        yield
+    except Exception as error:
+        system = isinstance(error, OSError) and error.errno is not None
+        full = system and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = f"{error.strerror} ({error.filename or folder})" if system else str(error) or type(error).__name__
+        said = (
             f"{what}: {len(done)} of {count} shards are complete and kept; {'make room' if full else 'mend this'} "
             "and run the same command again"
         )
+        if not isinstance(error, OSError):
+            error.args = (said,)
+            raise
+        stopped = OSError(said)
         stopped.errno = error.errno
         raise stopped from error
-    return manifest, True
 
 
 def open_source(options: ExtractOptions) -> ImageFolder | HubDataset | ReleasedFeatures:
@@ -229,12 +248,13 @@ def _settings(options: ExtractOptions, source) -> dict:
 
 
 def _begun(folder: Path, source, settings: dict) -> Manifest | None:
-    """The manifest of an extraction into this folder so far; None for a new one.
+    """The manifest of an extraction into this folder so far; None for a new one. A finished one has none but
+    manifest.json; while shards of it are made again, progress.json has those that are not to be.
 
     Raises:
         ValueError: if it was begun with other options, or the folder has something else in it.
     """
-    for name in (MANIFEST, PROGRESS):
+    for name in (PROGRESS, MANIFEST):
         if (folder / name).is_file():
             manifest = shards.read_manifest(folder / name)
             break
@@ -246,9 +266,9 @@ def _begun(folder: Path, source, settings: dict) -> Manifest | None:
         if folder.exists() and any(entry.name not in begins for entry in folder.iterdir()):
             raise ValueError(f"output {folder} is not empty and was not begun by edt extract; give another folder")
         return None
-    begun = manifest.extraction
-    if begun is None:
+    if manifest.extraction is None:
         raise ValueError(f"output {folder} has data that edt extract did not write; give another folder")
+    begun = {name: value for name, value in manifest.extraction.items() if name != _VAE_DIGEST}
     if begun != settings:
         differing = [name for name in settings if begun.get(name) != settings[name]]
         was = ", ".join(f"{name} {begun.get(name)}" for name in differing)
@@ -257,7 +277,8 @@ def _begun(folder: Path, source, settings: dict) -> Manifest | None:
         if differing == ["names_and_labels"]:
             text += " (the images' names or labels are others now, or the order of the classes is)"
         raise ValueError(text)
-    if source.class_names and manifest.class_names != source.class_names:
+    # Of numbers in .npy files the classes are counted in the end.
+    if source.num_classes is not None and manifest.class_names != source.class_names:
         raise ValueError(
             f"output {folder} was begun with other names of the classes than source has now; give another --output"
         )
@@ -269,7 +290,7 @@ def _plan(options: ExtractOptions, source, settings: dict, vae) -> Manifest:
     common = {
         "num_classes": source.num_classes or 0,
         "class_names": source.class_names,
-        "extraction": settings,
+        "extraction": settings if vae is None else {**settings, _VAE_DIGEST: weights_digest(vae)},
     }
     if isinstance(source, ReleasedFeatures):
         C, H, W = source.shape
@@ -321,6 +342,17 @@ def _plan(options: ExtractOptions, source, settings: dict, vae) -> Manifest:
         encode_dtype=options.encode_dtype,
         **common,
     )
+
+
+def _check_is_the_same_vae(options: ExtractOptions, begun: Manifest | None, vae) -> None:
+    """Raises ValueError for another VAE than the shards so far are of; of older folders that cannot be told."""
+    then = begun and begun.extraction.get(_VAE_DIGEST)
+    if then and then != (now := weights_digest(vae)):
+        raise ValueError(
+            f"output {options.output} was begun with another VAE than vae {options.vae!r} is now: its weights, "
+            f"scaling_factor or shift_factor were others (SHA-256 {then}, now {now}). Give that VAE, or another "
+            "--output"
+        )
 
 
 def load_vae(options: ExtractOptions):
@@ -380,8 +412,10 @@ def _portable(error: Exception, name: str) -> Exception:
     """An error that says of which image it is, and surely passes from one process to another."""
     if isinstance(error, OSError) and error.errno is not None and error.strerror is not None:
         return OSError(error.errno, error.strerror, str(error.filename or name))
+    if type(error) in (MemoryError, ValueError):
+        return type(error)(f"{name}: {error}")
     kind = next((kind for kind in (OSError, MemoryError) if isinstance(error, kind)), RuntimeError)
-    return kind(f"{name}: {'' if kind is MemoryError else type(error).__name__ + ': '}{error}")
+    return kind(f"{name}: {type(error).__name__}: {error}")
 
 
 def _collate(
@@ -430,7 +464,10 @@ def _make_shards(
                     indices, arrays, labels, unreadable = batch
                     skipped += [{"path": str(source.names[i]), "reason": reason} for i, reason in unreadable]
                     if indices:
-                        data = arrays.numpy()[:, None] if vae is None else encode(vae, arrays, indices, manifest)
+                        if vae is None:
+                            data = arrays.numpy()[:, None]
+                        else:
+                            data = encode(vae, arrays, indices, manifest, source.names)
                         writer.append(data, labels, arrays.numpy() if manifest.stores_images else None)
                     bar.update(len(indices) + len(unreadable))
                     # Asked for, as an exception that a signal raises is lost where Python ignores exceptions.
@@ -440,8 +477,11 @@ def _make_shards(
 
 
 @torch.inference_mode()
-def encode(vae, images: Tensor, indices: list[int], manifest: Manifest) -> ndarray:
+def encode(vae, images: Tensor, indices: list[int], manifest: Manifest, names: Sequence | None = None) -> ndarray:
     """(B, 3, h, w) uint8 → (B, views, K·C, H, W) float16, not scaled.
+
+    Args:
+        indices: of the images in the source, whose `names` are for errors; by default these numbers.
 
     Raises:
         ValueError: naming the first image whose latents are not finite.
@@ -463,6 +503,7 @@ def encode(vae, images: Tensor, indices: list[int], manifest: Manifest) -> ndarr
     encoded = torch.stack(views, dim=1).half()
     if not encoded.isfinite().all():
         first = indices[int((~encoded.isfinite()).flatten(1).any(dim=1).nonzero()[0])]
+        first = first if names is None else names[first]
         raise ValueError(
             f"the VAE's latents of image {first} are not finite in float16; is --vae right? encode_dtype is "
             f"{manifest.encode_dtype}"

@@ -1,5 +1,7 @@
 """Whose fault an error of reading a file is: the file's, or the machine's, which has no memory or lost a disk."""
 
+import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,9 @@ def named_errors(what: str | Path, fault: str = "") -> Iterator[None]:
 def _of_machine(error: Exception, what: str | Path) -> Exception | None:
     if isinstance(error, OSError) and error.errno is not None:
         return _system_error(error.errno, f"{what} cannot be read: {error.strerror}", error.filename, what)
+    if isinstance(error, FileNotFoundError) and str(error).startswith(os.strerror(errno.ENOENT)):
+        # safetensors', without a number; diffusers' are of folders that lack what their content names.
+        return FileNotFoundError(f"{what} cannot be read: {error}")
     cause = error
     while cause is not None:  # diffusers turns any error into an OSError without a number
         said = str(cause)

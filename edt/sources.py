@@ -51,10 +51,18 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def to_pixels(image: Image.Image, size: tuple[int, int], channels: int) -> ndarray:
     """(channels, height, width) uint8. EXIF orientation is ignored, as ADM and torchvision's ImageFolder do."""
+    return _cropped(_converted(image, channels), size)
+
+
+def _converted(image: Image.Image, channels: int) -> Image.Image:
     if image.mode[0] in "IF":  # PIL would clip 16-bit levels at 255
         raise ValueError(f"mode {image.mode}: levels of more than 8 bits are not read; convert the image first")
-    pixels = np.asarray(center_crop(image.convert("RGB" if channels == 3 else "L"), size))
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def _cropped(image: Image.Image, size: tuple[int, int]) -> ndarray:
+    pixels = np.asarray(center_crop(image, size))
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def decode(content: bytes, size: tuple[int, int], channels: int) -> ndarray:
@@ -65,7 +73,7 @@ def decode(content: bytes, size: tuple[int, int], channels: int) -> ndarray:
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return to_pixels(image, size, channels)
+            pixels = _converted(image, channels)
     except UnidentifiedImageError as error:  # whose text has an address in memory
         raise UnreadableError(f"UnidentifiedImageError: {len(content)} bytes that are no known image") from error
     except OSError as error:
@@ -74,6 +82,7 @@ def decode(content: bytes, size: tuple[int, int], channels: int) -> ndarray:
         raise UnreadableError(f"OSError: {error}") from error
     except _DECODER_ERRORS as error:
         raise UnreadableError(f"{type(error).__name__}: {error}") from error
+    return _cropped(pixels, size)  # whose errors are not the image's fault
 
 
 def in_class_order(names: list[str]) -> list[str]:
@@ -252,7 +261,7 @@ class ReleasedFeatures:
 
     That code mirrored half of the images at random before it encoded them, so there is one view. Labels are read
     along with the features; unless told, there are as many classes as the highest label needs. All must have the
-    shape of the first that can be read.
+    shape of the first that can be read; others are an error, as which of them are right cannot be told.
     """
 
     kind = "released .npy features"
@@ -275,7 +284,7 @@ class ReleasedFeatures:
         self.names = sorted(names, key=lambda name: (len(name), name))  # 2.npy before 10.npy
         self.num_classes = num_classes
         self.class_names = () if num_classes is None else number_names(num_classes)
-        self.shape = self._first_shape()
+        self.first, self.shape = self._first()
 
     def listing(self) -> Iterator[str]:
         return iter(self.names)
@@ -283,7 +292,10 @@ class ReleasedFeatures:
     def load(self, index: int) -> tuple[ndarray, int]:
         features = self._features(index)
         if features.shape != self.shape:
-            raise UnreadableError(f"has shape {features.shape}; the first has {self.shape}")
+            raise ValueError(
+                f"has features of shape {features.shape}, and {self.first} in the same folder {self.shape}; "
+                "remove, or move, those of the one shape"
+            )
         if not np.isfinite(features).all():
             raise UnreadableError("has values that are not finite in float16")
         label = _read_npy(self.labels_folder / self.names[index])
@@ -294,11 +306,12 @@ class ReleasedFeatures:
             raise UnreadableError(f"has the label {label}; it needs an integer from 0 to {most - 1}")
         return features, label
 
-    def _first_shape(self) -> tuple[int, ...]:
+    def _first(self) -> tuple[str, tuple[int, ...]]:
+        """Name and shape of the first that can be read."""
         reasons = []
-        for index in range(len(self.names)):
+        for index, name in enumerate(self.names):
             try:
-                return self._features(index).shape
+                return name, self._features(index).shape
             except UnreadableError as error:
                 reasons.append(str(error))
         raise ValueError(

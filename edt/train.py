@@ -40,6 +40,7 @@ from .randomness import keyed_generator, keyed_seed
 from .run_checkpoint import CHECKPOINTS, latest_checkpoint, list_checkpoints, verify_checkpoint, write_checkpoint
 from .run_folder import open_folder, own_folder, remember_verified, tracebacks, verify_once
 from .run_log import RunLog, peak_memory, peak_operations
+from .sampling import NotFiniteError
 from .shards import MANIFEST
 from .text_files import say
 from .train_config import CONFIG_FILE, TrainConfig, plain
@@ -610,7 +611,10 @@ class Trainer:
             self.log.say(f"step {steps}: the averaged weights draw numbers that are not finite; no grid is drawn")
         elif self.accelerator.is_main_process:
             file = config.output / "samples" / f"step-{steps:08d}.png"
-            save_grid(file, latents, labels, f"step {steps}", self.vae)
+            try:
+                save_grid(file, latents, labels, f"step {steps}", self.vae)
+            except NotFiniteError as error:  # no reason to end a training
+                self.log.say(f"step {steps}: {error}; no grid is drawn")
 
     def _introduce(self, multiply_adds: int) -> None:
         """Says what is trained, on what, and in how much memory."""

@@ -39,8 +39,11 @@ def draw_grid(
 
 
 def save_grid(path: Path, latents: Tensor, labels: np.ndarray, title: str, vae: nn.Module | None) -> None:
-    """A picture of pixels, of latents decoded with `vae`, or else of three of their channels, and says which."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A picture of pixels, of latents decoded with `vae`, or else of three of their channels, and says which.
+
+    Raises:
+        NotFiniteError: for pictures that are not finite, as of a VAE that overflows.
+    """
     if vae is not None:
         pixels = _decode(latents, vae)
     elif latents.shape[1] in (1, 3):
@@ -48,7 +51,10 @@ def save_grid(path: Path, latents: Tensor, labels: np.ndarray, title: str, vae: 
     else:
         pixels = latents[:, :3] / (2 * latents.std())
         title += "\nlatents; --vae decodes"
+    if not pixels.isfinite().all():
+        raise NotFiniteError("vae makes pictures that are not finite", pixels)
     images = to_uint8(pixels.float().cpu().numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
     if len(np.unique(labels)) == len(labels) or len(set(labels)) == 1:
         plots.save_mosaic(path, images, title)
     else:

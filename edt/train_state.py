@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import EMAModel
 from pytorch_optimizer import Adan
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .diffusion import LossSecondMomentSampler
+from .file_errors import named_errors
 from .objective import TrainingObjective
 from .text_files import read_json
 from .train_config import TrainConfig, plain
@@ -285,10 +285,8 @@ def _read_state(folder: Path) -> dict:
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
+    with named_errors(f"checkpoint file {file}", "is truncated or no safetensors file"):
         return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint file {file} is truncated or no safetensors file: {error}") from error
 
 
 def names_not_finite(state: TrainState) -> list[str]:

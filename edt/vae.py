@@ -1,10 +1,14 @@
 """The autoencoder between pictures and latents: loading it, and decoding."""
 
+import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from edt_kernels._checks import shown
+
+from .config import is_number
 from .file_errors import named_errors
 from .text_files import read_json
 
@@ -29,6 +33,7 @@ def load_autoencoder(vae: str, subfolder: str | None = None, dtype: torch.dtype 
         raise ValueError(
             f"{named}, which lacks {len(missing)} weights of an AutoencoderKL, such as {sorted(missing)[0]}"
         )
+    _check_scaling(autoencoder, named)
     return autoencoder.eval().requires_grad_(False)
 
 
@@ -39,7 +44,25 @@ def load_decoder(vae: str, channels: int, subfolder: str | None = None) -> nn.Mo
     return decoder
 
 
+def _check_scaling(vae: nn.Module, named: str) -> None:
+    scaling, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None)
+    if not is_number(scaling) or not scaling:
+        raise ValueError(f"{named}, with a scaling_factor of {shown(scaling)}; it must be finite and not 0")
+    if shift is not None and not is_number(shift):
+        raise ValueError(f"{named}, with a shift_factor of {shown(shift)}; it must be finite, or None")
+
+
+def weights_digest(vae: nn.Module) -> str:
+    """SHA-256 of the weights as they are in memory, and of the scaling: what latents are, whatever its name."""
+    digest = hashlib.sha256(repr((vae.config.scaling_factor, vae.config.shift_factor or 0.0)).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def check_latent_channels(vae: nn.Module, name: str, channels: int) -> None:
+    _check_scaling(vae, f"vae is {name!r}")
     if vae.config.latent_channels != channels:
         raise ValueError(
             f"vae {name!r} has latents of {vae.config.latent_channels} channels; {channels} are needed here"

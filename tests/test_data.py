@@ -1,6 +1,9 @@
 import json
 import os
 import pickle
+import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -440,3 +443,36 @@ def test_throughput_and_constant_memory(tmp_path):
     assert rate > 2000
     growth = {name: memory[-1][name] - memory[0][name] for name in memory[0]}
     assert max(growth.values()) < 2**23, growth  # of 8 MB that all batches together would exceed 20 times
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch, allowed):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    write_dataset(tmp_path / "data", np.zeros((64, 1, 2, 2), np.uint8), shard_size=1)
+    with open(tmp_path / "data" / "manifest.json") as file:
+        low = file.fileno() + 30  # the lowest number that is free, and so many more
+    resource.setrlimit(resource.RLIMIT_NOFILE, (low, limits[1]))
+    try:
+        if allowed:
+            assert len(open_dataset(tmp_path / "data").read(np.arange(64), np.zeros(64, int))["labels"]) == 64
+        else:
+            monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+            with pytest.raises(OSError, match=f"this process may open {low}, and the shards need 64; raise"):
+                open_dataset(tmp_path / "data")
+            monkeypatch.undo()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+HELD = """
+import sys
+from edt.data import make_loader, open_dataset
+loader = make_loader(open_dataset(sys.argv[1]), seed=0, start=0, stride=2, batch_size=2, num_workers=2)
+next(iter(loader))
+"""
+
+
+def test_a_program_ends_that_still_holds_a_loader(folder):
+    subprocess.run(
+        [sys.executable, "-c", HELD, str(folder)], cwd=Path(__file__).parents[1], timeout=60, check=True
+    )

@@ -325,6 +325,14 @@ def test_an_extraction_begun_in_another_order_of_classes_does_not_go_on(tmp_path
         run(tmp_path / "images", tmp_path / "data")
 
 
+def test_labels_that_are_all_equal_and_none_at_all(tmp_path):
+    """Their numbers are the same."""
+    write_table(tmp_path / "source", [0, 0])
+    run(tmp_path / "source", tmp_path / "data")
+    with pytest.raises(ValueError, match="begun with other names of the classes"):
+        run(tmp_path / "source", tmp_path / "data", label_column=None)
+
+
 def test_hugging_face_dataset_errors(tmp_path, capsys, monkeypatch):
     import datasets
 
@@ -371,14 +379,26 @@ def test_broken_released_features_are_skipped(released, tmp_path):
     features, labels, _ = released
     (features / "3.npy").write_bytes((features / "3.npy").read_bytes()[:-10])
     np.save(features / "4.npy", np.full((1, 4, 32, 32), np.nan, np.float32))
-    np.save(features / "5.npy", np.zeros((1, 4, 64, 64), np.float32))
     np.save(labels / "6.npy", np.array([-1]))
     manifest, _ = run(features, tmp_path / "data", npy_labels=labels)
-    assert manifest.count == 8
-    assert [file["path"] for file in manifest.skipped["files"]] == [f"{i}.npy" for i in (3, 4, 5, 6)]
+    assert manifest.count == 9
+    assert [file["path"] for file in manifest.skipped["files"]] == [f"{i}.npy" for i in (3, 4, 6)]
     (labels / "7.npy").unlink()
     with pytest.raises(ValueError, match=r"7\.npy, which is not in .*imagenet_labels"):
         run(features, tmp_path / "other", npy_labels=labels)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_released_features_of_two_shapes(released, tmp_path, broken):
+    """Which of them are right cannot be told: the first may be the odd one."""
+    features, labels, _ = released
+    if broken:
+        (features / "0.npy").write_bytes(b"")
+    first = 1 if broken else 0
+    np.save(features / f"{first}.npy", np.zeros((1, 4, 64, 64), np.float32))
+    message = rf"{first + 1}\.npy: has features of shape \(4, 32, 32\), and {first}\.npy .* \(4, 64, 64\)"
+    with pytest.raises(ValueError, match=message):
+        run(features, tmp_path / "data", npy_labels=labels)
 
 
 def npy(shape: str, data: bytes = b"", descr: str = "'<f4'", order: bool = False) -> bytes:
@@ -477,6 +497,35 @@ def test_mended_images_are_read_again_when_asked(tmp_path):
     assert again.shards == whole.shards
 
 
+def test_a_retry_that_stops_leaves_data_to_train_on(tmp_path, monkeypatch):
+    """Of the shards made again and of those not yet; the next command, with or without the option, goes on."""
+    save_images(tmp_path / "images", 6)
+    whole = {file: file.read_bytes() for file in (tmp_path / "images").iterdir()}
+    for name in ("001.jpg", "003.png", "005.png"):
+        next(file for file in whole if file.name[:3] == name[:3]).write_bytes(b"no image")
+    run(tmp_path / "images", tmp_path / "data", shard_size=2)
+    for file, content in whole.items():
+        file.write_bytes(content)
+    read = edt.sources.read_file
+
+    def fail(path):
+        if path.name[:3] == "002":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr("edt.sources.read_file", fail)
+    with pytest.raises(OSError, match="1 of 3 shards are complete and kept"):
+        run(tmp_path / "images", tmp_path / "data", shard_size=2, retry_skipped=True, batch_size=1)
+    monkeypatch.undo()
+    dataset = open_dataset(tmp_path / "data")
+    verify_dataset(dataset, progress=False)
+    assert (len(dataset), dataset.manifest.skipped["count"]) == (4, 2)
+    again, worked = run(tmp_path / "images", tmp_path / "data", shard_size=2)
+    assert (worked, again.count, again.skipped["count"]) == (True, 6, 0)
+    assert run(tmp_path / "images", tmp_path / "data", shard_size=2) == (again, False)
+    assert again == run(tmp_path / "images", tmp_path / "whole", shard_size=2)[0]
+
+
 def test_images_none_of_which_could_be_read_are_tried_again(tmp_path):
     save_images(tmp_path / "images", 2)
     whole = {file: file.read_bytes() for file in (tmp_path / "images").iterdir()}
@@ -519,7 +568,7 @@ def test_what_is_no_fault_of_an_image_stops(tmp_path, monkeypatch, error, worker
         run(tmp_path / "images", tmp_path / "data", num_workers=workers, shard_size=2, batch_size=1)
     if expected is OSError:
         assert raised.value.errno == error.errno
-        assert "1 of 3 shards are complete and kept; mend this" in str(raised.value)
+    assert "1 of 3 shards are complete and kept; mend this" in str(raised.value)
     monkeypatch.undo()
     kept = (tmp_path / "data" / "data-00000.npy").stat().st_mtime_ns
     manifest, _ = run(tmp_path / "images", tmp_path / "data", shard_size=2)
@@ -545,6 +594,15 @@ def test_what_decoders_say_of_a_broken_image(tmp_path, monkeypatch):
         manifest, _ = run(tmp_path / "images", tmp_path / f"data{i}")
         assert (manifest.count, manifest.skipped["count"]) == (1, 1)
         assert manifest.skipped["files"][0]["reason"] == f"{type(error).__name__}: {error}"
+
+
+def test_a_fault_of_our_own_is_not_the_images(flat, tmp_path, monkeypatch):
+    def fail(image, size):
+        raise ValueError("ours")
+
+    monkeypatch.setattr("edt.sources.center_crop", fail)
+    with pytest.raises(ValueError, match=r"image 000\.png: ours: 0 of 1 shards"):
+        run(flat, tmp_path / "data")
 
 
 def test_images_that_vanish(tmp_path, monkeypatch):
@@ -864,8 +922,34 @@ def test_latents_that_are_not_finite(flat, tmp_path):
     model = AutoencoderKL.from_pretrained(folder)
     torch.nn.init.constant_(model.quant_conv.bias, 1e6)
     model.save_pretrained(folder)
-    with pytest.raises(ValueError, match="latents of image 0 are not finite in float16; is --vae right"):
+    message = r"latents of image 000\.png are not finite in float16; is --vae right.*: 0 of 1 shards are complete"
+    with pytest.raises(ValueError, match=message):
         run(flat, tmp_path / "data", vae=str(folder))
+
+
+def test_another_vae_of_the_same_name(flat, tmp_path):
+    """Shards of two VAEs are not mixed; what was begun before its digest was recorded goes on."""
+    folder, data = save_vae(tmp_path / "vae"), tmp_path / "data"
+    first, _ = run(flat, data, vae=str(folder), shard_size=4)
+    (data / "data-00001.npy").unlink()
+    model = AutoencoderKL.from_pretrained(folder)
+    torch.nn.init.constant_(model.quant_conv.bias, 1)
+    model.save_pretrained(folder)
+    before = contents(data)
+    with pytest.raises(ValueError, match=r"was begun with another VAE than vae '.*' is now: its weights"):
+        run(flat, data, vae=str(folder), shard_size=4)
+    assert contents(data) == before
+    save_vae(folder, scaling_factor=0.5)
+    with pytest.raises(ValueError, match=r"another VAE .* scaling_factor"):
+        run(flat, data, vae=str(folder), shard_size=4)
+    save_vae(folder)
+    assert run(flat, data, vae=str(folder), shard_size=4) == (first, True)
+
+    manifest = json.loads((data / "manifest.json").read_text())
+    del manifest["extraction"]["vae_sha256"]
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    (data / "data-00001.npy").unlink()
+    assert run(flat, data, vae=str(folder), shard_size=4)[0].shards == first.shards
 
 
 def test_manifest_is_plain_json(classes, vae, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from image_folders import save_vae
 from released import fixture, tiny_model, under
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import edt
 from edt.convert import ConvertOptions, convert, read_released_file
@@ -62,6 +63,11 @@ def test_a_missing_file_keeps_its_name(tmp_path):
     said = r"folder x cannot be read: .*nowhere\.txt"
     with pytest.raises(FileNotFoundError, match=said), named_errors("folder x"):
         (tmp_path / "nowhere.txt").read_bytes()
+
+
+def test_a_missing_file_of_safetensors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^run x cannot be read: .*nowhere"), named_errors("run x"):
+        load_file(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """Signals: what stops a run between two steps, what does not, and what acts at once."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
 from functools import partial
 
 import pytest
 from training_runs import forked, newest, small_arguments, state_of, write_moments
 
-from edt.data import ignore_interrupts
+from edt.data import make_loader, open_dataset
 from edt.interrupt import stop_on_interrupt
 from edt.run_log import read_metrics
 
@@ -81,12 +83,21 @@ def test_a_terminal_that_is_gone_keeps_no_signal_from_being_heard(monkeypatch):
     monkeypatch.undo()
 
 
-def test_workers_leave_signals_to_the_main_process():
-    before = {number: signal.getsignal(number) for number in NUMBERS}
-    ignore_interrupts(0)
-    assert {signal.getsignal(number) for number in NUMBERS} == {signal.SIG_IGN}
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def test_workers_leave_signals_to_the_main_process(tmp_path):
+    loader = make_loader(
+        open_dataset(write_moments(tmp_path / "data")), seed=0, start=0, stride=1, batch_size=1, num_workers=1
+    )
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in NUMBERS:
+        assert subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True).returncode == 0
+    for _ in range(10):
+        next(batches)
+    assert worker.is_alive()
+    worker.terminate()  # as multiprocessing does at exit
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("nohup", [False, True])

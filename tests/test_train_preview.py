@@ -1,11 +1,18 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from matplotlib.image import imread
+from training_runs import small_config, write_moments
 
 from edt import EDTTransformer2DModel, plots
+from edt.digits import to_uint8
 from edt.randomness import keyed_generator
+from edt.sampling import NotFiniteError
+from edt.train import train
 from edt.train_config import TrainConfig
 from edt.train_preview import draw_grid, save_grid
 from edt.vae import decode, load_decoder
@@ -65,6 +72,42 @@ def test_load_decoder(tmp_path, vae):
         load_decoder(str(folder), 3)
     with pytest.raises(ValueError, match=r"vae is '.*nowhere', which cannot be loaded"):
         load_decoder(str(tmp_path / "nowhere"), 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*(("scaling_factor", x) for x in (None, "0.18", float("nan"), 0, True)), ("shift_factor", "0"),
+     ("shift_factor", float("inf"))],
+)  # fmt: skip
+def test_a_vae_with_an_odd_scaling(tmp_path, vae, name, value):
+    shutil.copytree(vae[1], tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, name: value}))
+    with pytest.raises(ValueError, match=rf"^vae is '.*vae', with a {name} of "):
+        load_decoder(str(tmp_path / "vae"), 4)
+
+
+def test_pictures_that_are_not_finite_are_not_drawn(tmp_path, vae):
+    file = tmp_path / "grid.png"
+    with pytest.raises(NotFiniteError, match="vae makes pictures that are not finite"):
+        save_grid(file, torch.full((2, 4, 8, 8), 1e38), np.array([0, 1]), "step 7", vae[0])
+    assert not file.exists()
+    with pytest.raises(ValueError, match="not finite"):
+        to_uint8(np.full((1, 1, 2, 2), np.nan))
+
+
+@pytest.mark.usefixtures("_tiny_training")
+def test_a_vae_that_overflows_ends_no_training(tmp_path, vae, capsys):
+    model = AutoencoderKL.from_pretrained(vae[1])
+    torch.nn.init.constant_(model.decoder.conv_out.bias, torch.inf)
+    model.save_pretrained(tmp_path / "vae")
+    data = write_moments(tmp_path / "data")
+    fields = {"steps": 2, "sample_every": 1, "sample_steps": 1, "vae": str(tmp_path / "vae")}
+    train(small_config(data, tmp_path / "run", **fields))
+    said = "step {}: vae makes pictures that are not finite; no grid is drawn"
+    out = capsys.readouterr().out
+    assert all(said.format(step) in out for step in (1, 2))
+    assert not (tmp_path / "run" / "samples").exists()
 
 
 @pytest.mark.parametrize(
