@@ -18,7 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edt_kernels._checks import enabled_autocast_dtype
+from edt_kernels._checks import enabled_autocast_dtype, shown
 from edt_kernels._tracing import has_readable_values
 
 from .config import PRESETS, is_number
@@ -257,7 +257,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         """Places AMM in these blocks, 0-based over all stages; () switches it off. Kept by `save_pretrained`."""
         depths = self.config.depths
         if not isinstance(blocks, (tuple, list, range, set, frozenset)):
-            raise TypeError(f"blocks is {blocks!r}; it must be a tuple of block numbers")
+            raise TypeError(f"blocks is {shown(blocks)}; it must be a tuple of block numbers")
         _check_block_numbers("blocks", blocks, sum(depths))
         first = 0
         for stage, depth in zip(self.stages, depths, strict=True):
@@ -463,9 +463,9 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
     def set_attention_backend(self, backend: str) -> None:
         """Raises ValueError: `edt_kernels.amm_attention` has no other backends than its own two."""
         raise ValueError(
-            f"backend is {backend!r}; EDT's attention has a bias and a modulation that diffusers' backends do not "
-            "know. On a GPU it runs on its Triton kernels; the environment variable EDT_KERNELS_BACKEND chooses "
-            "(triton or reference)"
+            f"backend is {shown(backend)}; EDT's attention has a bias and a modulation that diffusers' backends "
+            "do not know. On a GPU it runs on its Triton kernels; the environment variable EDT_KERNELS_BACKEND "
+            "chooses (triton or reference)"
         )
 
     def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op=None) -> None:
@@ -555,7 +555,7 @@ def load_preset(name: str, **overrides) -> EDTTransformer2DModel:
         TypeError: for an override that is no argument of the model; both as the model itself.
     """
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"name is {name!r}; it must be one of {', '.join(PRESETS)}")
+        raise ValueError(f"name is {shown(name)}; it must be one of {', '.join(PRESETS)}")
     return EDTTransformer2DModel(**{**PRESETS[name], **overrides})
 
 
@@ -564,8 +564,8 @@ def _check_timestep(timestep, hidden_states: Tensor) -> None:
     if not isinstance(timestep, Tensor):
         if not isinstance(timestep, Real) or isinstance(timestep, bool):
             raise TypeError(f"timestep is a {type(timestep).__name__}; it must be a tensor or a number")
-        if not is_number(timestep):
-            raise ValueError(f"timestep is {timestep}; it must be finite")
+        if not (is_number(timestep) and abs(timestep) < 2**63):  # float32 holds it, and int64
+            raise ValueError(f"timestep is {shown(timestep)}; it must be finite, and below 2⁶³")
         return
     if timestep.dtype == torch.bool or timestep.is_complex():
         raise TypeError(f"timestep is {timestep.dtype}; it must be of real numbers")
@@ -577,8 +577,8 @@ def _check_timestep(timestep, hidden_states: Tensor) -> None:
     # Not is_meta, which is a graph of its own when this is compiled.
     if timestep.device.type == "meta" and hidden_states.device.type != "meta":
         raise ValueError(f"timestep is on meta; it must have values, as hidden_states on {hidden_states.device}")
-    if has_readable_values(timestep) and not timestep.isfinite().all():
-        raise ValueError("timestep has values that are not finite")
+    if has_readable_values(timestep) and not timestep.float().isfinite().all():
+        raise ValueError("timestep has values that are not finite in float32")
 
 
 def _check_class_labels(class_labels, num_classes: int, hidden_states: Tensor) -> None:
@@ -629,7 +629,7 @@ def _check_device(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
 def _check_block_numbers(name: str, blocks, num_blocks: int) -> None:
     if not all(type(b) is int and 0 <= b < num_blocks for b in blocks) or len(set(blocks)) != len(blocks):
         raise ValueError(
-            f"{name} is {tuple(blocks)}; this model has blocks 0 to {num_blocks - 1}, each at most once"
+            f"{name} is {shown(tuple(blocks))}; this model has blocks 0 to {num_blocks - 1}, each at most once"
         )
 
 
@@ -645,66 +645,71 @@ def _is_range(pair) -> bool:
 def _check_config(config) -> None:
     for name in ("patch_size", "in_channels", "out_channels", "num_classes"):
         if type(getattr(config, name)) is not int:
-            raise TypeError(f"{name} is {getattr(config, name)!r}; it must be an integer")
+            raise TypeError(f"{name} is {shown(getattr(config, name))}; it must be an integer")
     for name in ("patch_size", "in_channels", "out_channels"):
         if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+            raise ValueError(f"{name} is {shown(getattr(config, name))}; it must be at least 1")
     for name in ("hidden_sizes", "num_attention_heads", "depths", "amm_blocks"):
         values = getattr(config, name)
         if not isinstance(values, (tuple, list)) or not all(type(value) is int for value in values):
-            raise TypeError(f"{name} is {values!r}; it must be a tuple of integers")
+            raise TypeError(f"{name} is {shown(values)}; it must be a tuple of integers")
     sides = config.sample_size if isinstance(config.sample_size, (tuple, list)) else [config.sample_size] * 2
     if not all(type(side) is int for side in sides):
-        raise TypeError(f"sample_size is {config.sample_size!r}; it must be an integer, or two (height, width)")
+        raise TypeError(
+            f"sample_size is {shown(config.sample_size)}; it must be an integer, or two (height, width)"
+        )
     if len(sides) != 2:
-        raise ValueError(f"sample_size is {config.sample_size}; it must be one side, or (height, width)")
+        raise ValueError(f"sample_size is {shown(config.sample_size)}; it must be one side, or (height, width)")
     for name in ("mlp_ratio", "class_dropout_prob"):
         if isinstance(getattr(config, name), bool) or not isinstance(getattr(config, name), Real):
-            raise TypeError(f"{name} is {getattr(config, name)!r}; it must be a number")
+            raise TypeError(f"{name} is {shown(getattr(config, name))}; it must be a number")
     if not is_number(config.mlp_ratio) or config.mlp_ratio <= 0:
-        raise ValueError(f"mlp_ratio is {config.mlp_ratio!r}; it must be positive and finite")
+        raise ValueError(f"mlp_ratio is {shown(config.mlp_ratio)}; it must be positive and finite")
     height, width = sides
     multiple = 4 * config.patch_size
     if height < multiple or width < multiple or height % multiple or width % multiple:
         raise ValueError(
-            f"sample_size is {config.sample_size}; each side must be a multiple of 4·patch_size = {multiple}, "
-            "because tokens are merged 2×2 twice"
+            f"sample_size is {shown(config.sample_size)}; each side must be a multiple of 4·patch_size = "
+            f"{shown(multiple)}, because tokens are merged 2×2 twice"
         )
     for name in ("hidden_sizes", "num_attention_heads", "depths"):
         values = getattr(config, name)
-        if len(values) != NUM_STAGES or min(values) < 1:
-            raise ValueError(f"{name} is {tuple(values)}; it must have {NUM_STAGES} positive entries")
+        if len(values) != NUM_STAGES or min(values) < 1 or max(values) > _MAX_NUMBERS:
+            raise ValueError(
+                f"{name} is {shown(tuple(values))}; it must have {NUM_STAGES} entries of 1 to {_MAX_NUMBERS:.0e}"
+            )
     for channels, heads in zip(config.hidden_sizes, config.num_attention_heads):
         if channels % heads or channels % 4:
             raise ValueError(
-                f"hidden_sizes has {channels} for {heads} heads; it must be a multiple of num_attention_heads and "
-                "of 4"
+                f"hidden_sizes has {shown(channels)} for {heads} heads; it must be a multiple of "
+                "num_attention_heads and of 4"
             )
         if int(min(channels * config.mlp_ratio, _MAX_NUMBERS)) < 1:
             raise ValueError(
-                f"mlp_ratio is {config.mlp_ratio}; of {channels} channels it leaves the MLP no hidden one"
+                f"mlp_ratio is {shown(config.mlp_ratio)}; of {channels} channels it leaves the MLP no hidden one"
             )
     sizes = tuple(config.hidden_sizes)
     if sizes[:2] != sizes[:2:-1]:
         raise ValueError(
-            f"hidden_sizes is {sizes}; the last two must mirror the first two, because skips join their stages"
+            f"hidden_sizes is {shown(sizes)}; the last two must mirror the first two, because skips join "
+            "their stages"
         )
     if config.num_classes < 0:
-        raise ValueError(f"num_classes is {config.num_classes}; it must be 0 (unconditional) or more")
+        raise ValueError(f"num_classes is {shown(config.num_classes)}; it must be 0 (unconditional) or more")
     if not 0 <= config.class_dropout_prob <= 1:
-        raise ValueError(f"class_dropout_prob is {config.class_dropout_prob}; it must be 0 to 1")
+        raise ValueError(f"class_dropout_prob is {shown(config.class_dropout_prob)}; it must be 0 to 1")
     _check_block_numbers("amm_blocks", config.amm_blocks, sum(config.depths))
     if config.amm_form not in ("exp_cos", "cos"):
-        raise ValueError(f"amm_form is {config.amm_form!r}; it must be 'exp_cos' or 'cos'")
+        raise ValueError(f"amm_form is {shown(config.amm_form)}; it must be 'exp_cos' or 'cos'")
     radius = config.amm_radius
     if radius is not None and (isinstance(radius, bool) or not isinstance(radius, Real)):
-        raise TypeError(f"amm_radius is {radius!r}; it must be None or a number")
+        raise TypeError(f"amm_radius is {shown(radius)}; it must be None or a number")
     if radius is not None and not (is_number(radius) and 0 <= radius < _MAX_NUMBERS):
-        raise ValueError(f"amm_radius is {radius}; it must be None, or 0 or more token steps, finite")
+        raise ValueError(f"amm_radius is {shown(radius)}; it must be None, or 0 or more token steps, finite")
     ratios, mid_mask = config.mask_ratios, config.mid_mask
     if not isinstance(ratios, (tuple, list)) or len(ratios) != NUM_MERGES or not all(map(_is_range, ratios)):
         raise ValueError(
-            f"mask_ratios is {ratios!r}; it must be {NUM_MERGES} ranges (low, high), 0 ≤ low ≤ high < 1"
+            f"mask_ratios is {shown(ratios)}; it must be {NUM_MERGES} ranges (low, high), 0 ≤ low ≤ high < 1"
         )
     if mid_mask is not None and not (
         isinstance(mid_mask, (tuple, list))
@@ -712,9 +717,11 @@ def _check_config(config) -> None:
         and type(mid_mask[0]) is int
         and _is_range(mid_mask[1])
     ):
-        raise ValueError(f"mid_mask is {mid_mask!r}; it must be None or (block, (low, high)), 0 ≤ low ≤ high < 1")
+        raise ValueError(
+            f"mid_mask is {shown(mid_mask)}; it must be None or (block, (low, high)), 0 ≤ low ≤ high < 1"
+        )
     if mid_mask is not None and not 0 <= config.mid_mask[0] < config.depths[0]:
-        raise ValueError(f"mid_mask is before block {config.mid_mask[0]}; stage 0 has {config.depths[0]} blocks")
+        raise ValueError(f"mid_mask is before block {shown(mid_mask[0])}; stage 0 has {config.depths[0]} blocks")
     check_task_routing(config.task_routing)
     _check_amounts(config, height, width)
 
@@ -738,6 +745,6 @@ def _check_amounts(config, height: int, width: int) -> None:
     for name, amount in amounts.items():
         if amount > _MAX_NUMBERS:
             raise ValueError(
-                f"{name} is {getattr(config, name)}, which means {float(min(amount, 1e300)):.0e} numbers; at most "
-                f"{_MAX_NUMBERS:.0e} are taken"
+                f"{name} is {shown(getattr(config, name))}, which means {float(min(amount, 1e300)):.0e} numbers; "
+                f"at most {_MAX_NUMBERS:.0e} are taken"
             )

@@ -181,19 +181,20 @@ class NotFiniteError(ValueError):
         self.latents = latents
 
 
-def check_finite(latents: Tensor, finite: list[Tensor], timesteps: Tensor, dtype: torch.dtype) -> None:
+def check_finite(
+    latents: Tensor, finite: list[Tensor], timesteps: Tensor, dtype: torch.dtype, guidance_scale: float
+) -> None:
     """Raises NotFiniteError where the latents of a step were not finite.
 
     Args:
         finite: of each step, a bool on the latents' device; only here is it waited for.
-        dtype: of the model.
+        dtype, guidance_scale: of the model and of its last step, what else may be at fault.
     """
     if not finite or (flags := torch.stack(finite).cpu()).all():
         return
     step = int(flags.logical_not().nonzero()[0])
-    cure = (
-        "take bfloat16 or float32" if dtype == torch.float16 else "are its weights, or the latents given, sound?"
-    )
+    given = "or the latents given" if guidance_scale == 1 else f"latents or guidance_scale {guidance_scale:g}"
+    cure = "take bfloat16 or float32" if dtype == torch.float16 else f"are its weights, {given}, sound?"
     raise NotFiniteError(
         f"latents are not finite from step {step + 1} of {len(timesteps)} (timestep {timesteps[step]:g}) on; the "
         f"model is in {str(dtype).removeprefix('torch.')}: {cure}",
@@ -296,5 +297,5 @@ def sample(
                 on_step(i, latents)
     finally:
         model.reset_cache()
-    check_finite(latents, finite, scheduler.timesteps, model.dtype)
+    check_finite(latents, finite, scheduler.timesteps, model.dtype, guidance_scale)
     return latents
