@@ -363,7 +363,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, guidance_cha
         raise ValueError(
             f"guidance_channels is {shown(guidance_channels)}; it must be 1 to {conditional.shape[1]}"
         )
-    guided = torch.lerp(unconditional[:, :guidance_channels], conditional[:, :guidance_channels], scale)
+    guided = torch.lerp(unconditional[:, :guidance_channels], conditional[:, :guidance_channels], float(scale))
     return torch.cat([guided, conditional[:, guidance_channels:]], dim=1)
 
 

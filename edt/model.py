@@ -222,8 +222,10 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """With the file by which `AutoModel.from_pretrained(…, trust_remote_code=True)` finds this class."""
-        super().save_config(save_directory, push_to_hub, **kwargs)
+        super().save_config(save_directory)
         Path(save_directory, f"{AUTO_MODULE}.py").write_text(import_code("model", "EDTTransformer2DModel"))
+        if push_to_hub:  # what is there by then
+            super().save_config(save_directory, push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())
@@ -358,7 +360,6 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
                 and timesteps that are not finite are only found on a CPU, outside of graphs and transforms.
         """
         self._check_inputs(hidden_states, timestep, class_labels, keep_masks, label_drops)
-        batch_size = hidden_states.shape[0]
         middle, skip, expanded = self._reused_features(hidden_states, keep_masks, return_hidden)
         keep_masks = [None] * NUM_MERGES if keep_masks is None else list(keep_masks)
         mid_keep = keep_masks.pop(0) if len(keep_masks) > NUM_MERGES else None
@@ -367,9 +368,10 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         if enabled_autocast_dtype(hidden_states) is not None:  # which is for products; sums of blocks stay exact
             stream_dtype = torch.promote_types(stream_dtype, torch.float32)
         tokens = x = self.position(self.patch_embedding(hidden_states), stream_dtype)  # (B, N, C0)
-        cond = self._embed_conditioning(timestep, class_labels, hidden_states, label_drops)
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(hidden_states.shape[0])
+        cond = self._embed_conditioning(timestep, class_labels, hidden_states.dtype, label_drops)
         cond = F.silu(cond)  # (B, C0), once for all modulations
-        routing = self._routing_masks(timestep, batch_size, hidden_states.device)  # a stage: (B, 1, C) or None
+        routing = self._routing_masks(timestep)  # a stage: (B, 1, C) or None
 
         if middle is None and expanded is None:
             positions = None if mid_keep is None else self.position.constant_on("table", x.device)
@@ -490,24 +492,19 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
                 )
         return self._step_cache.begin_step((hidden_states.shape, hidden_states.dtype, hidden_states.device))
 
-    def _embed_conditioning(
-        self, timestep, class_labels, hidden_states: Tensor, label_drops: Tensor | None = None
-    ) -> Tensor:
-        batch_size, device = hidden_states.shape[0], hidden_states.device
-        timestep = torch.as_tensor(timestep, device=device).expand(batch_size)
-        cond = self.timestep_embedding(timestep, hidden_states.dtype)
+    def _embed_conditioning(self, timestep: Tensor, class_labels, dtype: torch.dtype, label_drops) -> Tensor:
+        cond = self.timestep_embedding(timestep, dtype)
         if self.label_embedding is None:
             return cond
         if label_drops is None and self.training and self.config.class_dropout_prob > 0:
-            label_drops = self.draw_label_drops(batch_size, device=device)
+            label_drops = self.draw_label_drops(timestep.shape[0], device=timestep.device)
         if label_drops is not None:
             class_labels = torch.where(label_drops, self.config.num_classes, class_labels)
         return cond + self.label_embedding(class_labels)
 
-    def _routing_masks(self, timestep, batch_size: int, device) -> list[Tensor | None]:
+    def _routing_masks(self, timestep: Tensor) -> list[Tensor | None]:
         if self.config.task_routing is None:
             return [None] * NUM_STAGES
-        timestep = torch.as_tensor(timestep, device=device).expand(batch_size)
         return [
             routing_mask(timestep, channels, *self.config.task_routing) for channels in self.config.hidden_sizes
         ]
@@ -660,9 +657,10 @@ def _check_config(config) -> None:
         )
     if len(sides) != 2:
         raise ValueError(f"sample_size is {shown(config.sample_size)}; it must be one side, or (height, width)")
-    for name in ("mlp_ratio", "class_dropout_prob"):
-        if isinstance(getattr(config, name), bool) or not isinstance(getattr(config, name), Real):
-            raise TypeError(f"{name} is {shown(getattr(config, name))}; it must be a number")
+    for name in ("mlp_ratio", "class_dropout_prob", "amm_radius"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not (isinstance(value, Real) or (value is None and name == "amm_radius")):
+            raise TypeError(f"{name} is {shown(value)}; it must be a number")
     if not is_number(config.mlp_ratio) or config.mlp_ratio <= 0:
         raise ValueError(f"mlp_ratio is {shown(config.mlp_ratio)}; it must be positive and finite")
     height, width = sides
@@ -702,8 +700,6 @@ def _check_config(config) -> None:
     if config.amm_form not in ("exp_cos", "cos"):
         raise ValueError(f"amm_form is {shown(config.amm_form)}; it must be 'exp_cos' or 'cos'")
     radius = config.amm_radius
-    if radius is not None and (isinstance(radius, bool) or not isinstance(radius, Real)):
-        raise TypeError(f"amm_radius is {shown(radius)}; it must be None or a number")
     if radius is not None and not (is_number(radius) and 0 <= radius < _MAX_NUMBERS):
         raise ValueError(f"amm_radius is {shown(radius)}; it must be None, or 0 or more token steps, finite")
     ratios, mid_mask = config.mask_ratios, config.mid_mask

@@ -361,11 +361,13 @@ class EDTPipeline(DiffusionPipeline):
         return loaded
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        super().save_config(save_directory, push_to_hub, **kwargs)
+        super().save_config(save_directory)
         for name, code in _CODE.items():
             file = Path(save_directory, name)
             file.parent.mkdir(exist_ok=True)  # the transformer's is not there yet without its weights
             file.write_text(code)
+        if push_to_hub:  # what is there by then
+            super().save_config(save_directory, push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
         index = json.loads(super().to_json_string())
@@ -464,9 +466,11 @@ def _check_names(id2label, num_classes: int) -> dict[int, str]:
     if id2label is None:
         return {}
     try:
-        names = {int(key): name for key, name in id2label.items()}
+        names = {int(key) if isinstance(key, str) else operator.index(key): name for key, name in id2label.items()}
     except (AttributeError, TypeError, ValueError, OverflowError):
         raise TypeError(f"id2label is {shown(id2label)}; it must be a dict of class numbers and names") from None
+    if len(names) < len(id2label):
+        raise ValueError(f"id2label is {shown(id2label)}; it must have one name for a class")
     wrong = [(key, name) for key, name in names.items() if not 0 <= key < num_classes or not isinstance(name, str)]
     if wrong:
         raise ValueError(f"id2label has {shown(wrong[:3])}; it must have names of classes 0 to {num_classes - 1}")

@@ -118,7 +118,7 @@ def _leads_to_the_image(scheduler: SchedulerMixin, num_inference_steps: int) -> 
     falls = bool((timesteps.diff() <= 0).all()) and timesteps[0] >= _BEGINNING and timesteps[-1] >= 0
     if not (whole and falls) or getattr(scheduler, "sigmas", None) is None:
         return whole and falls
-    sigmas = scheduler.sigmas.double()[:: scheduler.order][: len(timesteps)]
+    sigmas = scheduler.sigmas.double()[:: scheduler.order][: len(timesteps)].contiguous()
     alphas_cumprod = scheduler.alphas_cumprod.double()
     levels = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
     above = torch.searchsorted(levels, sigmas).clamp(1, len(levels) - 1)

@@ -422,7 +422,7 @@ def test_share_of_dropped_labels():
     model.label_embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     labels = torch.arange(20_000) % 10
     torch.manual_seed(0)
-    model._embed_conditioning(torch.tensor(5), labels, torch.empty(len(labels), 0))
+    model._embed_conditioning(torch.full_like(labels, 5), labels, torch.float32, None)
     dropped = seen[0] == 10
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(seen[0][~dropped], labels[~dropped])
