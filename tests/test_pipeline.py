@@ -404,7 +404,7 @@ def test_a_configuration_goes_to_a_hub_with_its_code(tmp_path, monkeypatch):
     monkeypatch.setattr(EDTTransformer2DModel, "_upload_folder", EDTPipeline._upload_folder)
     pipe = grey_pipeline()
     for name, part in (("pipe", pipe), ("model", pipe.transformer)):
-        part.save_config(tmp_path / name, push_to_hub=True)
+        part.save_config(str(tmp_path / name), push_to_hub=True)
     assert sorted(str(path.relative_to(tmp_path)) for path in sent) == [
         "model/config.json", "model/edt_transformer.py", "pipe/model_index.json", "pipe/pipeline.py",
         "pipe/transformer/edt_transformer.py",
