@@ -202,15 +202,6 @@ def check_finite(
     )
 
 
-def check_labels(class_labels: Tensor, num_classes: int) -> None:
-    """Raises ValueError for labels that are no class of the model; the null class is none to draw."""
-    if len(class_labels) and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < num_classes:
-        raise ValueError(
-            f"class_labels has values from {int(class_labels.min())} to {int(class_labels.max())}; they must "
-            f"be 0 to {num_classes - 1}"
-        )
-
-
 @torch.no_grad()
 def sample(
     model: EDTTransformer2DModel,
@@ -276,7 +267,11 @@ def sample(
     guidance_channels = check_guidance(config, guidance_scale, guidance_channels)
     device = model.device
     if class_labels is not None:
-        check_labels(class_labels, config.num_classes)
+        low, high = (int(class_labels.min()), int(class_labels.max())) if len(class_labels) else (0, 0)
+        if low < 0 or high >= config.num_classes:  # the null class is none to draw
+            raise ValueError(
+                f"class_labels has values from {low} to {high}; they must be 0 to {config.num_classes - 1}"
+            )
         class_labels = class_labels.to(device)
         if batch_size not in (None, len(class_labels)):
             raise ValueError(f"batch_size is {batch_size} for {len(class_labels)} class_labels; leave it out")

@@ -524,6 +524,14 @@ def test_autocast_forward_and_gradients(inputs):
     assert 0.999 < cosine < 1 - 1e-7  # close, and yet another precision
 
 
+@pytest.mark.parametrize("wide", ["latents", "weights"])
+def test_autocast_leaves_float64_as_it_is(inputs, wide):
+    latents, model = inputs[0], tiny_model()
+    latents, model = (latents.double(), model) if wide == "latents" else (latents, model.double())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"hidden_states is .*float64"):
+        model(latents, *inputs[1:])
+
+
 def test_gradient_checkpointing(inputs):
     model = tiny_model(mid_mask=(1, (0.15, 0.25))).train()
     keep_masks = model.draw_keep_masks(3, generator=torch.Generator().manual_seed(0))
