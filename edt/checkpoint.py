@@ -235,8 +235,8 @@ def initialize_from(
         The names of the parameters that were not, or not wholly, copied.
 
     Raises:
-        ValueError: naming weights that do not fit, with both shapes, or for another task_routing, which no shape
-            shows; nothing is copied then.
+        ValueError: naming weights that do not fit, with both shapes, or for another task_routing or a grid
+            turned over, which no shape shows; nothing is copied then.
         FileNotFoundError, ValueError: as `load_checkpoint`.
     """
     source = folder_or_model
@@ -244,7 +244,12 @@ def initialize_from(
         source = load_checkpoint(source)
     old, new = dict(source.named_parameters()), dict(model.named_parameters())
     other_classes = source.config.num_classes != model.config.num_classes
-    fresh, misfits = [], []
+    unshaped = {  # what shapes do not show: the tables of 8×16 tokens have those of 16×8
+        "task_routing": [tuple(each.config.task_routing or ()) for each in (source, model)],
+        "sample_size": [each.latent_size for each in (source, model)],
+    }
+    misfits = [f"{name} is {a} there and {b} in the model" for name, (a, b) in unshaped.items() if a != b]
+    fresh = []
     for name in {**new, **old}:
         there, here = (tuple(weights[name].shape) if name in weights else None for weights in (old, new))
         head_is_fresh = name.startswith("final_layer.") and (replace_head or there != here)
@@ -252,9 +257,6 @@ def initialize_from(
             fresh.append(name)
         elif there != here:
             misfits.append(f"{name} is {there or 'missing'} there and {here or 'missing'} in the model")
-    routings = [tuple(each.config.task_routing or ()) for each in (source, model)]
-    if routings[0] != routings[1]:
-        misfits.append("task_routing is {} there and {} in the model".format(*routings))
     if misfits:
         raise ValueError(f"the trained weights do not fit the model: {_shorten('', misfits).lstrip()}")
     with torch.no_grad():

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from edt_kernels._checks import shown
+
+from .diffusion import check_count
 from .layers import Modulation, TimestepEmbedding
 from .model import EDTTransformer2DModel
 from .step_cache import StepCacheConfig
@@ -157,15 +160,16 @@ def estimate_memory(
         two_pass: masking training with both passes in one batch: activations of 2·batch_size. Not for inference.
 
     Raises:
-        ValueError: if batch_size is below 1, or precision is another.
+        TypeError, ValueError: if batch_size is no integer from 1, or precision is another.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    check_count("batch_size", batch_size)
     if precision not in _BRANCH_BYTES:
-        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(map(repr, _BRANCH_BYTES))}")
+        raise ValueError(
+            f"precision is {shown(precision)}; it must be one of {', '.join(map(repr, _BRANCH_BYTES))}"
+        )
     if optimizer not in OPTIMIZER_BUFFERS:
         raise ValueError(
-            f"optimizer is {optimizer!r}; it must be one of {', '.join(map(repr, OPTIMIZER_BUFFERS))}"
+            f"optimizer is {shown(optimizer)}; it must be one of {', '.join(map(repr, OPTIMIZER_BUFFERS))}"
         )
     branch = _BRANCH_BYTES[precision]
     model = meta_model(config)

@@ -1,6 +1,6 @@
 """Named configurations: model sizes as released and as published, and where AMM goes."""
 
-import sys
+import math
 from numbers import Real
 
 # 0-based numbers of the blocks with AMM, counted over all stages; as released, by model and guidance scale.
@@ -83,7 +83,9 @@ def published_amm_blocks(preset: str, guidance_scale: float) -> tuple[int, ...]:
         ValueError: for a name that is no preset, or a scale that is no finite number.
     """
     if not is_number(guidance_scale):
-        raise ValueError(f"guidance_scale is {guidance_scale!r}; it must be a finite number")
+        from edt_kernels._checks import shown  # imports torch, which this plain data needs for errors alone
+
+        raise ValueError(f"guidance_scale is {shown(guidance_scale)}; it must be a finite number")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
     if preset in ("EDT-S/2", "EDT-B/2") and guidance_scale >= 1.75:
@@ -111,7 +113,12 @@ def amm_placement(config, guidance_scale: float) -> tuple[int, ...]:
 
 def is_number(value) -> bool:
     """Whether it is a finite real number of float's range; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _plain(value):

@@ -130,7 +130,8 @@ class GraphedStep:
                     for _ in range(2):  # a full step, and one that reuses it
                         step()
                 torch.cuda.current_stream().wait_stream(stream)
-                self.model.reset_cache()
+                if cache is not None:
+                    cache.reset()
                 captured.full, captured.full_output = capture()
                 if cache is not None:
                     captured.features = cache.features

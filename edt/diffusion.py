@@ -195,7 +195,7 @@ class LossSecondMomentSampler:
     def __init__(self, history: int = 10, uniform_share: float = 0.001, device=None):
         check_count("history", history)
         if not (is_number(uniform_share) and 0 < uniform_share <= 1):
-            raise ValueError(f"uniform_share is {uniform_share!r}; it must be in (0, 1]")
+            raise ValueError(f"uniform_share is {shown(uniform_share)}; it must be in (0, 1]")
         self.uniform_share = uniform_share
         self.losses = torch.zeros(NUM_TRAIN_TIMESTEPS, history, dtype=torch.float64, device=device)
         self.counts = torch.zeros(NUM_TRAIN_TIMESTEPS, dtype=torch.int64, device=device)
@@ -284,7 +284,7 @@ def make_scheduler(num_inference_steps: int = 250) -> DDPMScheduler:
 
 def check_count(name: str, value: int) -> None:
     if type(value) is not int:
-        raise TypeError(f"{name} is {value!r}; it must be an integer")
+        raise TypeError(f"{name} is {shown(value)}; it must be an integer")
     if not 1 <= value < 2**31:
         raise ValueError(f"{name} is {shown(value)}; it must be at least 1, and below 2³¹")
 
@@ -301,11 +301,15 @@ def check_steps(num_inference_steps: int) -> None:
 def check_guidance_scale(guidance_scale: float) -> None:
     """Raises TypeError or ValueError for a scale that suits no model."""
     if not isinstance(guidance_scale, Real) or isinstance(guidance_scale, bool):
-        raise TypeError(f"guidance_scale is {guidance_scale!r}; it must be a number, 1 is no guidance")
-    if not is_number(guidance_scale) or guidance_scale < 0:
+        raise TypeError(f"guidance_scale is {shown(guidance_scale)}; it must be a number, 1 is no guidance")
+    if not _fits_float32(guidance_scale) or guidance_scale < 0:
         raise ValueError(
-            f"guidance_scale is {shown(guidance_scale)}; it must be finite and not negative, 1 is none"
+            f"guidance_scale is {shown(guidance_scale)}; it must be finite in float32 and not negative, 1 is none"
         )
+
+
+def _fits_float32(value) -> bool:
+    return is_number(value) and abs(value) <= torch.finfo(torch.float32).max
 
 
 def check_guidance(config, guidance_scale: float, guidance_channels: int | None) -> int:
@@ -318,11 +322,13 @@ def check_guidance(config, guidance_scale: float, guidance_channels: int | None)
     check_guidance_scale(guidance_scale)
     if guidance_scale != 1:
         if config.num_classes == 0:
-            raise ValueError(f"guidance_scale is {guidance_scale}; an unconditional model has no guidance, use 1")
+            raise ValueError(
+                f"guidance_scale is {shown(guidance_scale)}; an unconditional model has no guidance, use 1"
+            )
         if config.class_dropout_prob == 0:
             raise ValueError(
-                f"guidance_scale is {guidance_scale}; this model's class_dropout_prob is 0, so that its null "
-                "class was never trained; use 1, or train with a class_dropout_prob such as 0.1"
+                f"guidance_scale is {shown(guidance_scale)}; this model's class_dropout_prob is 0, so that its "
+                "null class was never trained; use 1, or train with a class_dropout_prob such as 0.1"
             )
     if guidance_channels is None:
         return min(3, config.in_channels)
@@ -349,13 +355,15 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, guidance_cha
     _check_same_shape("unconditional", unconditional, "conditional", conditional)
     if unconditional.dtype != conditional.dtype:
         raise TypeError(f"unconditional is {unconditional.dtype}; it must be conditional's, {conditional.dtype}")
-    if not is_number(scale):
-        raise ValueError(f"scale is {scale!r}; it must be a finite number")
+    if not _fits_float32(scale):
+        raise ValueError(f"scale is {shown(scale)}; it must be a number, finite in float32")
     if conditional.ndim < 2:
         raise ValueError(f"conditional has shape {tuple(conditional.shape)}; it must be (B, C, …)")
     if type(guidance_channels) is not int or not 0 < guidance_channels <= conditional.shape[1]:
-        raise ValueError(f"guidance_channels is {guidance_channels!r}; it must be 1 to {conditional.shape[1]}")
-    guided = torch.lerp(unconditional[:, :guidance_channels], conditional[:, :guidance_channels], scale)
+        raise ValueError(
+            f"guidance_channels is {shown(guidance_channels)}; it must be 1 to {conditional.shape[1]}"
+        )
+    guided = torch.lerp(unconditional[:, :guidance_channels], conditional[:, :guidance_channels], float(scale))
     return torch.cat([guided, conditional[:, guidance_channels:]], dim=1)
 
 

@@ -59,10 +59,13 @@ class PatchEmbedding(nn.Module):
         weight = self.proj.weight
         # Other kinds of parameters, and hooks, may change the dtype before the product.
         plain = type(weight) is nn.Parameter and not hasattr(self.proj, "_diffusers_hook")
-        if plain and weight.dtype != latents.dtype and enabled_autocast_dtype(latents) is None:
-            raise TypeError(
-                f"hidden_states is {latents.dtype}, but the weights are {weight.dtype}; cast one, or use autocast"
-            )
+        if plain and weight.dtype != latents.dtype:
+            is_double = torch.float64 in (weight.dtype, latents.dtype)  # which autocast leaves as it is
+            if is_double or enabled_autocast_dtype(latents) is None:
+                raise TypeError(
+                    f"hidden_states is {latents.dtype}, but the weights are {weight.dtype}; cast one"
+                    + ("" if is_double else ", or use autocast")
+                )
         return rearrange(self.proj(latents), "b c h w -> b (h w) c")
 
 

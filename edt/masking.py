@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from edt_kernels._checks import shown
+
 
 def check_draw(batch_size: int, generator, device) -> torch.device | None:
     """The device to draw on: `device`, else the generator's; None where neither says.
@@ -11,9 +13,9 @@ def check_draw(batch_size: int, generator, device) -> torch.device | None:
         TypeError, ValueError: for a batch size, generator or device that does not fit.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, (int, torch.SymInt)):
-        raise TypeError(f"batch_size is {batch_size!r}; it must be an integer")
+        raise TypeError(f"batch_size is {shown(batch_size)}; it must be an integer")
     if not 0 <= batch_size < 2**31:
-        raise ValueError(f"batch_size is {batch_size}; it must be 0 to {2**31 - 1}")
+        raise ValueError(f"batch_size is {shown(batch_size)}; it must be 0 to {2**31 - 1}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator or None")
     if device is None:
@@ -22,7 +24,7 @@ def check_draw(batch_size: int, generator, device) -> torch.device | None:
         device = torch.device(device)
     except (TypeError, RuntimeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"device is {device!r}; it must be a torch.device, its name or None") from None
+        raise kind(f"device is {shown(device)}; it must be a torch.device, its name or None") from None
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator is on {generator.device}; to draw on {device} it must be there")
     return device

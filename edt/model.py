@@ -18,7 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edt_kernels._checks import enabled_autocast_dtype
+from edt_kernels._checks import enabled_autocast_dtype, shown
 from edt_kernels._tracing import has_readable_values
 
 from .config import PRESETS, is_number
@@ -222,8 +222,10 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """With the file by which `AutoModel.from_pretrained(…, trust_remote_code=True)` finds this class."""
-        super().save_config(save_directory, push_to_hub, **kwargs)
+        super().save_config(save_directory)
         Path(save_directory, f"{AUTO_MODULE}.py").write_text(import_code("model", "EDTTransformer2DModel"))
+        if push_to_hub:  # what is there by then
+            super().save_config(save_directory, push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())
@@ -257,7 +259,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         """Places AMM in these blocks, 0-based over all stages; () switches it off. Kept by `save_pretrained`."""
         depths = self.config.depths
         if not isinstance(blocks, (tuple, list, range, set, frozenset)):
-            raise TypeError(f"blocks is {blocks!r}; it must be a tuple of block numbers")
+            raise TypeError(f"blocks is {shown(blocks)}; it must be a tuple of block numbers")
         _check_block_numbers("blocks", blocks, sum(depths))
         first = 0
         for stage, depth in zip(self.stages, depths, strict=True):
@@ -358,7 +360,6 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
                 and timesteps that are not finite are only found on a CPU, outside of graphs and transforms.
         """
         self._check_inputs(hidden_states, timestep, class_labels, keep_masks, label_drops)
-        batch_size = hidden_states.shape[0]
         middle, skip, expanded = self._reused_features(hidden_states, keep_masks, return_hidden)
         keep_masks = [None] * NUM_MERGES if keep_masks is None else list(keep_masks)
         mid_keep = keep_masks.pop(0) if len(keep_masks) > NUM_MERGES else None
@@ -367,9 +368,10 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         if enabled_autocast_dtype(hidden_states) is not None:  # which is for products; sums of blocks stay exact
             stream_dtype = torch.promote_types(stream_dtype, torch.float32)
         tokens = x = self.position(self.patch_embedding(hidden_states), stream_dtype)  # (B, N, C0)
-        cond = self._embed_conditioning(timestep, class_labels, hidden_states, label_drops)
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(hidden_states.shape[0])
+        cond = self._embed_conditioning(timestep, class_labels, hidden_states.dtype, label_drops)
         cond = F.silu(cond)  # (B, C0), once for all modulations
-        routing = self._routing_masks(timestep, batch_size, hidden_states.device)  # a stage: (B, 1, C) or None
+        routing = self._routing_masks(timestep)  # a stage: (B, 1, C) or None
 
         if middle is None and expanded is None:
             positions = None if mid_keep is None else self.position.constant_on("table", x.device)
@@ -463,9 +465,9 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
     def set_attention_backend(self, backend: str) -> None:
         """Raises ValueError: `edt_kernels.amm_attention` has no other backends than its own two."""
         raise ValueError(
-            f"backend is {backend!r}; EDT's attention has a bias and a modulation that diffusers' backends do not "
-            "know. On a GPU it runs on its Triton kernels; the environment variable EDT_KERNELS_BACKEND chooses "
-            "(triton or reference)"
+            f"backend is {shown(backend)}; EDT's attention has a bias and a modulation that diffusers' backends "
+            "do not know. On a GPU it runs on its Triton kernels; the environment variable EDT_KERNELS_BACKEND "
+            "chooses (triton or reference)"
         )
 
     def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op=None) -> None:
@@ -490,24 +492,19 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
                 )
         return self._step_cache.begin_step((hidden_states.shape, hidden_states.dtype, hidden_states.device))
 
-    def _embed_conditioning(
-        self, timestep, class_labels, hidden_states: Tensor, label_drops: Tensor | None = None
-    ) -> Tensor:
-        batch_size, device = hidden_states.shape[0], hidden_states.device
-        timestep = torch.as_tensor(timestep, device=device).expand(batch_size)
-        cond = self.timestep_embedding(timestep, hidden_states.dtype)
+    def _embed_conditioning(self, timestep: Tensor, class_labels, dtype: torch.dtype, label_drops) -> Tensor:
+        cond = self.timestep_embedding(timestep, dtype)
         if self.label_embedding is None:
             return cond
         if label_drops is None and self.training and self.config.class_dropout_prob > 0:
-            label_drops = self.draw_label_drops(batch_size, device=device)
+            label_drops = self.draw_label_drops(timestep.shape[0], device=timestep.device)
         if label_drops is not None:
             class_labels = torch.where(label_drops, self.config.num_classes, class_labels)
         return cond + self.label_embedding(class_labels)
 
-    def _routing_masks(self, timestep, batch_size: int, device) -> list[Tensor | None]:
+    def _routing_masks(self, timestep: Tensor) -> list[Tensor | None]:
         if self.config.task_routing is None:
             return [None] * NUM_STAGES
-        timestep = torch.as_tensor(timestep, device=device).expand(batch_size)
         return [
             routing_mask(timestep, channels, *self.config.task_routing) for channels in self.config.hidden_sizes
         ]
@@ -555,7 +552,7 @@ def load_preset(name: str, **overrides) -> EDTTransformer2DModel:
         TypeError: for an override that is no argument of the model; both as the model itself.
     """
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"name is {name!r}; it must be one of {', '.join(PRESETS)}")
+        raise ValueError(f"name is {shown(name)}; it must be one of {', '.join(PRESETS)}")
     return EDTTransformer2DModel(**{**PRESETS[name], **overrides})
 
 
@@ -564,8 +561,8 @@ def _check_timestep(timestep, hidden_states: Tensor) -> None:
     if not isinstance(timestep, Tensor):
         if not isinstance(timestep, Real) or isinstance(timestep, bool):
             raise TypeError(f"timestep is a {type(timestep).__name__}; it must be a tensor or a number")
-        if not is_number(timestep):
-            raise ValueError(f"timestep is {timestep}; it must be finite")
+        if not (is_number(timestep) and abs(timestep) < 2**63):  # float32 holds it, and int64
+            raise ValueError(f"timestep is {shown(timestep)}; it must be finite, and below 2⁶³")
         return
     if timestep.dtype == torch.bool or timestep.is_complex():
         raise TypeError(f"timestep is {timestep.dtype}; it must be of real numbers")
@@ -577,8 +574,8 @@ def _check_timestep(timestep, hidden_states: Tensor) -> None:
     # Not is_meta, which is a graph of its own when this is compiled.
     if timestep.device.type == "meta" and hidden_states.device.type != "meta":
         raise ValueError(f"timestep is on meta; it must have values, as hidden_states on {hidden_states.device}")
-    if has_readable_values(timestep) and not timestep.isfinite().all():
-        raise ValueError("timestep has values that are not finite")
+    if has_readable_values(timestep) and not timestep.float().isfinite().all():
+        raise ValueError("timestep has values that are not finite in float32")
 
 
 def _check_class_labels(class_labels, num_classes: int, hidden_states: Tensor) -> None:
@@ -629,7 +626,7 @@ def _check_device(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
 def _check_block_numbers(name: str, blocks, num_blocks: int) -> None:
     if not all(type(b) is int and 0 <= b < num_blocks for b in blocks) or len(set(blocks)) != len(blocks):
         raise ValueError(
-            f"{name} is {tuple(blocks)}; this model has blocks 0 to {num_blocks - 1}, each at most once"
+            f"{name} is {shown(tuple(blocks))}; this model has blocks 0 to {num_blocks - 1}, each at most once"
         )
 
 
@@ -645,66 +642,70 @@ def _is_range(pair) -> bool:
 def _check_config(config) -> None:
     for name in ("patch_size", "in_channels", "out_channels", "num_classes"):
         if type(getattr(config, name)) is not int:
-            raise TypeError(f"{name} is {getattr(config, name)!r}; it must be an integer")
+            raise TypeError(f"{name} is {shown(getattr(config, name))}; it must be an integer")
     for name in ("patch_size", "in_channels", "out_channels"):
         if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+            raise ValueError(f"{name} is {shown(getattr(config, name))}; it must be at least 1")
     for name in ("hidden_sizes", "num_attention_heads", "depths", "amm_blocks"):
         values = getattr(config, name)
         if not isinstance(values, (tuple, list)) or not all(type(value) is int for value in values):
-            raise TypeError(f"{name} is {values!r}; it must be a tuple of integers")
+            raise TypeError(f"{name} is {shown(values)}; it must be a tuple of integers")
     sides = config.sample_size if isinstance(config.sample_size, (tuple, list)) else [config.sample_size] * 2
     if not all(type(side) is int for side in sides):
-        raise TypeError(f"sample_size is {config.sample_size!r}; it must be an integer, or two (height, width)")
+        raise TypeError(
+            f"sample_size is {shown(config.sample_size)}; it must be an integer, or two (height, width)"
+        )
     if len(sides) != 2:
-        raise ValueError(f"sample_size is {config.sample_size}; it must be one side, or (height, width)")
-    for name in ("mlp_ratio", "class_dropout_prob"):
-        if isinstance(getattr(config, name), bool) or not isinstance(getattr(config, name), Real):
-            raise TypeError(f"{name} is {getattr(config, name)!r}; it must be a number")
+        raise ValueError(f"sample_size is {shown(config.sample_size)}; it must be one side, or (height, width)")
+    for name in ("mlp_ratio", "class_dropout_prob", "amm_radius"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not (isinstance(value, Real) or (value is None and name == "amm_radius")):
+            raise TypeError(f"{name} is {shown(value)}; it must be a number")
     if not is_number(config.mlp_ratio) or config.mlp_ratio <= 0:
-        raise ValueError(f"mlp_ratio is {config.mlp_ratio!r}; it must be positive and finite")
+        raise ValueError(f"mlp_ratio is {shown(config.mlp_ratio)}; it must be positive and finite")
     height, width = sides
     multiple = 4 * config.patch_size
     if height < multiple or width < multiple or height % multiple or width % multiple:
         raise ValueError(
-            f"sample_size is {config.sample_size}; each side must be a multiple of 4·patch_size = {multiple}, "
-            "because tokens are merged 2×2 twice"
+            f"sample_size is {shown(config.sample_size)}; each side must be a multiple of 4·patch_size = "
+            f"{shown(multiple)}, because tokens are merged 2×2 twice"
         )
     for name in ("hidden_sizes", "num_attention_heads", "depths"):
         values = getattr(config, name)
-        if len(values) != NUM_STAGES or min(values) < 1:
-            raise ValueError(f"{name} is {tuple(values)}; it must have {NUM_STAGES} positive entries")
+        if len(values) != NUM_STAGES or min(values) < 1 or max(values) > _MAX_NUMBERS:
+            raise ValueError(
+                f"{name} is {shown(tuple(values))}; it must have {NUM_STAGES} entries of 1 to {_MAX_NUMBERS:.0e}"
+            )
     for channels, heads in zip(config.hidden_sizes, config.num_attention_heads):
         if channels % heads or channels % 4:
             raise ValueError(
-                f"hidden_sizes has {channels} for {heads} heads; it must be a multiple of num_attention_heads and "
-                "of 4"
+                f"hidden_sizes has {shown(channels)} for {heads} heads; it must be a multiple of "
+                "num_attention_heads and of 4"
             )
         if int(min(channels * config.mlp_ratio, _MAX_NUMBERS)) < 1:
             raise ValueError(
-                f"mlp_ratio is {config.mlp_ratio}; of {channels} channels it leaves the MLP no hidden one"
+                f"mlp_ratio is {shown(config.mlp_ratio)}; of {channels} channels it leaves the MLP no hidden one"
             )
     sizes = tuple(config.hidden_sizes)
     if sizes[:2] != sizes[:2:-1]:
         raise ValueError(
-            f"hidden_sizes is {sizes}; the last two must mirror the first two, because skips join their stages"
+            f"hidden_sizes is {shown(sizes)}; the last two must mirror the first two, because skips join "
+            "their stages"
         )
     if config.num_classes < 0:
-        raise ValueError(f"num_classes is {config.num_classes}; it must be 0 (unconditional) or more")
+        raise ValueError(f"num_classes is {shown(config.num_classes)}; it must be 0 (unconditional) or more")
     if not 0 <= config.class_dropout_prob <= 1:
-        raise ValueError(f"class_dropout_prob is {config.class_dropout_prob}; it must be 0 to 1")
+        raise ValueError(f"class_dropout_prob is {shown(config.class_dropout_prob)}; it must be 0 to 1")
     _check_block_numbers("amm_blocks", config.amm_blocks, sum(config.depths))
     if config.amm_form not in ("exp_cos", "cos"):
-        raise ValueError(f"amm_form is {config.amm_form!r}; it must be 'exp_cos' or 'cos'")
+        raise ValueError(f"amm_form is {shown(config.amm_form)}; it must be 'exp_cos' or 'cos'")
     radius = config.amm_radius
-    if radius is not None and (isinstance(radius, bool) or not isinstance(radius, Real)):
-        raise TypeError(f"amm_radius is {radius!r}; it must be None or a number")
     if radius is not None and not (is_number(radius) and 0 <= radius < _MAX_NUMBERS):
-        raise ValueError(f"amm_radius is {radius}; it must be None, or 0 or more token steps, finite")
+        raise ValueError(f"amm_radius is {shown(radius)}; it must be None, or 0 or more token steps, finite")
     ratios, mid_mask = config.mask_ratios, config.mid_mask
     if not isinstance(ratios, (tuple, list)) or len(ratios) != NUM_MERGES or not all(map(_is_range, ratios)):
         raise ValueError(
-            f"mask_ratios is {ratios!r}; it must be {NUM_MERGES} ranges (low, high), 0 ≤ low ≤ high < 1"
+            f"mask_ratios is {shown(ratios)}; it must be {NUM_MERGES} ranges (low, high), 0 ≤ low ≤ high < 1"
         )
     if mid_mask is not None and not (
         isinstance(mid_mask, (tuple, list))
@@ -712,9 +713,11 @@ def _check_config(config) -> None:
         and type(mid_mask[0]) is int
         and _is_range(mid_mask[1])
     ):
-        raise ValueError(f"mid_mask is {mid_mask!r}; it must be None or (block, (low, high)), 0 ≤ low ≤ high < 1")
+        raise ValueError(
+            f"mid_mask is {shown(mid_mask)}; it must be None or (block, (low, high)), 0 ≤ low ≤ high < 1"
+        )
     if mid_mask is not None and not 0 <= config.mid_mask[0] < config.depths[0]:
-        raise ValueError(f"mid_mask is before block {config.mid_mask[0]}; stage 0 has {config.depths[0]} blocks")
+        raise ValueError(f"mid_mask is before block {shown(mid_mask[0])}; stage 0 has {config.depths[0]} blocks")
     check_task_routing(config.task_routing)
     _check_amounts(config, height, width)
 
@@ -738,6 +741,6 @@ def _check_amounts(config, height: int, width: int) -> None:
     for name, amount in amounts.items():
         if amount > _MAX_NUMBERS:
             raise ValueError(
-                f"{name} is {getattr(config, name)}, which means {float(min(amount, 1e300)):.0e} numbers; at most "
-                f"{_MAX_NUMBERS:.0e} are taken"
+                f"{name} is {shown(getattr(config, name))}, which means {float(min(amount, 1e300)):.0e} numbers; "
+                f"at most {_MAX_NUMBERS:.0e} are taken"
             )

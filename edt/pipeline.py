@@ -203,7 +203,7 @@ class EDTPipeline(DiffusionPipeline):
                     given = {name: known[name] for name in callback_on_step_end_tensor_inputs}
                     latents = _from_callback(callback_on_step_end(self, i, timestep, given), latents)
                 finite.append(latents.isfinite().all())
-            check_finite(latents, finite, timesteps, self.transformer.dtype)
+            check_finite(latents, finite, timesteps, self.transformer.dtype, self._guidance_scale)
             if output_type == "latent":
                 images = latents
             else:
@@ -269,11 +269,11 @@ class EDTPipeline(DiffusionPipeline):
                 return self.labels[label]
             named = [i for i, names in self.id2label.items() if label in map(str.strip, names.split(","))]
             if named:
-                raise ValueError(f"class_labels has {label!r}, a name of classes {named}; give the number")
+                raise ValueError(f"class_labels has {shown(label)}, a name of classes {named}; give the number")
             close = get_close_matches(label, self.labels, n=5) or list(self.labels)
             known = few([printable(name) for name in close], 5) or "none: it has no id2label"
             number = f", and for class number {label} give the integer" if label.isdecimal() else ""
-            raise ValueError(f"class_labels has {label!r}; this pipeline knows the names {known}{number}")
+            raise ValueError(f"class_labels has {shown(label)}; this pipeline knows the names {known}{number}")
         try:
             if isinstance(label, bool | np.bool_):
                 raise TypeError
@@ -286,16 +286,16 @@ class EDTPipeline(DiffusionPipeline):
         if self.transformer.training:
             raise ValueError("transformer is in training mode; call pipe.transformer.eval() first")
         if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'")
+            raise ValueError(f"output_type is {shown(output_type)}; it must be 'pil', 'np', 'pt' or 'latent'")
         if self.vae is None and config.in_channels not in (1, 3) and output_type != "latent":
             raise ValueError(
-                f"output_type is {output_type!r}, but this pipeline has no vae for its latents of "
+                f"output_type is {shown(output_type)}, but this pipeline has no vae for its latents of "
                 f"{config.in_channels} channels; give it one or take 'latent'"
             )
         if type(return_dict) is not bool:
-            raise TypeError(f"return_dict is {return_dict!r}; it must be True or False")
+            raise TypeError(f"return_dict is {shown(return_dict)}; it must be True or False")
         if not isinstance(cuda_graph, bool | GraphedStep):
-            raise TypeError(f"cuda_graph is {cuda_graph!r}; it must be True, False or an edt.GraphedStep")
+            raise TypeError(f"cuda_graph is {shown(cuda_graph)}; it must be True, False or an edt.GraphedStep")
         if guidance_interval is not None and not (
             isinstance(guidance_interval, tuple | list)
             and len(guidance_interval) == 2
@@ -304,7 +304,7 @@ class EDTPipeline(DiffusionPipeline):
             and 0 <= guidance_interval[0] < guidance_interval[1]
         ):
             raise ValueError(
-                f"guidance_interval is {guidance_interval!r}; it must be None or noise levels (low, high), "
+                f"guidance_interval is {shown(guidance_interval)}; it must be None or noise levels (low, high), "
                 "0 ≤ low < high"
             )
 
@@ -362,11 +362,13 @@ class EDTPipeline(DiffusionPipeline):
         return loaded
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        super().save_config(save_directory, push_to_hub, **kwargs)
+        super().save_config(save_directory)
         for name, code in _CODE.items():
             file = Path(save_directory, name)
             file.parent.mkdir(exist_ok=True)  # the transformer's is not there yet without its weights
             file.write_text(code)
+        if push_to_hub:  # what is there by then
+            super().save_config(save_directory, push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
         index = json.loads(super().to_json_string())
@@ -460,10 +462,12 @@ def _check_names(id2label, num_classes: int) -> dict[int, str]:
     if id2label is None:
         return {}
     try:
-        names = {int(key): name for key, name in id2label.items()}
+        names = {int(key) if isinstance(key, str) else operator.index(key): name for key, name in id2label.items()}
     except (AttributeError, TypeError, ValueError, OverflowError):
         raise TypeError(f"id2label is {shown(id2label)}; it must be a dict of class numbers and names") from None
+    if len(names) < len(id2label):
+        raise ValueError(f"id2label is {shown(id2label)}; it must have one name for a class")
     wrong = [(key, name) for key, name in names.items() if not 0 <= key < num_classes or not isinstance(name, str)]
     if wrong:
-        raise ValueError(f"id2label has {wrong[:3]}; it must have names of classes 0 to {num_classes - 1}")
+        raise ValueError(f"id2label has {shown(wrong[:3])}; it must have names of classes 0 to {num_classes - 1}")
     return names

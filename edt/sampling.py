@@ -118,7 +118,7 @@ def _leads_to_the_image(scheduler: SchedulerMixin, num_inference_steps: int) -> 
     falls = bool((timesteps.diff() <= 0).all()) and timesteps[0] >= _BEGINNING and timesteps[-1] >= 0
     if not (whole and falls) or getattr(scheduler, "sigmas", None) is None:
         return whole and falls
-    sigmas = scheduler.sigmas.double()[:: scheduler.order][: len(timesteps)]
+    sigmas = scheduler.sigmas.double()[:: scheduler.order][: len(timesteps)].contiguous()
     alphas_cumprod = scheduler.alphas_cumprod.double()
     levels = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
     above = torch.searchsorted(levels, sigmas).clamp(1, len(levels) - 1)
@@ -181,33 +181,25 @@ class NotFiniteError(ValueError):
         self.latents = latents
 
 
-def check_finite(latents: Tensor, finite: list[Tensor], timesteps: Tensor, dtype: torch.dtype) -> None:
+def check_finite(
+    latents: Tensor, finite: list[Tensor], timesteps: Tensor, dtype: torch.dtype, guidance_scale: float
+) -> None:
     """Raises NotFiniteError where the latents of a step were not finite.
 
     Args:
         finite: of each step, a bool on the latents' device; only here is it waited for.
-        dtype: of the model.
+        dtype, guidance_scale: of the model and of its last step, what else may be at fault.
     """
     if not finite or (flags := torch.stack(finite).cpu()).all():
         return
     step = int(flags.logical_not().nonzero()[0])
-    cure = (
-        "take bfloat16 or float32" if dtype == torch.float16 else "are its weights, or the latents given, sound?"
-    )
+    given = "or the latents given" if guidance_scale == 1 else f"latents or guidance_scale {guidance_scale:g}"
+    cure = "take bfloat16 or float32" if dtype == torch.float16 else f"are its weights, {given}, sound?"
     raise NotFiniteError(
         f"latents are not finite from step {step + 1} of {len(timesteps)} (timestep {timesteps[step]:g}) on; the "
         f"model is in {str(dtype).removeprefix('torch.')}: {cure}",
         latents,
     )
-
-
-def check_labels(class_labels: Tensor, num_classes: int) -> None:
-    """Raises ValueError for labels that are no class of the model; the null class is none to draw."""
-    if len(class_labels) and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < num_classes:
-        raise ValueError(
-            f"class_labels has values from {int(class_labels.min())} to {int(class_labels.max())}; they must "
-            f"be 0 to {num_classes - 1}"
-        )
 
 
 @torch.no_grad()
@@ -275,7 +267,11 @@ def sample(
     guidance_channels = check_guidance(config, guidance_scale, guidance_channels)
     device = model.device
     if class_labels is not None:
-        check_labels(class_labels, config.num_classes)
+        low, high = (int(class_labels.min()), int(class_labels.max())) if len(class_labels) else (0, 0)
+        if low < 0 or high >= config.num_classes:  # the null class is none to draw
+            raise ValueError(
+                f"class_labels has values from {low} to {high}; they must be 0 to {config.num_classes - 1}"
+            )
         class_labels = class_labels.to(device)
         if batch_size not in (None, len(class_labels)):
             raise ValueError(f"batch_size is {batch_size} for {len(class_labels)} class_labels; leave it out")
@@ -296,5 +292,5 @@ def sample(
                 on_step(i, latents)
     finally:
         model.reset_cache()
-    check_finite(latents, finite, scheduler.timesteps, model.dtype)
+    check_finite(latents, finite, scheduler.timesteps, model.dtype, guidance_scale)
     return latents

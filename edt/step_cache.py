@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edt_kernels._checks import shown
+
 REUSES = ("deep", "encoder")
 
 _FIRST_POWER, _POWER_STEP = 1.2, 0.02
@@ -45,10 +47,11 @@ class StepCacheConfig:
 
     def __post_init__(self):
         if not isinstance(self.reuse, str) or self.reuse not in REUSES:
-            raise ValueError(f"reuse is {self.reuse!r}; it must be one of {', '.join(map(repr, REUSES))}")
+            raise ValueError(f"reuse is {shown(self.reuse)}; it must be one of {', '.join(map(repr, REUSES))}")
         if (self.interval is None) == (self.full_steps is None):
             raise ValueError(
-                f"interval is {self.interval!r} and full_steps is {self.full_steps!r}; give one of the two"
+                f"interval is {shown(self.interval)} and full_steps is {shown(self.full_steps)}; give one "
+                "of the two"
             )
         if self.num_steps is not None:
             _check_positive("num_steps", self.num_steps)
@@ -57,9 +60,11 @@ class StepCacheConfig:
             return
         steps = self.full_steps
         if not isinstance(steps, tuple) or not all(type(step) is int for step in steps):
-            raise TypeError(f"full_steps is {steps!r}; it must be a tuple of integers")
-        if steps[:1] != (0,) or any(a >= b for a, b in pairwise(steps)):
-            raise ValueError(f"full_steps is {steps}; it must begin with 0 and increase")
+            raise TypeError(f"full_steps is {shown(steps)}; it must be a tuple of integers")
+        if steps[:1] != (0,) or any(a >= b for a, b in pairwise(steps)) or steps[-1] >= _MOST_STEPS:
+            raise ValueError(
+                f"full_steps is {shown(steps)}; it must begin with 0 and increase, to below {_MOST_STEPS}"
+            )
         if self.num_steps is not None and steps[-1] >= self.num_steps:
             raise ValueError(f"full_steps has {steps[-1]}; of {self.num_steps} num_steps the last is one less")
 
@@ -92,7 +97,7 @@ class StepCacheConfig:
         _check_positive("interval", interval)
         center = round(0.3 * num_steps) if center is None else center
         if type(center) is not int or not 0 <= center < num_steps:
-            raise ValueError(f"center is {center!r}; it must be a step, 0 to {num_steps - 1}")
+            raise ValueError(f"center is {shown(center)}; it must be a step, 0 to {num_steps - 1}")
         count = -(-num_steps // interval)
         power = _FIRST_POWER
         while power > 1:
@@ -170,6 +175,6 @@ class StepCache:
 
 def _check_positive(name: str, value: int) -> None:
     if type(value) is not int:
-        raise TypeError(f"{name} is {value!r}; it must be an integer")
+        raise TypeError(f"{name} is {shown(value)}; it must be an integer")
     if not 1 <= value <= _MOST_STEPS:
-        raise ValueError(f"{name} is {value if value < 10**20 else 'huge'}; it must be 1 to {_MOST_STEPS}")
+        raise ValueError(f"{name} is {shown(value)}; it must be 1 to {_MOST_STEPS}")

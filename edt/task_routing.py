@@ -5,6 +5,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from edt_kernels._checks import shown
+
 from .config import is_number
 from .diffusion import NUM_TRAIN_TIMESTEPS
 
@@ -36,7 +38,7 @@ def routing_mask(timestep: Tensor, channels: int, beta: float, alpha: float) -> 
     """
     check_task_routing((beta, alpha))
     if type(channels) is not int or channels < 1:
-        raise ValueError(f"channels is {channels!r}; it must be an integer of at least 1")
+        raise ValueError(f"channels is {shown(channels)}; it must be an integer of at least 1")
     if not isinstance(timestep, Tensor) or timestep.ndim != 1:
         given = tuple(timestep.shape) if isinstance(timestep, Tensor) else type(timestep).__name__
         raise TypeError(f"timestep is {given}; it must be a tensor (B,)")
@@ -54,11 +56,11 @@ def check_task_routing(task_routing: tuple[float, float] | None) -> None:
     if not isinstance(task_routing, (tuple, list)) or not all(
         isinstance(value, Real) and not isinstance(value, bool) for value in task_routing
     ):
-        raise TypeError(f"task_routing is {task_routing!r}; it must be None or two numbers (beta, alpha)")
+        raise TypeError(f"task_routing is {shown(task_routing)}; it must be None or two numbers (beta, alpha)")
     if len(task_routing) != 2:
-        raise ValueError(f"task_routing is {task_routing!r}; it must be None or two numbers (beta, alpha)")
+        raise ValueError(f"task_routing is {shown(task_routing)}; it must be None or two numbers (beta, alpha)")
     beta, alpha = task_routing
     if not 0 < beta <= 1:
-        raise ValueError(f"task_routing has beta {beta}; it must be above 0 and at most 1")
+        raise ValueError(f"task_routing has beta {shown(beta)}; it must be above 0 and at most 1")
     if not (is_number(alpha) and alpha >= 0):
-        raise ValueError(f"task_routing has alpha {alpha}; it must be finite and not negative")
+        raise ValueError(f"task_routing has alpha {shown(alpha)}; it must be finite and not negative")

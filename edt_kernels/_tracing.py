@@ -9,6 +9,12 @@ def in_func_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def add_in_place(total: Tensor, term: Tensor) -> Tensor:
+    """total + term, without memory for a third tensor. Under `torch.func`'s transforms the term may have a mapped
+    dimension that the total has not; a compiler sees by itself what can be overwritten."""
+    return total + term if torch.compiler.is_compiling() or in_func_transform() else total.add_(term)
+
+
 def has_readable_values(tensor: Tensor) -> bool:
     """Whether a check may look at the values: they are there, and reading them neither waits nor breaks a graph.
 

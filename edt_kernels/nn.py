@@ -9,7 +9,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_eps, check_even_grid, check_extra_tokens, check_grid, check_out_dtype, check_scale
+from ._checks import (
+    check_eps,
+    check_even_grid,
+    check_extra_tokens,
+    check_grid,
+    check_out_dtype,
+    check_scale,
+    shown,
+)
 from ._tracing import HasConstants
 from .adaln import adaln
 from .amm_attention import amm_attention, amm_table
@@ -93,7 +101,7 @@ class AMMAttention(HasConstants):
             )
         if num_heads * math.prod(offsets) > _MAX_ENTRIES:
             raise ValueError(
-                f"num_heads is {num_heads}; tables of grid {self.grid} may have {_MAX_ENTRIES:.0e} entries"
+                f"num_heads is {shown(num_heads)}; tables of grid {self.grid} may have {_MAX_ENTRIES:.0e} entries"
             )
         bias = nn.Parameter(torch.empty(math.prod(offsets), num_heads)) if rel_pos_bias else None
         self.register_parameter("rel_pos_bias", bias)
@@ -281,14 +289,14 @@ class TokenSplitConcat(_Norm):
 
 
 def _check_choice(name: str, value, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(map(repr, choices))}")
     return value
 
 
 def _check_num_heads(num_heads) -> int:
     if type(num_heads) is not int:
-        raise TypeError(f"num_heads is {num_heads!r}; it must be an integer")
+        raise TypeError(f"num_heads is {shown(num_heads)}; it must be an integer")
     if num_heads < 1:
-        raise ValueError(f"num_heads is {num_heads}; it must be at least 1")
+        raise ValueError(f"num_heads is {shown(num_heads)}; it must be at least 1")
     return num_heads

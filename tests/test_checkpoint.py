@@ -385,7 +385,7 @@ def test_initialize_from_an_unconditional_model():
             {"in_channels": 3},
             r"patch_embedding.proj.weight is \(32, 4, 2, 2\) there and \(32, 3, 2, 2\) in the model",
         ),
-        ({"sample_size": 32}, r"rel_pos_bias is \(225, 2\) there and \(961, 2\) in the model.* and 7 more"),
+        ({"sample_size": 32}, r"rel_pos_bias is \(225, 2\) there and \(961, 2\) in the model.* and 8 more"),
         ({"depths": (2, 2, 1, 3, 3)}, r"stages\.2\.blocks\.1\.\S+ is \(\S+ 4\) there and missing in the model"),
         ({"depths": (2, 2, 3, 3, 3)}, r"stages\.2\.blocks\.2\.\S+ is missing there and \(\S+ 4\) in the model"),
         ({"task_routing": (0.8, 4.0)}, r"task_routing is \(\) there and \(0\.8, 4\.0\) in the model"),
@@ -398,6 +398,13 @@ def test_initialize_from_weights_that_do_not_fit(overrides, message):
     with pytest.raises(ValueError, match=rf"the trained weights do not fit the model: .*{message}"):
         edt.initialize_from(model, tiny_model())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_initialize_from_a_grid_turned_over():
+    """All of whose shapes are the same."""
+    model = untrained(sample_size=(8, 16))
+    with pytest.raises(ValueError, match=r"sample_size is \(16, 8\) there and \(8, 16\) in the model$"):
+        edt.initialize_from(model, untrained(sample_size=(16, 8)))
 
 
 def test_initialize_from_no_folder(tmp_path):

@@ -81,6 +81,8 @@ def test_optimizer_state_is_what_adan_keeps():
 
 
 def test_batch_size_is_checked():
+    with pytest.raises(TypeError, match="batch_size is 'two'; it must be an integer"):
+        estimate_memory(PRESETS["EDT-S/2"], "two")
     with pytest.raises(ValueError, match="batch_size is 0"):
         estimate_memory(SMALL, 0)
 

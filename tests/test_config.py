@@ -3,10 +3,12 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import edt
+from edt_kernels._checks import shown
 
 
 def on_meta(name, **overrides):
@@ -90,7 +92,7 @@ def test_overrides_replace_a_presets_arguments():
         ({"in_channels": 0}, "in_channels is 0"),
         ({"out_channels": -1}, "out_channels is -1"),
         ({"num_classes": -1}, "num_classes is -1"),
-        ({"hidden_sizes": (312, 416, 520)}, "hidden_sizes is .* 5 positive"),
+        ({"hidden_sizes": (312, 416, 520)}, "hidden_sizes is .* 5 entries of 1 to 1e"),
         ({"hidden_sizes": (314, 416, 520, 416, 312)}, "hidden_sizes has 314 for 6 heads"),
         ({"hidden_sizes": (318, 416, 520, 416, 312)}, "hidden_sizes has 318 .* of 4"),
         ({"hidden_sizes": (312, 416, 520, 416, 624)}, "last two must mirror the first two"),
@@ -130,6 +132,7 @@ WRONG = [
     (NAN,) * 5, (HUGE,) * 5, (-1,) * 5, ("1",) * 5, (True,) * 5, (HUGE, HUGE), (NAN, NAN), (1, (NAN, NAN)),
     (HUGE, (0.1, 0.2)), (0, 0.1), ((NAN, 0.5), (0.1, 0.2)), ((0.4, HUGE), (0.1, 0.2)), ((0.1, True), (0.1, 0.2)),
     torch.ones(5), torch.ones(1).cfloat(), 1 + 2j, torch.empty((), device="meta"),
+    10**5000, (10**5000,), (10**5000,) * 5, (10**5000, (0.1, 0.2)),  # more digits than Python prints
 ]  # fmt: skip
 RIGHT = {  # of the wrong ones
     "mlp_ratio": [], "class_dropout_prob": [], "amm_blocks": [[]], "amm_radius": [None], "mid_mask": [None],
@@ -166,7 +169,11 @@ def test_amounts_that_no_memory_holds_are_refused_at_once(overrides):
         edt.load_preset("EDT-digits", **overrides)
 
 
-@pytest.mark.parametrize("scale", [NAN, float("inf"), HUGE, None, "2", True, []])
+@pytest.mark.parametrize(
+    "scale",
+    [NAN, float("inf"), np.float32("inf"), HUGE, 10**5000, None, "2", True, []],
+    ids=lambda scale: shown(scale),
+)
 def test_placements_need_a_scale(scale):
     with pytest.raises(ValueError, match=r"guidance_scale is .*; it must be a finite number"):
         edt.published_amm_blocks("EDT-S/2", scale)

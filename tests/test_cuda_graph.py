@@ -144,6 +144,18 @@ def test_plain_calls_between_are_counted(stand_in):
     assert not torch.equal(reused, full[0])
 
 
+def test_passes_that_are_cached_apart_go_on_after_a_capture(stand_in):
+    model = small_model()
+    graphed = stand_in(model)
+    model.enable_cache(StepCacheConfig(2))
+    latents, labels = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    for step in range(2):
+        for name in ("cond", "uncond"):
+            with model.cache_context(name):
+                graphed(latents, 500 - step, labels)
+    assert [cache.step for cache in model._context_caches.values()] == [2, 2]
+
+
 def test_a_failed_capture_leaves_the_models_cache(stand_in):
     model = small_model()
     graphed = stand_in(model)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from released import fixture, relative_error, tiny_model
@@ -257,7 +258,12 @@ BAD_CALLS = {
         TypeError,
         "unconditional is torch.float16",
     ),
-    "huge guide scale": (lambda: guide(OUTPUT, OUTPUT, 10**400), ValueError, "scale is 1000"),
+    "huge guide scale": (lambda: guide(OUTPUT, OUTPUT, 10**400), ValueError, "scale is an integer of 1329 bits"),
+    "guide scale beyond float32": (
+        lambda: guide(OUTPUT, OUTPUT, 1e39),
+        ValueError,
+        r"scale is 1e\+39; it must be",
+    ),
     "truth for channels": (lambda: guide(OUTPUT, OUTPUT, 2.0, True), ValueError, "guidance_channels is True"),
     "noise of another shape": (lambda: add_noise(X, X[:1], T), ValueError, r"noise has shape \(1, 4, 8, 8\)"),
     "noise of nothing": (lambda: add_noise(X, None, T), TypeError, "noise is a NoneType"),
@@ -332,6 +338,8 @@ def test_bad_sample_arguments(overrides, arguments, error, message):
         ({"cuda_graph": None}, TypeError, "cuda_graph is None"),
         ({"guidance_scale": None}, TypeError, "guidance_scale is None"),
         ({"guidance_scale": -1.0}, ValueError, "guidance_scale is -1.0"),
+        ({"guidance_scale": 1e39}, ValueError, r"guidance_scale is 1e\+39; it must be finite in float32"),
+        ({"guidance_scale": np.float32("inf")}, ValueError, "guidance_scale is .*inf.*; it must be finite"),
         ({"guidance_scale": 2.0}, ValueError, "class_dropout_prob is 0"),
         ({"num_inference_steps": 1.0}, ValueError, "num_inference_steps is 1.0"),
         ({"batch_size": 10**400}, ValueError, "batch_size is an integer of"),
@@ -342,6 +350,13 @@ def test_arguments_that_are_none(arguments, error, message):
         edt.sample(
             **{"model": tiny_model().eval(), "class_labels": torch.tensor([1]), "progress": False, **arguments}
         )
+
+
+def test_a_scale_that_overflows_is_named():
+    model = tiny_model(class_dropout_prob=0.1).eval()
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    with pytest.raises(ValueError, match=r"are its weights, latents or guidance_scale 1e\+38, sound\?"):
+        edt.sample(model, torch.tensor([1]), num_inference_steps=2, guidance_scale=1e38, progress=False)
 
 
 def test_sampling_from_a_model_in_training_mode():

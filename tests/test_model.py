@@ -422,7 +422,7 @@ def test_share_of_dropped_labels():
     model.label_embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     labels = torch.arange(20_000) % 10
     torch.manual_seed(0)
-    model._embed_conditioning(torch.tensor(5), labels, torch.empty(len(labels), 0))
+    model._embed_conditioning(torch.full_like(labels, 5), labels, torch.float32, None)
     dropped = seen[0] == 10
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(seen[0][~dropped], labels[~dropped])
@@ -522,6 +522,14 @@ def test_autocast_forward_and_gradients(inputs):
     assert relative_error(actual, expected) < 0.03
     cosine = torch.nn.functional.cosine_similarity(gradient, expected_gradient, dim=0)
     assert 0.999 < cosine < 1 - 1e-7  # close, and yet another precision
+
+
+@pytest.mark.parametrize("wide", ["latents", "weights"])
+def test_autocast_leaves_float64_as_it_is(inputs, wide):
+    latents, model = inputs[0], tiny_model()
+    latents, model = (latents.double(), model) if wide == "latents" else (latents, model.double())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"hidden_states is .*float64"):
+        model(latents, *inputs[1:])
 
 
 def test_gradient_checkpointing(inputs):
@@ -655,7 +663,25 @@ BAD_CALLS = {
     "timestep text": ((LATENTS, "1", LABELS), {}, TypeError, r"timestep is a str"),
     "timestep bools": ((LATENTS, TIMESTEP > 0, LABELS), {}, TypeError, r"timestep is torch.bool"),
     "timestep nan": ((LATENTS, math.nan, LABELS), {}, ValueError, r"timestep is nan; it must be finite"),
-    "timestep huge": ((LATENTS, 10**400, LABELS), {}, ValueError, r"timestep is 10+; it must be finite"),
+    "timestep huge": (
+        (LATENTS, 10**400, LABELS),
+        {},
+        ValueError,
+        r"timestep is an integer of 1329 bits; it must be finite",
+    ),
+    "timestep beyond float32": ((LATENTS, 1e39, LABELS), {}, ValueError, r"timestep is 1e\+39; it must be finite"),
+    "timestep beyond int64": (
+        (LATENTS, 2**63, LABELS),
+        {},
+        ValueError,
+        "timestep is 9223372036854775808; it must",
+    ),
+    "timesteps beyond float32": (
+        (LATENTS, torch.tensor(1e39, dtype=torch.float64), LABELS),
+        {},
+        ValueError,
+        "timestep has values that are not finite in float32",
+    ),
     "timesteps inf": ((LATENTS, TIMESTEP / 0, LABELS), {}, ValueError, r"timestep has values that are not finite"),
     "timestep meta": (
         (LATENTS, TIMESTEP.to("meta"), LABELS),
@@ -719,7 +745,7 @@ BAD_DRAWS = [
     ((None,), {}, TypeError, "batch_size is None; it must be an integer"),
     ((True,), {}, TypeError, "batch_size is True; it must be an integer"),
     ((-1,), {}, ValueError, "batch_size is -1; it must be 0 to "),
-    ((10**400,), {}, ValueError, "batch_size is 10+; it must be 0 to "),
+    ((10**400,), {}, ValueError, "batch_size is an integer of 1329 bits; it must be 0 to "),
     ((2, 7), {}, TypeError, "generator is a int; it must be a torch.Generator or None"),
     ((2,), {"device": "gpu"}, ValueError, "device is 'gpu'; it must be a torch.device"),
     ((2,), {"device": []}, TypeError, r"device is \[\]; it must be a torch.device"),

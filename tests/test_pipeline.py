@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from released import fixture, relative_error, tiny_model
 
 import edt
 from benchmarks import schedulers, step_cache
-from edt import EDTPipeline, GraphedStep, load_preset, make_scheduler
+from edt import EDTPipeline, EDTTransformer2DModel, GraphedStep, load_preset, make_scheduler
 from edt.cli import main
 from edt.demo import DemoOptions, run_demo
 from edt.diffusion import predict
@@ -391,6 +393,24 @@ def test_what_a_folder_says_of_itself(tmp_path):
     (tmp_path / "pipeline.py").write_text("raise RuntimeError('run')")
     (tmp_path / "transformer" / "edt_transformer.py").unlink()
     EDTPipeline.from_pretrained(tmp_path)
+
+
+def test_a_configuration_goes_to_a_hub_with_its_code(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(
+        "diffusers.configuration_utils.create_repo", lambda *_, **__: SimpleNamespace(repo_id="us")
+    )
+    monkeypatch.setattr(
+        EDTPipeline, "_upload_folder", lambda _, folder, *__, **___: sent.extend(Path(folder).rglob("*.*"))
+    )
+    monkeypatch.setattr(EDTTransformer2DModel, "_upload_folder", EDTPipeline._upload_folder)
+    pipe = grey_pipeline()
+    for name, part in (("pipe", pipe), ("model", pipe.transformer)):
+        part.save_config(str(tmp_path / name), push_to_hub=True)
+    assert sorted(str(path.relative_to(tmp_path)) for path in sent) == [
+        "model/config.json", "model/edt_transformer.py", "pipe/model_index.json", "pipe/pipeline.py",
+        "pipe/transformer/edt_transformer.py",
+    ]  # fmt: skip
 
 
 def test_casting_the_whole_pipeline(vae):
@@ -764,7 +784,10 @@ def test_bad_calls(name):
 
 
 def test_bad_parts(vae):
-    for names, error in (({10: "ten"}, ValueError), ({0: 5}, ValueError), (["zero"], TypeError)):
+    for names, error in (
+        ({10: "ten"}, ValueError), ({0: 5}, ValueError), (["zero"], TypeError), ({1.5: "one"}, TypeError),
+        ({1: "one", "1": "uno"}, ValueError),
+    ):  # fmt: skip
         with pytest.raises(error, match="id2label"):
             grey_pipeline(id2label=names)
     with pytest.raises(ValueError, match="latents of 4 channels; 1 are needed"):

@@ -18,6 +18,8 @@ import edt
 from edt.sample_set import SCHEDULERS as COMMAND_LINE
 from edt.sampling import ANCESTRAL, SOLVERS, check_scheduler, set_timesteps
 
+pytestmark = pytest.mark.filterwarnings("error:torch.searchsorted")
+
 STEPS = (1, 2, 3, 7, 25, 61)  # of 61, diffusers' "trailing" has 62 timesteps, the last of them -1
 DDPM = [each.__name__ for each in ANCESTRAL]
 STOCHASTIC = {*DDPM, "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler"}

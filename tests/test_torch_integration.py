@@ -306,6 +306,26 @@ def test_the_reference_maps_over_all_arguments(op):
             torch.testing.assert_close(actual[i], out)
 
 
+@pytest.mark.parametrize("op", CALLS)
+def test_the_reference_maps_over_each_argument_alone(op):
+    tensors = {name: tensor.detach() for name, tensor in arguments(op).items()}
+    for name, tensor in tensors.items():
+        several = torch.randn(3, *tensor.shape)
+        mapped = torch.func.vmap(lambda value, name=name: call(edt_kernels, op, {**tensors, name: value}))(several)
+        for i in range(3):
+            expected = call(edt_kernels, op, {**tensors, name: several[i]})
+            for actual, out in zip(mapped, expected, strict=True):
+                torch.testing.assert_close(actual[i], out)
+
+
+def test_the_reference_has_a_forward_mode_without_gradients():
+    """Where else torch's own attention computes it, which has none."""
+    x, function = first_output("amm_attention", arguments("amm_attention, bias alone"))
+    expected = torch.func.jvp(function, (x,), (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.jvp(function, (x,), (x,)), expected)
+
+
 THREADS = """
 import sys, threading, torch, edt_kernels
 from calls import CALLS, arguments, call, gradients

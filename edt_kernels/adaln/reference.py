@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._checks import enabled_autocast_dtype
+from .._tracing import add_in_place
 
 
 def default_out_dtype(tensor: Tensor) -> torch.dtype:
@@ -17,7 +18,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
     accumulate = torch.promote_types(x.dtype, torch.float32)
     normed = F.layer_norm(x.to(accumulate), x.shape[-1:], eps=eps)
     gain, shift = 1 + scale.to(accumulate).unsqueeze(1), shift.to(accumulate).unsqueeze(1)
-    return (normed * gain).add_(shift)  # addcmul would multiply once more per gradient
+    return add_in_place(normed * gain, shift)  # addcmul would multiply once more per gradient
 
 
 def adaln(x, shift, scale, *, eps=1e-6, out_dtype=None) -> Tensor:

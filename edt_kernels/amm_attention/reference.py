@@ -4,7 +4,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+from .._tracing import add_in_place, in_func_transform
 
 
 def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=None) -> Tensor:
@@ -54,7 +57,7 @@ def amm_attention(
     accumulate = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(accumulate)
     if bias is not None:
-        logits += bias  # in place: a second B·heads·N² tensor costs more than the addition
+        logits = add_in_place(logits, bias)  # a second B·heads·N² tensor costs more than the addition
     probabilities = torch.softmax(logits, dim=-1)
     if modulation is not None:
         factor = expand_offset_table(_widened(modulation), grid, num_extra_tokens, fill=1.0)
@@ -70,6 +73,9 @@ def _widened(table: Tensor) -> Tensor:
 
 def _is_plain_inference(q, modulation, rel_pos_bias) -> bool:
     """Whether PyTorch's own attention computes this, and faster: on a CPU without modulation and gradients
-    (3.1 ms against 3.9 for 4×6 heads of 16×16 tokens; with gradients the matrix form wins, 12.7 against 14.2)."""
+    (3.1 ms against 3.9 for 4×6 heads of 16×16 tokens; with gradients the matrix form wins, 12.7 against 14.2). It
+    has no forward-mode derivative, and is slow under vmap."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or in_func_transform():
+        return False
     one_dtype = rel_pos_bias is None or rel_pos_bias.dtype == q.dtype
-    return modulation is None and one_dtype and q.device.type == "cpu" and not torch.is_grad_enabled()
+    return modulation is None and one_dtype and q.device.type == "cpu"

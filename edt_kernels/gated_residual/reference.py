@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor
 
+from .._tracing import add_in_place
+
 
 def gated_residual(x, y, gate) -> Tensor:
     """x + gate·y in x's dtype, computed in float32: x and y (B, N, C), gate (B, C) → (B, N, C)."""
     accumulate = torch.promote_types(x.dtype, torch.float32)
     gate = gate.to(accumulate).unsqueeze(1)
-    return (gate * y.to(accumulate)).add_(x.to(accumulate)).to(x.dtype)  # addcmul: a product more per gradient
+    # addcmul: a product more per gradient
+    return add_in_place(gate * y.to(accumulate), x.to(accumulate)).to(x.dtype)
