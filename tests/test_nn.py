@@ -215,7 +215,7 @@ CHOICES = "must be one of 'never', 'inference', 'always'"
         (build(AMMAttention, (4, 0), HEADS), ValueError, r"grid is \(4, 0\); both sides must be at least 1"),
         (build(AMMAttention, (10**400, 2), HEADS), ValueError, r"grid is \(10+… .*; both sides must be"),
         (build(AMMAttention, (10**6, 10**6), HEADS), ValueError, r"grid is \(1000000, 1000000\); a table of its"),
-        (build(AMMAttention, GRID, 10**400), ValueError, r"num_heads is an integer of 1329 bits; tables of grid \(4, 6\) may have"),
+        (build(AMMAttention, GRID, 10**400), ValueError, r"num_heads is an integer of 1329 bits; tables"),
         (build(AMMAttention, GRID, 4.0), TypeError, r"num_heads is 4\.0; it must be an integer"),
         (build(AMMAttention, GRID, 0), ValueError, r"num_heads is 0; it must be at least 1"),
         (build(AMMAttention, GRID, 4, rel_pos_bias=randn(1)), TypeError, "rel_pos_bias is a Tensor; it must"),
