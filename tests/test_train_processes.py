@@ -245,7 +245,7 @@ def test_a_signal_after_the_exchange_of_a_step(data, tmp_path, fsdp):
 def encode_by_one_convolution() -> None:
     torch.manual_seed(0)
     train_module.load_image_encoder = lambda spec: torch.nn.Conv2d(3, 6, 4, stride=4)
-    # Of the 2048 channels that it has else, processes would exchange and save 50 MB of numbers that show no more.
+    # The 2048 channels that it has else are 4 million weights more to exchange and save, and show nothing more.
     train_module.AlignmentLoss = partial(train_module.AlignmentLoss, mlp_channels=32)
 
 
