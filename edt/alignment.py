@@ -132,6 +132,10 @@ def load_image_encoder(spec: str) -> nn.Module:
             f"image encoder is {spec!r}; {module_name} cannot be imported: {error}. For a file in this folder, "
             "set PYTHONPATH=."
         ) from error
+    except Exception as error:  # of the user's code
+        raise ValueError(
+            f"image encoder is {spec!r}; {module_name} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     if not hasattr(module, attribute):
         raise ValueError(f"image encoder is {spec!r}; module {module_name} has no {attribute}")
     factory = getattr(module, attribute)

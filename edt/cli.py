@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import select
 import sys
 import traceback
 from dataclasses import dataclass, replace
@@ -212,6 +213,8 @@ def run_evaluate(options: EvaluateOptions) -> int:
 def run_tune(options: Tune) -> int:
     if options.batch_size < 1:
         raise ValueError(f"batch_size is {options.batch_size}; it must be at least 1")
+    if options.seconds is not None and not options.seconds >= 0:
+        raise ValueError(f"seconds is {options.seconds}; it must not be negative")
     for name, known in (("ops", OPS), ("models", tuple(PRESETS))):
         if wrong := set(getattr(options, name)) - set(known):
             raise ValueError(f"{name} has {', '.join(sorted(wrong))}; it takes {', '.join(known)}")
@@ -280,16 +283,13 @@ def run_train(args: list[str]) -> int:
     first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     if stop:
         if first:
-            print(
-                f"\ninterrupted. The run is kept in {saved}; the same command goes on from there", file=sys.stderr
-            )
+            print(f"\ninterrupted. The run is kept in {printable(saved)}; the same command goes on from there",
+                  file=sys.stderr)  # fmt: skip
         return _INTERRUPTED
     if first:
         config = EDTTransformer2DModel.load_config(saved / "ema")
-        more = " --classes all" if config["num_classes"] else ""
-        print(
-            f"the run is in {options.output}; draw from it with\n  edt sample --checkpoint {options.output}{more}"
-        )
+        output, more = printable(options.output), " --classes all" if config["num_classes"] else ""
+        print(f"the run is in {output}; draw from it with\n  edt sample --checkpoint {output}{more}")
     return 0
 
 
@@ -331,12 +331,15 @@ def main(args: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # of `edt … | head`, which has seen enough
+        if not _reader_has_gone():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return _BROKEN_PIPE
 
 
 def _run(args: list[str]) -> int:
     try:
+        _check_none_is_empty(args)
         if args[:1] == ["train"]:
             return run_train(args[1:])
         options = tyro.extras.subcommand_cli_from_dict(
@@ -353,13 +356,27 @@ def _run(args: list[str]) -> int:
     except KeyboardInterrupt:
         print("\nedt: interrupted at once; only what was already saved is kept", file=sys.stderr)
         return _INTERRUPTED
-    except BrokenPipeError:
-        raise
     except Exception as error:
-        if os.environ.get("EDT_TRACEBACK") == "1":
+        if os.environ.get("EDT_TRACEBACK") == "1" or (isinstance(error, BrokenPipeError) and _reader_has_gone()):
             raise
         print(f"edt: error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _check_none_is_empty(args: list[str]) -> None:
+    """As a path it would be the current folder, where nobody wants a run's files."""
+    for before, given in zip(["edt", *args], args):
+        name, equals, value = given.partition("=")
+        if not given or (name.startswith("--") and equals and not value):
+            raise ValueError(f"{name or before} has an empty argument after it; is a variable of the shell unset?")
+
+
+def _reader_has_gone() -> bool:
+    """Of stdout or stderr; any other pipe that breaks, such as a worker's, is an error like others."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 # Of bad input, whose message says what is wrong. Any other has to say what it is, and where.

@@ -20,7 +20,7 @@ from .checkpoint import few, load_checkpoint
 from .config import PRESETS
 from .data import write_dataset
 from .devices import torch_device
-from .diffusion import NUM_TRAIN_TIMESTEPS, make_scheduler
+from .diffusion import NUM_TRAIN_TIMESTEPS, check_guidance_scale, make_scheduler
 from .digits import NUM_CLASSES, Judge, from_uint8, load_split_digits, to_uint8
 from .interrupt import StopRequest, stop_on_interrupt
 from .model import EDTTransformer2DModel
@@ -29,7 +29,7 @@ from .run_checkpoint import CHECKPOINTS, list_checkpoints
 from .run_folder import open_folder
 from .run_log import METRICS_FILE, read_metrics
 from .run_plots import plot_runs
-from .sampling import check_guidance_scale, sample
+from .sampling import sample
 from .shards import MANIFEST, read_manifest, write_json
 from .text_files import read_json
 from .train import train

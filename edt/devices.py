@@ -14,8 +14,10 @@ def torch_device(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}; it must be cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {name!r}; it must be cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}; torch sees no GPU here, use cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        seen = f"GPUs here up to cuda:{count - 1}" if count else "no GPU here, use cpu"
+        raise ValueError(f"device is {name!r}; torch sees {seen}")
     return device
 
 

@@ -85,9 +85,9 @@ def own_folder(lock: IO[str], folder: Path, is_new: bool) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if is_new and {path.name for path in folder.iterdir()} == {LOCK_FILE}:
-                (folder / LOCK_FILE).unlink()
-                with suppress(OSError):  # somebody has put something there
+            with suppress(OSError):  # it is gone, or somebody has put something there
+                if is_new and {path.name for path in folder.iterdir()} == {LOCK_FILE}:
+                    (folder / LOCK_FILE).unlink()
                     folder.rmdir()
             raise
 

@@ -25,7 +25,7 @@ from .checkpoint import few
 from .config import amm_placement
 from .cuda_graph import GraphedStep
 from .devices import torch_device
-from .diffusion import NUM_TRAIN_TIMESTEPS
+from .diffusion import NUM_TRAIN_TIMESTEPS, check_guidance, check_guidance_scale
 from .image_sets import IMAGES, SETTINGS, read_settings
 from .interrupt import StopRequest
 from .model import EDTTransformer2DModel
@@ -34,7 +34,6 @@ from .outputs import half_files, new_file
 from .pipeline import EDTPipeline, load_pipeline
 from .randomness import keyed_generator
 from .run_folder import open_folder
-from .sampling import check_guidance, check_guidance_scale
 from .shards import sha256, write_json
 from .step_cache import StepCacheConfig
 from .text_files import printable

@@ -16,7 +16,6 @@ from .diffusion import (
     NUM_TRAIN_TIMESTEPS,
     check_count,
     check_guidance,
-    check_guidance_scale,  # noqa: F401 (the commands check theirs with it)
     check_steps,
     make_scheduler,
     predict,

@@ -21,6 +21,8 @@ from typing import NoReturn, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import LoggerType
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -39,7 +41,7 @@ from .objective import Draws, TrainingObjective, draw
 from .randomness import keyed_generator, keyed_seed
 from .run_checkpoint import CHECKPOINTS, latest_checkpoint, list_checkpoints, verify_checkpoint, write_checkpoint
 from .run_folder import open_folder, own_folder, remember_verified, tracebacks, verify_once
-from .run_log import RunLog, peak_memory, peak_operations
+from .run_log import METRICS_FILE, RunLog, peak_memory, peak_operations
 from .sampling import NotFiniteError
 from .shards import MANIFEST
 from .text_files import say
@@ -80,33 +82,28 @@ def train(
     """
     config.check()
     given = config
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch_device(device)
-    if config.precision == "auto":
-        config = replace(config, precision="bf16" if device == "cuda" else "fp32")
-    # Precision is the objective's own: autocast of the network alone, losses in float32.
-    accelerator = Accelerator(
-        mixed_precision="no",
-        cpu=device == "cpu",
-        log_with=list(config.trackers) or None,
-        project_dir=config.output,
-        # Gradients need no second copy in DDP's buckets.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            # One process of a machine verifies the data while the others wait.
-            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
-        ],
-    )
-    main, is_new = accelerator.is_main_process, not config.output.exists()
-    with tf32(config.precision == "tf32"), _repeatable_convolutions(), _ended(accelerator):
-        # Nothing of the folder is read before it is this run's own; the other processes wait for the main one.
-        lock = _together(accelerator, lambda: open_folder(config.output) if main else None)
-        with own_folder(lock, config.output, is_new) if main else nullcontext():
-            if config_again is not None:
-                _together(accelerator, lambda: _check_unchanged(given, config_again()))
-            return Trainer(config, accelerator, StopRequest() if stop is None else stop).run()
+    if config.device != "auto":
+        torch_device(config.device)
+    if unknown := set(config.trackers) - set(map(str, LoggerType)):
+        raise ValueError(
+            f"trackers has {few(sorted(unknown))}; Accelerate knows {', '.join(map(str, LoggerType))}"
+        )
+    with _accelerated(config) as accelerator:
+        device = accelerator.device.type
+        if config.device not in ("auto", device):
+            raise ValueError(
+                f"device is {config.device!r}; Accelerate was told {device}, here or by its environment"
+            )
+        if config.precision == "auto":
+            config = replace(config, precision="bf16" if device == "cuda" else "fp32")
+        main, is_new = accelerator.is_main_process, not config.output.exists()
+        with tf32(config.precision == "tf32"), _repeatable_convolutions():
+            # Nothing of the folder is read before it is this run's own; the other processes wait for the main one.
+            lock = _together(accelerator, lambda: open_folder(config.output) if main else None)
+            with own_folder(lock, config.output, is_new) if main else nullcontext():
+                if config_again is not None:
+                    _together(accelerator, lambda: _check_unchanged(given, config_again()))
+                return Trainer(config, accelerator, StopRequest() if stop is None else stop).run()
 
 
 def _check_unchanged(given: TrainConfig, again: TrainConfig) -> None:
@@ -136,14 +133,30 @@ def _together(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _ended(accelerator: Accelerator) -> Iterator[None]:
-    """Ends trackers and the process group, also after an error."""
+def _accelerated(config: TrainConfig) -> Iterator[Accelerator]:
+    """The processes and their devices; ends trackers and the process group, also after an error."""
+    ours = not is_initialized()
+    # Precision is the objective's own: autocast of the network alone, losses in float32.
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=config.device == "cpu" or not torch.cuda.is_available(),
+        log_with=list(config.trackers) or None,
+        project_dir=config.output,
+        # Gradients need no second copy in DDP's buckets.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # One process of a machine verifies the data while the others wait.
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+        ],
+    )
     try:
-        yield
+        yield accelerator
     finally:
         if torch.distributed.is_initialized():
             _ENDED_GROUPS.append(torch.distributed.group.WORLD)
         accelerator.end_training()
+        if ours:  # or the next run of this process would be on this one's device, whatever it is told
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # Whoever holds a process group last waits for its threads. DDP's reducer does so without releasing Python's lock,
@@ -330,9 +343,7 @@ class Trainer:
             self.log.say(f"{config.output} has its {state.steps} steps; give more --steps to go on")
             return self.resumed_from
         if config.trackers:
-            accelerator.init_trackers(
-                "edt", config=_flat(config), init_kwargs={"wandb": {"name": config.output.name}}
-            )
+            self._start_trackers()
         if self.resumed_from is not None and self.resumed_from.parent.resolve() != self.checkpoints.resolve():
             self.save()  # of another run: from here on this one has its own
 
@@ -355,11 +366,24 @@ class Trainer:
             self._save_what_is_done()
             raise
 
+    def _start_trackers(self) -> None:
+        config = self.config
+        try:
+            self.accelerator.init_trackers(
+                "edt", config=_flat(config), init_kwargs={"wandb": {"name": config.output.name}}
+            )
+        except Exception as error:  # of a library of its own each
+            self.accelerator.trackers = []  # there are some that never began, which to end would be another error
+            raise RuntimeError(
+                f"trackers {', '.join(config.trackers)} cannot be started: {error}; --trackers without any does "
+                f"without, and {METRICS_FILE} has the same figures"
+            ) from error
+
     def _steps(self, batches: Iterator[dict[str, Tensor]]) -> Path:
         config, state = self.config, self.state
-        first_step, saved, batch = state.steps, self.resumed_from, None
+        first_step, saved = state.steps, self.resumed_from
+        batch = _together(self.accelerator, lambda: self._read(batches, None))  # no step could tell the others
         while True:
-            batch = self._read(batches, batch)
             figures = self.step(batch)
             if figures is None:
                 self._stop_unread()
@@ -376,6 +400,7 @@ class Trainer:
                     self.draw_samples()
             if last:
                 return saved
+            batch = self._read(batches, batch)
 
     def _read(self, batches: Iterator[dict[str, Tensor]], before: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """The next batch. Where it cannot be read the one before stands in for it, in a step that changes nothing
@@ -395,12 +420,9 @@ class Trainer:
         left = f"; the steps before it are in {saved}" if saved is not None else ""
         if self.unread is None:
             raise RuntimeError(f"another process could not read its data for step {step}{left}")
-        why = str(self.unread)
-        if "Traceback" in why:  # of a worker: the last line says what it was
-            why = re.sub(r"^\w+: ", "", why.strip().splitlines()[-1])
         raise OSError(
-            f"data {self.config.data}: the {self.local_batch_size} images of step {step} cannot be read: {why}"
-            f"{left}"
+            f"data {self.config.data}: the {self.local_batch_size} images of step {step} cannot be read: "
+            f"{_reason(self.unread)}{left}"
         ) from self.unread
 
     def _save_what_is_done(self, agreed: int = 1) -> Path | None:
@@ -640,7 +662,7 @@ class Trainer:
         encoder = ", without the image encoder's" if self.encoder is not None else ""
         say(f"memory, estimated: {(rest + activations) / 2**30:.2f} GiB for a process, "
             f"{activations / 2**30:.2f} of it activations of {size} images{encoder}")  # fmt: skip
-        if missing := set(config.trackers) - set(map(str, self.accelerator.log_with)):
+        if missing := set(config.trackers) - {"all", *map(str, self.accelerator.log_with)}:
             say(f"not installed, so not written: {', '.join(sorted(missing))}; metrics.jsonl has the same figures")
         if self.resumed_from is not None:
             say(f"goes on from {self.resumed_from}, step {self.state.steps}")
@@ -715,6 +737,14 @@ def _images(batch: dict[str, Tensor]) -> Tensor:
     """(B, 3, h, w) on the scale −1 to 1; grey ones in three equal channels."""
     images = batch.get("images", batch["latents"]).float() / 127.5 - 1
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+def _reason(error: Exception) -> str:
+    """Its message; of what a worker raised, whose traceback is the message, what follows the last frame."""
+    text = re.split(r'^  File ".*\n(?:    .*\n)*', str(error), flags=re.MULTILINE)
+    if len(text) > 1:
+        return re.sub(r"^[\w.]+: ", "", text[-1].strip())
+    return text[0] or type(error).__name__
 
 
 def _asked_for(variable: str) -> bool:

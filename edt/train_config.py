@@ -21,7 +21,7 @@ from .text_files import read_text
 
 CONFIG_FILE = "config.yaml"  # beside the run
 _NOT_SAVED = ("recipe", "config", "resume")
-_MOST_GUIDANCE = 1e6  # beyond it numbers overflow, and nothing but noise is drawn long before
+_MOST = 1e6  # of what multiplies: beyond it numbers overflow, and nothing is learned or drawn long before
 _MOST_WORKERS = 1024  # of a process, each a process itself: more are a slip of the finger that takes the machine
 
 
@@ -159,8 +159,10 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; it must be finite and not negative")
-        if self.sample_guidance > _MOST_GUIDANCE:
-            raise ValueError(f"sample_guidance is {self.sample_guidance}; it must be at most {_MOST_GUIDANCE}")
+        for name in ("learning_rate", "final_learning_rate", "weight_decay", "alignment_weight",
+                     "manifold_weight", "sample_guidance", "peak_tflops"):  # fmt: skip
+            if (getattr(self, name) or 0) > _MOST:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most {_MOST:.0f}")
         if self.task_routing is not None and not all(map(math.isfinite, self.task_routing)):
             raise ValueError(f"task_routing is {self.task_routing}; it must be two finite numbers")
         if self.sample_every and self.sample_guidance != 1 and not self.class_dropout and not self.unconditional:

@@ -202,6 +202,7 @@ not_a_module = lambda: (lambda images: images)
 def encoders(tmp_path, monkeypatch):
     (tmp_path / "some_encoders.py").write_text(ENCODERS)
     (tmp_path / "needs_more.py").write_text("import a_package_that_is_missing")
+    (tmp_path / "wrong_syntax.py").write_text("def f(:")
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -228,6 +229,9 @@ def test_encode(name):
         (":Encoder", ValueError, "it must be 'package.module:factory'"),
         ("no_such_module:f", ValueError, "no_such_module cannot be imported: No module named 'no_such_module'"),
         ("needs_more:f", ValueError, "needs_more cannot be imported: No module named 'a_package_that_is_missing'"),
+        ("wrong_syntax:f", ValueError, "wrong_syntax cannot be imported: SyntaxError: "),
+        ("no..module:f", ValueError, r"no\.\.module cannot be imported: "),
+        (".relative:f", ValueError, r"\.relative cannot be imported: TypeError: "),
         ("some_encoders:Nobody", ValueError, "module some_encoders has no Nobody"),
         ("torch:zeros", ValueError, r"zeros\(\) raised TypeError: "),
         ("some_encoders:not_callable", TypeError, "not_callable is a int, not callable"),

@@ -97,6 +97,10 @@ def test_info_in_16_bits_with_gradient_checkpointing(capsys):
         (["info", "EDT-S/2", "--batch-size", "0"], "batch_size is 0"),
         (["demo", "--steps", "0"], "steps is 0"),
         (["demo", "--device", "abacus"], "device is 'abacus'"),
+        (["info", ""], "info has an empty argument after it; is a variable of the shell unset?"),
+        (["train", "--data", "data", "--output", ""], "--output has an empty argument after it"),
+        (["train", "--data=", "--output", "run"], "--data has an empty argument after it"),
+        (["tune", "--seconds", "nan"], "seconds is nan; it must not be negative"),
     ],
 )
 def test_other_errors_are_one_line(capsys, args, message):
@@ -126,6 +130,7 @@ def test_unknown_command_and_help(capsys):
         (KeyError("shape"), r"edt: error: KeyError: 'shape' (test_cli.py:"),
         (RuntimeError(), "edt: error: RuntimeError:  (test_cli.py:"),
         (RecursionError("deep"), "edt: error: deep"),
+        (BrokenPipeError(32, "of a worker"), "edt: error: [Errno 32] of a worker"),
     ],
 )
 def test_any_error_is_one_line(monkeypatch, capsys, error, said):

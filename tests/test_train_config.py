@@ -266,6 +266,17 @@ def test_numbers_have_bounds(name):
         ({"task_routing": (float("nan"), 1.0)}, "task_routing is .*; it must be two finite numbers"),
         ({"sample_guidance": 1e308}, "sample_guidance is 1e.308; it must be at most 1000000"),
         ({"num_workers": 2000}, "num_workers is 2000; it must be at most 1024"),
+        *(
+            ({name: 1e38}, f"{name} is 1e.38; it must be at most 1000000")
+            for name in (
+                "learning_rate",
+                "final_learning_rate",
+                "weight_decay",
+                "alignment_weight",
+                "manifold_weight",
+                "peak_tflops",
+            )
+        ),
     ],
     ids=str,
 )

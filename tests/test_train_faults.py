@@ -8,10 +8,13 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from disks import small_disk
 from safetensors.torch import save_file
 from training_runs import (
@@ -31,10 +34,12 @@ from edt import train as train_module
 from edt import train_state
 from edt.cli import main
 from edt.data import LatentDataset, SampleOrder, to_latents, write_dataset
+from edt.devices import torch_device
 from edt.run_checkpoint import CHECKSUMS, list_checkpoints, verify_checkpoint
 from edt.run_log import read_metrics
 from edt.shards import sha256
 from edt.train import train
+from edt.train_config import CONFIG_FILE, load_config
 
 pytestmark = pytest.mark.usefixtures("_tiny_training")
 
@@ -333,6 +338,24 @@ def test_data_that_cannot_be_read_any_more(data, tmp_path, monkeypatch, capsys, 
     assert differing(newest(tmp_path / "run"), newest(tmp_path / "whole")) == []
 
 
+def test_what_a_worker_raises_is_said_whole(data, tmp_path, monkeypatch, capsys):
+    """As in the process itself: its traceback was the message, of which the last line alone was said."""
+    for error, said in (
+        (RuntimeError("disk 7 is broken\n  ask somebody\n"), "disk 7 is broken ask somebody"),
+        (torch.OutOfMemoryError("all is taken"), "all is taken"),
+        (MemoryError(), "MemoryError"),
+    ):
+        for workers in (0, 1):
+            with monkeypatch.context() as patch:
+                patch.setattr(LatentDataset, "read", partial(raising, error))
+                error_line = error_of(small_arguments(data, tmp_path / "run", num_workers=workers), capsys)
+            assert error_line.rstrip().endswith(f"the 8 images of step 1 cannot be read: {said}")
+
+
+def raising(error, *args):
+    raise error
+
+
 def test_data_that_cannot_be_read_at_all(data, tmp_path, monkeypatch, capsys):
     break_reading(monkeypatch, 0)
     error = error_of(small_arguments(data, tmp_path / "run"), capsys)
@@ -340,8 +363,8 @@ def test_data_that_cannot_be_read_at_all(data, tmp_path, monkeypatch, capsys):
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
-def break_reading_by_the_second() -> None:
-    break_reading(pytest.MonkeyPatch(), 3, rank="1")
+def break_reading_by_the_second(after: int = 3) -> None:
+    break_reading(pytest.MonkeyPatch(), after, rank="1")
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
@@ -356,6 +379,15 @@ def test_data_that_one_of_two_processes_cannot_read(data, tmp_path, fsdp):
     verify_checkpoint(saved)
     assert f"another process could not read its data for step 4; the steps before it are in {saved}" in run.text()
     assert "the 4 images of step 4 cannot be read: shard " in run.text()
+
+
+def test_data_that_one_of_two_processes_cannot_read_at_all(data, tmp_path):
+    """The other was waiting for it in its first step, and said that a connection was closed."""
+    options = {"processes": 2, "patch": partial(break_reading_by_the_second, 0)}
+    with forked(small_arguments(data, tmp_path / "run"), tmp_path / "log", **options) as run:
+        assert run.wait() == [2, 2], run.text()
+    assert f"another process of the run has failed: data {data}: the 4 images of step 1 cannot" in run.text()
+    assert run.text().count("edt: error: ") == 2
 
 
 def test_any_other_error_leaves_the_steps_before_it(data, tmp_path, monkeypatch, capsys):
@@ -408,6 +440,18 @@ def test_the_data_folder_moves_during_a_run(data, tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     train(small_config(data, tmp_path / "run", steps=7))
     assert "  data was " in capsys.readouterr().out
+
+
+def test_the_runs_folder_is_removed_during_it(data, tmp_path, monkeypatch):
+    """What ended the run is said, and not that there is no folder to tidy."""
+
+    def remove():
+        shutil.rmtree(tmp_path / "run")
+        raise FloatingPointError("the weights")
+
+    at_step(monkeypatch, 2, remove)
+    with pytest.raises(FloatingPointError, match="the weights"):
+        train(small_config(data, tmp_path / "run"))
 
 
 def at_step(monkeypatch, number: int, action):
@@ -507,6 +551,7 @@ def test_labels_outside_of_the_classes(tmp_path, capsys):
         ({"class_dropout": 0.0, "sample_every": 5, "sample_guidance": 2.0}, "no null class is learned"),
         ({"keep_every": 0}, "keep_every is 0; it must be at least 1"),
         ({"alignment_encoder": "torch:zeros"}, "has no images"),
+        ({"trackers": ("tensorboard", "tensorbord")}, "trackers has tensorbord; Accelerate knows all, aim, "),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )  # fmt: skip
@@ -517,6 +562,37 @@ def test_wrong_options(data, tmp_path, capsys, fields, message):
     assert error.startswith("edt: error: ")
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_that_is_not_utf_8(data, tmp_path, capsys):
+    """TensorBoard takes none; all else does, and says it so that a terminal can show it."""
+    output = os.fsdecode(os.fsencode(tmp_path) + b"/r\xe4\n")
+    error = error_of(small_arguments(data, output, trackers=("tensorboard",)), capsys)
+    assert error.startswith("edt: error: trackers tensorboard cannot be started: 'utf-8' codec can't encode ")
+    assert main(small_arguments(data, output, steps=1)) == 0
+    assert capsys.readouterr().out.endswith(
+        f"the run is in {tmp_path}/r\\udce4\\n; draw from it with\n"
+        f"  edt sample --checkpoint {tmp_path}/r\\udce4\\n --classes all\n"
+    )
+
+
+def test_the_device_is_the_one_of_this_run(data, tmp_path, monkeypatch):
+    """Accelerate keeps one for a process: a run on a CPU took the GPU from those after it, without a word."""
+    train(small_config(data, tmp_path / "run", steps=1))
+    assert not is_initialized()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    Accelerator(cpu=True)  # as a program of its own may have
+    try:
+        with pytest.raises(ValueError, match="device is 'cuda'; Accelerate was told cpu, here or by its environ"):
+            train(small_config(data, tmp_path / "run", device="cuda"))
+        with pytest.raises(ValueError, match="device is 'cuda:2'; torch sees GPUs here up to cuda:1"):
+            torch_device("cuda:2")
+        train(small_config(data, tmp_path / "auto", steps=1, device="auto"))
+        assert load_config(tmp_path / "auto" / CONFIG_FILE).precision == "fp32"
+        assert is_initialized()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_never_resume(data, tmp_path):
