@@ -379,13 +379,19 @@ def _reader_has_gone() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+_LONGEST_MESSAGE = 2000
 # Of bad input, whose message says what is wrong. Any other has to say what it is, and where.
 _EXPLAINED = (ValueError, TypeError, OSError, RuntimeError, ImportError, OverflowError, FloatingPointError)
 
 
 def _one_line(error: BaseException) -> str:
-    """The error's message in one line that a terminal can show."""
-    message = printable(re.sub(r"\s+", " ", str(error)).strip())
+    """The error's message in one line that a terminal can show, also of a name of thousands of letters."""
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror is not None and error.filename2 is None:  # not [Errno 13]
+        message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    message = printable(re.sub(r"\s+", " ", message).strip())
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[: _LONGEST_MESSAGE // 2]} … {message[-_LONGEST_MESSAGE // 2 :]}"
     if isinstance(error, MemoryError):
         return f"out of memory{f': {message}' if message else ''}"
     if isinstance(error, _EXPLAINED) and message:

@@ -227,7 +227,10 @@ def prepare_pipeline(options: SampleOptions) -> EDTPipeline:
         blocks = options.amm_blocks or ()
     else:
         blocks = amm_placement(config, options.guidance_scale)
-    pipe.transformer.set_amm_blocks(blocks)
+    try:
+        pipe.transformer.set_amm_blocks(blocks)
+    except ValueError as error:  # which calls them blocks
+        raise ValueError(f"amm_{error}") from error
     if options.cache_interval is not None:
         config = {"interval": options.cache_interval, "reuse": options.cache_reuse}
         if options.cache_schedule == "uniform":

@@ -130,7 +130,9 @@ def test_unknown_command_and_help(capsys):
         (KeyError("shape"), r"edt: error: KeyError: 'shape' (test_cli.py:"),
         (RuntimeError(), "edt: error: RuntimeError:  (test_cli.py:"),
         (RecursionError("deep"), "edt: error: deep"),
-        (BrokenPipeError(32, "of a worker"), "edt: error: [Errno 32] of a worker"),
+        (BrokenPipeError(32, "of a worker"), "edt: error: of a worker"),
+        (PermissionError(13, "Permission denied", "a\nb"), "edt: error: a b: Permission denied"),
+        (OSError(36, "File name too long", "x" * 5000), f"edt: error: {'x' * 1000} … {'x' * 980}"),
     ],
 )
 def test_any_error_is_one_line(monkeypatch, capsys, error, said):
@@ -142,6 +144,7 @@ def test_any_error_is_one_line(monkeypatch, capsys, error, said):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(said)
+    assert len(lines[0]) < 2100
     monkeypatch.setenv("EDT_TRACEBACK", "1")
     with pytest.raises(type(error)):
         main(["info", "EDT-S/2"])

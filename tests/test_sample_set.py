@@ -375,7 +375,7 @@ def test_a_checkpoint_may_move_and_its_vae_not_change(checkpoints, tmp_path, cap
         ("grey", ["--labels", "3", "--batch-size", "0"], "batch_size is 0"),
         ("grey", ["--labels", "3", "--steps", "1001"], "steps is 1001"),
         ("grey", ["--labels", "3", "--seed", "-1"], "seed is -1"),
-        ("grey", ["--labels", "3", "--amm-blocks", "99"], "blocks is (99,)"),
+        ("grey", ["--labels", "3", "--amm-blocks", "99"], "amm_blocks is (99,)"),
         ("grey", ["--labels", "3", "--no-amm", "--amm-blocks", "9"], "amm_blocks was given with --no-amm"),
         ("grey", ["--labels", "3", "--device", "abacus"], "device is 'abacus'"),
         ("grey", ["--labels", "3", "--cache-interval", "0"], "interval is 0"),
