@@ -8,6 +8,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -109,8 +110,8 @@ def _check_output(file: Path) -> None:
             raise ValueError(f"output {file} is there and no report of edt evaluate; give another")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
+        with tempfile.TemporaryFile(dir=file.parent), suppress(FileNotFoundError):
+            file.stat()  # whose name may be too long
     except OSError as error:
         raise OSError(error.errno, f"output {file} cannot be written: {error.strerror}") from error
 

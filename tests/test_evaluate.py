@@ -1026,6 +1026,9 @@ def test_output_that_cannot_be_written_is_found_first(sets, tmp_path):
         ValueError, match="output /dev/null is a device or a link that leads nowhere; it must be a file"
     ):
         run(sets, "held_out.npz", "held_out.npz", feature_model="pixels", output=Path("/dev/null"))
+    images = sets / "held_out.npz"
+    with pytest.raises(OSError, match=r"output .*nnn cannot be written: File name too long"):
+        EvaluateOptions(images, images, feature_model="pixels", output=tmp_path / ("n" * 300)).check()
 
 
 def test_names_that_are_no_utf8(sets, tmp_path):
