@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # Where installing finished; any change of the project's files installs again.
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %)
-PYTEST := $(BIN)/python -m pytest -n 2
+# Three on two cores too: tests of processes and of signals wait much.
+PYTEST := $(BIN)/python -m pytest -n 3
 PYTEST_MARKS := -m "not slow"
 # OpenMP's threads otherwise spin while they wait, which on a machine with other work to do costs more than it saves.
 export OMP_WAIT_POLICY := PASSIVE

@@ -1,6 +1,5 @@
 """A small EDT from nothing to pictures: trains on real handwritten digits, samples, judges, reports."""
 
-import math
 import os
 import shutil
 import time
@@ -87,8 +86,8 @@ class DemoOptions:
             raise ValueError(f"seed is {self.seed}; it must be 0 to 2**63 - 1")
         if not 1 <= self.sampling_steps <= NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"sampling_steps is {self.sampling_steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive and finite")
+        if not 0 < self.learning_rate <= 1e6:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive, and at most 1e6")
         check_guidance_scale(self.guidance_scale)
         torch_device(self.device)
 

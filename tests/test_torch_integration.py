@@ -52,8 +52,8 @@ def train_step(forward, model, inputs) -> dict[str, torch.Tensor]:
     return {"sample": sample.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def compiles(backend: str, device: str, modes=("train", "sample")) -> None:
-    model = small_model().to(device)
+def compiles(backend: str, device: str, modes=("train", "sample"), **sizes) -> None:
+    model = small_model(**sizes).to(device)
     inputs, others = (model_inputs(model, seed, device=device) for seed in (0, 1))
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     if "train" in modes:
@@ -75,9 +75,19 @@ def compiles(backend: str, device: str, modes=("train", "sample")) -> None:
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler on the CPU")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
-def test_the_model_compiles_once_whatever_the_batch_holds(backend):
-    compiles(backend, "cpu", ["train"] if backend == "aot_eager" else ["train", "sample"])
+@pytest.mark.parametrize(
+    ("backend", "mode"),
+    [
+        ("aot_eager", "train"),
+        ("aot_eager", "sample"),
+        pytest.param("inductor", "train", marks=needs_compiler),
+        pytest.param("inductor", "sample", marks=[slow, needs_compiler]),
+    ],
+)
+def test_the_model_compiles_once_whatever_the_batch_holds(backend, mode):
+    alike = {"hidden_sizes": (16,) * 5, "num_attention_heads": (2,) * 5, "depths": (1,) * 5, "amm_blocks": (3,)}
+    # g++ takes seconds for each shape.
+    compiles(backend, "cpu", [mode], **(alike if backend == "inductor" else {}))
 
 
 @interpreter

@@ -578,6 +578,7 @@ def test_a_name_that_is_not_utf_8(data, tmp_path, capsys):
 
 def test_the_device_is_the_one_of_this_run(data, tmp_path, monkeypatch):
     """Accelerate keeps one for a process: a run on a CPU took the GPU from those after it, without a word."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests
     train(small_config(data, tmp_path / "run", steps=1))
     assert not is_initialized()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
