@@ -26,7 +26,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         matches = ("interpreter" in item.keywords) == INTERPRETED
         (selected if matches else deselected).append(item)
-    items[:] = selected
+    # Stable, and what takes minutes begins first, or the other workers wait for it in the end.
+    items[:] = sorted(selected, key=lambda item: "long" not in item.keywords)
     config.hook.pytest_deselected(items=deselected)
     if not torch.cuda.is_available():
         for item in items:

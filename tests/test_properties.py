@@ -139,6 +139,7 @@ def test_gpu_norm_ops_stay_within_the_error_budget(op, data):
     norm_cases.check(data.draw(norm_examples(op, GPU_DTYPES, real=True)), "cuda")
 
 
+@pytest.mark.long
 @interpreter
 @pytest.mark.usefixtures("_resident")
 @examples(40)

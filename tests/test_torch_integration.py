@@ -80,7 +80,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="Inductor ne
     [
         ("aot_eager", "train"),
         ("aot_eager", "sample"),
-        pytest.param("inductor", "train", marks=needs_compiler),
+        pytest.param("inductor", "train", marks=[pytest.mark.long, needs_compiler]),
         pytest.param("inductor", "sample", marks=[slow, needs_compiler]),
     ],
 )
