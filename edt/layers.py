@@ -79,9 +79,10 @@ class TimestepEmbedding(HasConstants):
         self.fc1 = nn.Linear(self.frequencies, channels)
         self.fc2 = nn.Linear(channels, channels)
         half = self.frequencies // 2
-        # Made on the CPU: one rounding of a GPU's exp, times timesteps up to 999, moves the network's output by
-        # 10⁻⁵.
-        omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / half)
+        # Correctly rounded: the exponentials of float32 differ by device and by CPU, and one rounding, times
+        # timesteps up to 999, moves the network's output by 10⁻⁵.
+        exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / half
+        omega = exponents.double().exp().float()
         self.register_constant("omega", omega)
 
     def forward(self, timestep: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,14 +1,16 @@
 import fcntl
 import os
 
+# One thread here and in all that is started: workers are the parallelism, and sums in another order differ in the
+# last bit. Before torch is imported: MKL's products may otherwise differ from those of a process that began so.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 # What deterministic mode, which fills uninitialised memory with NaN, asks of cuBLAS.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers are the parallelism
 
 # Autograd's threads exist from the start where they can at all, with a GPU or a CUDA build of PyTorch: a fork of
 # this process that differentiates then fails in every order of the tests.
@@ -63,14 +65,11 @@ def _triton(monkeypatch):
 
 @pytest.fixture(scope="module")
 def _tiny_training():
-    """The preset "tiny", and one thread as in forked processes: sums in another order differ in the last bit."""
+    """The preset "tiny"."""
     from training_runs import TINY
 
     from edt.config import PRESETS
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
         yield
-    torch.set_num_threads(threads)

@@ -233,8 +233,7 @@ def test_judge_finds_collapse(judge):
 
 
 def _environment() -> dict[str, str]:
-    # A second thread gains nothing at this size and spins where cores are shared.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def _progress(log: str, phase: str) -> bool:

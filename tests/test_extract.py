@@ -652,7 +652,7 @@ def slow_extraction(arguments: list[str], until: Path):
     root = Path(__file__).parents[1]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, "extract", *arguments],
-        cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+        cwd=root, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
     try:

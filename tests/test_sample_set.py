@@ -26,17 +26,6 @@ from edt.config import amm_placement
 from edt.interrupt import StopRequest
 from edt.sample_set import SampleOptions, draw_samples
 
-pytestmark = pytest.mark.usefixtures("_one_thread")
-
-
-@pytest.fixture(scope="module")
-def _one_thread():
-    """As in forked processes: sums in another order differ in the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
@@ -77,7 +66,7 @@ SET = ("--classes", "all", "--num-images", 64, "--guidance-scale", 1.5, "--steps
 
 
 @pytest.fixture(scope="module")
-def whole(checkpoints, tmp_path_factory, _one_thread) -> Path:
+def whole(checkpoints, tmp_path_factory) -> Path:
     """The 64 images of SET, drawn as one batch."""
     folder = tmp_path_factory.mktemp("whole") / "set"
     draw(checkpoints / "grey", folder, *SET, "--batch-size", 64)

@@ -339,7 +339,6 @@ def test_the_reference_has_a_forward_mode_without_gradients():
 THREADS = """
 import sys, threading, torch, edt_kernels
 from calls import CALLS, arguments, call, gradients
-torch.set_num_threads(1)
 
 def results(op):
     tensors = arguments(op, grid=(2, 2), channels=8)
@@ -426,7 +425,6 @@ def joined_by_gloo(worker, folder) -> list[dict[str, torch.Tensor]]:
 
 
 def _join_and_run(rank: int, worker, folder: str) -> None:
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/join", rank=rank, world_size=2)
     try:
         torch.save(worker(rank), os.path.join(folder, f"{rank}.pt"))

@@ -209,7 +209,6 @@ def _run_forked(arguments: list[str], log: Path, environment: dict[str, str], pa
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
-    torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # that of data workers, as in a run that a user starts
     PRESETS["tiny"] = TINY
     if patch is not None:
@@ -225,7 +224,7 @@ def _run_forked(arguments: list[str], log: Path, environment: dict[str, str], pa
 @contextlib.contextmanager
 def fresh(command: list[str], log: Path) -> Iterator[Processes]:
     """A command in an interpreter of its own and a process group of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with log.open("ab") as stream:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=stream,
                                    stderr=stream, start_new_session=True)  # fmt: skip
