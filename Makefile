@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # Where installing finished; any change of the project's files installs again.
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %)
-# Three on two cores too: tests of processes and of signals wait much.
-PYTEST := $(BIN)/python -m pytest -n 3
+# Four on two cores too: tests of processes and of signals wait much.
+PYTEST := $(BIN)/python -m pytest -n 4
 PYTEST_MARKS := -m "not slow"
 # OpenMP's threads otherwise spin while they wait, which on a machine with other work to do costs more than it saves.
 export OMP_WAIT_POLICY := PASSIVE
@@ -37,7 +37,7 @@ test-rest: $(READY)
 
 # Every kernel, compiled at all shapes for all targets; fails on a spill, a narrow load and the like.
 static: $(READY)
-	$(BIN)/python -m benchmarks.static
+	$(BIN)/python -m benchmarks.static --faults
 
 # Everything against what one would use instead, on the GPU or the CPU; results and a page in benchmarks/results.
 bench: $(READY)

@@ -1,13 +1,13 @@
 """What the compiler makes of every kernel at the tiles that dispatch chooses, for GPUs that need not be there.
 
-    python -m benchmarks.static [--targets sm_90 gfx942] [--models EDT-S/2] [--out table.json]
+    python -m benchmarks.static [--targets sm_90 gfx942] [--models EDT-S/2] [--faults | --out table.json]
 
 The launchers run on CPU tensors with every launch recorded instead of run, so that what is compiled is what a call
 would launch: the same arguments, specialisations and tiles (of a measured table, if EDT_KERNELS_TILES names one).
 Prints, for each kernel, target and set of shapes that share its code: registers, spilled bytes, shared memory,
 matrix instructions, the programs that fit on a multiprocessor, and the instructions of the inner loop by class.
---out also stores how wide each argument is loaded, and a summary in Markdown beside it. The exit status is 1 if a
-kernel has a fault (`static_report.faults`).
+--out also stores how wide each argument is loaded, and a summary in Markdown beside it. With --faults only what is
+wrong is printed, in two thirds of the time. The exit status is 1 if a kernel has a fault (`static_report.faults`).
 """
 
 import argparse
@@ -56,14 +56,12 @@ MATRIX_UNITS = {
     "sm_120": "mma",
     "gfx942": "mfma",
 }
-# The instructions of those units: sm_120 has the warp's mma of sm_80, not sm_100's tcgen05.
+# The instructions of those units, in PTX or GCN.
 _MATRIX_INSTRUCTION = {
-    "sm_80": r"\bHMMA\b",
-    "sm_86": r"\bHMMA\b",
-    "sm_90": r"\bHGMMA\b",
-    "sm_100": r"\bUTCHMMA\b",
-    "sm_120": r"\bHMMA\b",
-    "gfx942": r"\bv_mfma_",
+    "mma": r"\bmma\.sync\b",
+    "wgmma": r"\bwgmma\.mma_async\b",
+    "tcgen05": r"\btcgen05\.mma\b",
+    "mfma": r"\bv_mfma_",
 }
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {
@@ -126,7 +124,8 @@ def _describe(op: str, kernel: JITFunction, args: tuple, kwargs: dict) -> Launch
         elif isinstance(value, float):
             kind = "fp32"
         else:
-            kind, aligned = ("i32" if abs(value) < 2**31 else "i64"), value % 16 == 0
+            kind = "i32" if abs(value) < 2**31 else "i64"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize_on_alignment
         signature[parameter.name] = kind
         if aligned:
             divisible.append(place)
@@ -257,23 +256,23 @@ def compile_launch(launch: Launch, target: str):
 
 
 def report(launch: Launch, target: str, shapes: list[str] = (), disassemble: bool = True) -> Report:
-    """Compiles a launch for a target. Without `disassemble`, which is a third of the time, the instructions of
-    kernels without a matrix product are not counted."""
+    """Compiles a launch for a target. Without `disassemble`, which is a third of the time, the instructions of the
+    inner loop are not counted."""
     compiled = compile_launch(launch, target)
     pointers = {kind for kind in launch.signature.values() if kind.startswith("*")}
     dtype = " ".join(sorted(kind[1:] for kind in pointers & {"*bf16", "*fp16"})) or "fp32"
     exact = dtype == "fp32" and launch.constants.get("PRECISION") == "ieee"  # only FMA units multiply so
     multiplies = "tt.dot" in compiled.asm["ttir"] and not exact
-    assembly = ""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        if target.startswith("gfx"):
-            assembly = compiled.asm["amdgcn"]
-            registers, spilled = _amd_registers(assembly)
-        else:
+    if target.startswith("gfx"):
+        virtual = assembly = compiled.asm["amdgcn"]
+        registers, spilled = _amd_registers(assembly)
+    else:
+        virtual, assembly = compiled.asm["ptx"], ""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(compiled.asm["cubin"])
             cubin.flush()
             registers, spilled = _nvidia_registers(cubin.name)
-            if multiplies or disassemble:
+            if disassemble:
                 assembly = _run(_NVIDIA_TOOLS / "nvdisasm", "-ndf", "-c", cubin.name)
     num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
@@ -294,7 +293,7 @@ def report(launch: Launch, target: str, shapes: list[str] = (), disassemble: boo
         spilled_bytes=spilled,
         shared_memory=shared,
         multiplies=multiplies,
-        matrix_instructions=len(re.findall(_MATRIX_INSTRUCTION[target], assembly)),
+        matrix_instructions=len(re.findall(_MATRIX_INSTRUCTION[MATRIX_UNITS[target]], virtual)),
         programs_per_multiprocessor=programs,
         occupancy=programs * num_warps / MULTIPROCESSORS[target].warps,
         limited_by=limited_by,
@@ -347,22 +346,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
-    parser.add_argument(
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--faults", action="store_true", help="print the faults alone, in two thirds of the time")
+    output.add_argument(
         "--out", type=Path, help="store the table here as JSON, and a summary beside it as Markdown"
     )
     options = parser.parse_args(arguments)
     # One job for each code, whichever shapes launch it.
-    jobs: dict[str, tuple[Launch, str, list[str]]] = {}
+    jobs: dict[str, tuple[Launch, str, list[str], bool]] = {}
     shapes = [shape for shape in SHAPES if shape.model in options.models]
     for target, dtype, shape in itertools.product(options.targets, options.dtypes, shapes):
         for launch in launches_of(shape, target, getattr(torch, dtype)):
             code = f"{target} {launch.op} {launch.identity}"
-            jobs.setdefault(code, (launch, target, []))[2].append(str(shape))
-    print(HEADER)
+            jobs.setdefault(code, (launch, target, [], not options.faults))[2].append(str(shape))
+    if not options.faults:
+        print(HEADER)
     rows: list[Report] = []
     with ProcessPoolExecutor() as pool:
         for row in tqdm(pool.map(_report, jobs.values()), total=len(jobs), desc="compiling", disable=None):
-            tqdm.write(line(row))
+            if not options.faults:
+                tqdm.write(line(row))
             rows.append(row)
     if options.out:
         store(rows, options.out)

@@ -24,7 +24,7 @@ import edt
 import edt_kernels
 from edt.checkpoint import to_released_state_dict
 from edt.diffusion import guide
-from edt.layers import MLP
+from edt.layers import MLP, TimestepEmbedding
 
 PARITY = 1e-5
 
@@ -123,6 +123,13 @@ def test_masked_training_forward_and_gradients(released, inputs):
     assert len(expected) == 14
     errors = {name: relative_error(gradients[name], grad) for name, grad in expected.items()}
     assert max(errors.values()) <= PARITY, errors
+
+
+def test_timestep_frequencies_are_correctly_rounded():
+    """Whatever the CPU: the vectorised exponentials of float32 are not."""
+    exponents = -math.log(10000) * torch.arange(128, dtype=torch.float32) / 128
+    expected = torch.tensor([math.exp(exponent) for exponent in exponents.tolist()])
+    assert torch.equal(TimestepEmbedding(8).constant_on("omega", torch.device("cpu")), expected)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -203,6 +203,19 @@ def test_launches_are_recorded_with_their_specialisations():
     assert (forward.constants["BLOCK"], forward.constants["SEQ"]) == (64, 16)
 
 
+def test_the_number_of_heads_makes_no_other_code():
+    """Nor does how far apart tokens are: 18 heads of 52 are no multiple of 16 channels, 16 and 32 are."""
+    few, more, many = (
+        {
+            launch.identity
+            for launch in static.attention_launches((16, 16), heads, 52, torch.bfloat16, "sm_90", (64,))
+            if launch.kernel in ("forward", "backward_q", "backward_kv")
+        }
+        for heads in (18, 16, 32)
+    )
+    assert few == more == many
+
+
 def test_every_launch_asks_for_fused_products_and_sums():
     """Triton 3.10 leaves them out unless asked."""
     for shape in (FIRST_STAGE, LAST_STAGE, NARROWEST):

@@ -4,7 +4,15 @@
 import triton
 import triton.language as tl
 
-from .kernels import gradients_of_scores, load_logsumexp, load_rows, load_rows_transposed, look_up, row_offsets
+from .kernels import (
+    SIZES,
+    gradients_of_scores,
+    load_logsumexp,
+    load_rows,
+    load_rows_transposed,
+    look_up,
+    row_offsets,
+)
 
 
 @triton.jit
@@ -16,7 +24,7 @@ def rows_of_cells(item, cell, head, stride_b, stride_n, stride_h, group, first, 
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SIZES)
 def backward_tables(
     q, k, v, table, grad_out, logsumexp, delta, bias_partials, modulation_partials,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -99,7 +107,7 @@ def backward_tables(
         tl.store(modulation_partials + partials, modulation_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SIZES)
 def reduce_table_partials(
     partials, grad_table, splits, heads, H, W,
     ITEMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
