@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %)
 # Four on two cores too: tests of processes and of signals wait much.
-PYTEST := $(BIN)/python -m pytest -n 4
+PYTEST := $(BIN)/python -m pytest -n 4 --dist worksteal
 PYTEST_MARKS := -m "not slow"
 # OpenMP's threads otherwise spin while they wait, which on a machine with other work to do costs more than it saves.
 export OMP_WAIT_POLICY := PASSIVE
