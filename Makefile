@@ -4,7 +4,8 @@ CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 # Where installing finished; any change of the project's files installs again.
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %)
+# Only what is imported is compiled to bytecode, then.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(CONSTRAINTS:%=-c %)
 # Four on two cores too: tests of processes and of signals wait much.
 PYTEST := $(BIN)/python -m pytest -n 4 --dist worksteal
 PYTEST_MARKS := -m "not slow"
