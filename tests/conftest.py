@@ -4,6 +4,7 @@ import os
 # One thread here and in all that is started: workers are the parallelism, and sums in another order differ in the
 # last bit. Before torch is imported: MKL's products may otherwise differ from those of a process that began so.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else a pool of processes that import torch each
 
 import pytest
 import torch

@@ -37,9 +37,10 @@ import triton.language as tl
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 NO_BIAS_FACTOR_ONE: tl.constexpr = tl.constexpr(0x3F800000 << 32)  # float32 0 and 1 as one 64-bit word
-# Whether these arguments are multiples of 16 tells the compiler nothing (of strides ALIGN does); asked, it
-# would make the same code again for each combination.
-SIZES = ["stride_qn", "stride_kn", "stride_vn", "stride_on", "stride_gn", "heads", "groups_per_split", "splits"]
+# Whether these arguments are multiples of 16 tells the compiler nothing (of strides ALIGN does); asked, it would
+# make the same code again for each combination.
+ANY_ALIGNMENT = ["stride_qn", "stride_kn", "stride_vn", "stride_on", "stride_gn", "heads", "groups_per_split",
+                 "splits"]  # fmt: skip
 
 
 @triton.jit
@@ -239,7 +240,7 @@ def store_output(
         tl.store(logsumexp + first + i, running_max + tl.log(running_sum), mask=valid)
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def forward(
     q, k, v, table, out, logsumexp,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -290,7 +291,7 @@ def forward(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def backward_q(
     q, k, v, table, out, grad_out, logsumexp, delta, grad_q,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -347,7 +348,7 @@ def backward_q(
         tl.store(delta + first_row + i, row_delta, mask=i < N)
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def backward_kv(
     q, k, v, table, grad_out, logsumexp, delta, grad_k, grad_v,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .kernels import (
-    SIZES,
+    ANY_ALIGNMENT,
     attend,
     grid_positions,
     load_rows,
@@ -22,7 +22,7 @@ from .kernels import (
 )
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def resident_forward(
     q, k, v, table, out, logsumexp,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,

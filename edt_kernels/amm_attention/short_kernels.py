@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .kernels import (
-    SIZES,
+    ANY_ALIGNMENT,
     exp_difference,
     finite_maximum,
     gradients_of_scores,
@@ -42,7 +42,7 @@ def store_rows_transposed(pointer, offsets, valid, values, D: tl.constexpr, BLOC
     tl.store(pointer + offsets[None, :] + d, values.to(pointer.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def short_forward(
     q, k, v, table, out, logsumexp,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -92,7 +92,7 @@ def short_forward(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def short_backward(
     q, k, v, table, grad_out, logsumexp, grad_q, grad_k, grad_v, partials,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -154,7 +154,7 @@ def short_backward(
         tl.store(partials + place, bias_sum)
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def reduce_short_partials(
     partials, grad_bias, splits, heads, H, W, before,
     SEQ: tl.constexpr, BLOCK: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,

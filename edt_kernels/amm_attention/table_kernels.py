@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .kernels import (
-    SIZES,
+    ANY_ALIGNMENT,
     gradients_of_scores,
     load_logsumexp,
     load_rows,
@@ -24,7 +24,7 @@ def rows_of_cells(item, cell, head, stride_b, stride_n, stride_h, group, first, 
     )
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def backward_tables(
     q, k, v, table, grad_out, logsumexp, delta, bias_partials, modulation_partials,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -107,7 +107,7 @@ def backward_tables(
         tl.store(modulation_partials + partials, modulation_sum)
 
 
-@triton.jit(do_not_specialize_on_alignment=SIZES)
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def reduce_table_partials(
     partials, grad_table, splits, heads, H, W,
     ITEMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
