@@ -4,13 +4,14 @@ CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 # Where installing finished; any change of the project's files installs again.
 READY := $(VENV)/.ready
-# Only what is imported is compiled to bytecode, then.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(CONSTRAINTS:%=-c %)
 # Four on two cores too: tests of processes and of signals wait much.
 PYTEST := $(BIN)/python -m pytest -n 4 --dist worksteal
 PYTEST_MARKS := -m "not slow"
 # OpenMP's threads otherwise spin while they wait, which on a machine with other work to do costs more than it saves.
 export OMP_WAIT_POLICY := PASSIVE
+# Images of containers often forbid bytecode, and every process that a test starts would compile all it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all test-latest test-interpreter test-rest static bench lint clean
 
@@ -53,6 +54,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PIP) torch
 	$(PIP) -e ".[train,bench,dev]"
 	$(PIP) --no-deps torch-fidelity
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # as pip would, on all cores; one file needs a later Python
 	touch $(READY)
 
 clean:
