@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -254,16 +254,19 @@ def _begun(folder: Path, source, settings: dict) -> Manifest | None:
     Raises:
         ValueError: if it was begun with other options, or the folder has something else in it.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file; it must be a folder, or not there yet")
+    # Another process may write there until its lock is taken: progress.json is written before the first shard and
+    # removed after manifest.json is there, so that what is listed first has one of them, looked for in this order.
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     for name in (PROGRESS, MANIFEST):
         if (folder / name).is_file():
-            manifest = shards.read_manifest(folder / name)
-            break
+            with suppress(FileNotFoundError):
+                manifest = shards.read_manifest(folder / name)
+                break
     else:
         # Its lock and temporary files: another has just begun, or was killed at once.
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"output {folder} is a file; it must be a folder, or not there yet")
-        begins = {path.name for path in shards.leftovers(folder)} | {LOCK_FILE} if folder.is_dir() else set()
-        if folder.exists() and any(entry.name not in begins for entry in folder.iterdir()):
+        if any(name != LOCK_FILE and not shards.is_leftover(name) for name in names):
             raise ValueError(f"output {folder} is not empty and was not begun by edt extract; give another folder")
         return None
     if manifest.extraction is None:

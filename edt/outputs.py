@@ -41,7 +41,12 @@ def new_file(path: Path) -> Iterator[Path]:
 
 def half_files(folder: Path) -> list[Path]:
     """What `new_file` left in a folder when it was killed; or has not finished, so the caller holds its lock."""
-    return [path for path in folder.glob(".*.edt-half") if _HALF.fullmatch(path.name)]
+    return [path for path in folder.glob(".*") if is_half(path.name)]
+
+
+def is_half(name: str) -> bool:
+    """Whether `new_file` gives its temporary files such names."""
+    return bool(_HALF.fullmatch(name))
 
 
 @contextmanager

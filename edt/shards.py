@@ -25,7 +25,7 @@ from numpy import ndarray
 
 from edt_kernels._checks import shown
 
-from .outputs import half_files, new_file
+from .outputs import is_half, new_file
 from .text_files import read_json
 
 FORMAT_VERSION = 1
@@ -277,7 +277,11 @@ def parse_npy_header(file: BinaryIO, size: int) -> tuple[np.dtype, tuple[int, ..
 
 def leftovers(folder: Path) -> list[Path]:
     """Files that an interrupted writing left in a folder, told by their names."""
-    return half_files(folder) + [path for path in folder.glob(f"*{PARTIAL}") if _HALF.fullmatch(path.name)]
+    return [path for path in folder.iterdir() if is_leftover(path.name)]
+
+
+def is_leftover(name: str) -> bool:
+    return is_half(name) or bool(_HALF.fullmatch(name))
 
 
 class ArrayWriter:

@@ -21,6 +21,7 @@ from disks import small_disk
 from image_folders import SIZES, random_image, run, save_images, save_vae
 from PIL import Image
 
+import edt.shards
 import edt.sources
 from edt.cli import main
 from edt.data import open_dataset, to_latents, verify_dataset
@@ -835,6 +836,46 @@ def test_one_extraction_writes_in_a_folder(flat, tmp_path, begun):
     assert run(flat, tmp_path / "data", shard_size=4)[1]
     assert not list((tmp_path / "data").glob("*.partial"))
     assert ".lock" not in (tmp_path / "data" / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize("look", range(6))
+@pytest.mark.parametrize("step", ["begins", "ends"])
+def test_another_extraction_begins_or_ends_between_two_looks(flat, tmp_path, monkeypatch, step, look):
+    """At the folder, before its lock is taken: whatever is seen, the other's lock is what decides."""
+    folder, begun, ended = (tmp_path / name for name in ("data", "begun", "ended"))
+    run(flat, ended, shard_size=4)
+    shutil.copytree(ended, begun)
+    (begun / "manifest.json").rename(begun / "progress.json")
+    (begun / "data-00002.npy").unlink()
+
+    def go_on(to: Path) -> None:  # as edt extract: its shards, its manifest, and last what it no longer needs
+        for name in sorted(contents(to), key=lambda name: (name == "manifest.json", name != "progress.json")):
+            shutil.copy(to / name, folder / name)
+        for name in contents(folder).keys() - contents(to).keys():
+            (folder / name).unlink()
+
+    looks = 0
+
+    def looking(function):
+        def looked(path, *args, **options):
+            nonlocal looks
+            if Path(path) in (folder, folder / "progress.json", folder / "manifest.json"):
+                if looks == look:
+                    looks += 1
+                    go_on(begun if step == "begins" else ended)
+                looks += 1
+            return function(path, *args, **options)
+
+        return looked
+
+    with held_by_another(folder):
+        if step == "ends":
+            go_on(begun)
+        for name in ("iterdir", "glob", "is_file"):
+            monkeypatch.setattr(Path, name, looking(getattr(Path, name)))
+        monkeypatch.setattr(edt.shards, "read_manifest", looking(edt.shards.read_manifest))
+        with pytest.raises(ValueError, match="data is in use by process"):
+            run(flat, folder, shard_size=4)
 
 
 @pytest.mark.parametrize("where", ["inside", "same", "around", "by a link"])
