@@ -37,7 +37,8 @@ test-interpreter: $(READY)
 test-rest: $(READY)
 	$(PYTEST) $(PYTEST_MARKS)
 
-# Every kernel, compiled at all shapes for all targets; fails on a spill, a narrow load and the like.
+# Every kernel at all shapes for all targets, compiled unless benchmarks/results/static has it as it is now; fails on a
+# spill, a narrow load and the like.
 static: $(READY)
 	$(BIN)/python -m benchmarks.static --faults
 

@@ -7,11 +7,14 @@ would launch: the same arguments, specialisations and tiles (of a measured table
 Prints, for each kernel, target and set of shapes that share its code: registers, spilled bytes, shared memory,
 matrix instructions, the programs that fit on a multiprocessor, and the instructions of the inner loop by class.
 --out also stores how wide each argument is loaded, and a summary in Markdown beside it. With --faults only what is
-wrong is printed, in two thirds of the time. The exit status is 1 if a kernel has a fault (`static_report.faults`).
+wrong is printed, and only what the stored table has not is compiled (`fingerprint`). The exit status is 1 if a
+kernel has a fault (`static_report.faults`).
 """
 
 import argparse
 import contextlib
+import functools
+import hashlib
 import importlib
 import itertools
 import json
@@ -30,7 +33,7 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 from .assembly import MULTIPROCESSORS, global_loads, instruction_mix, resident_programs
@@ -74,6 +77,7 @@ _TYPES = {
 _BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2, "*u8": 1, "*i64": 8}
 
 
+STORED = Path(__file__).parent / "results" / "static" / "table.json"
 SHAPES = [*EDT_ATTENTION, *EDT_NORMS, *OTHER_ATTENTION, *OTHER_NORMS]
 MODELS = sorted({shape.model for shape in SHAPES})
 
@@ -255,6 +259,43 @@ def compile_launch(launch: Launch, target: str):
     return triton.compile(source, target=TARGETS[target], options=launch.options)
 
 
+def fingerprint(launch: Launch, target: str) -> str:
+    """Of all that a report depends on: the sources of the op's kernels, types, constants, options, the target, the
+    releases of Triton and its assembler, and the code that reports."""
+    # Not the kernel's `cache_key`, which differs between processes where kernels call each other's functions.
+    parts = (launch.op, launch.identity, _sources(launch.module), _tools(target))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _sources(module: str) -> list[str]:
+    """Of the kernels in the module's folder, and of what all ops share."""
+    folder = Path(importlib.import_module(module).__file__).parent
+    files = [*sorted(folder.glob("*.py")), *sorted(folder.parent.glob("_*.py"))]
+    return [_digest(path) for path in files if "triton.language" in path.read_text(encoding="utf-8")]
+
+
+@functools.cache
+def _tools(target: str) -> tuple[str, ...]:
+    reporting = [_digest(Path(__file__).with_name(name)) for name in ("static.py", "assembly.py")]
+    return (target, triton.__version__, make_backend(TARGETS[target]).hash(), *reporting)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def stored_reports() -> dict[str, Report]:
+    """The rows of the stored table by the fingerprints of what was compiled for them."""
+    rows = [Report(**row) for row in json.loads(STORED.read_text())]
+    for row in rows:  # JSON has no numbers as keys
+        row.bytes_per_load = {
+            name: {int(width): count for width, count in loads.items()}
+            for name, loads in row.bytes_per_load.items()
+        }
+    return {name: row for row in rows for name in row.fingerprints}
+
+
 def report(launch: Launch, target: str, shapes: list[str] = (), disassemble: bool = True) -> Report:
     """Compiles a launch for a target. Without `disassemble`, which is a third of the time, the instructions of the
     inner loop are not counted."""
@@ -301,6 +342,7 @@ def report(launch: Launch, target: str, shapes: list[str] = (), disassemble: boo
         instructions=mix,
         bytes_per_load=loads,
         possible_bytes_per_load={name: n for name, n in possible_load_bytes(launch).items() if name in loads},
+        fingerprints=[fingerprint(launch, target)],
     )
 
 
@@ -327,9 +369,11 @@ def store(rows: list[Report], path: Path) -> None:
     """Writes JSON, a line for each row, and its summary. Rows that differ in their shapes only become one."""
     merged: dict[str, Report] = {}
     for row in rows:
-        figures = repr(replace(row, shapes=[]))
-        shapes = merged[figures].shapes if figures in merged else []
-        merged[figures] = replace(row, shapes=shapes + row.shapes)
+        one = merged.setdefault(
+            repr(replace(row, shapes=[], fingerprints=[])), replace(row, shapes=[], fingerprints=[])
+        )
+        one.shapes += row.shapes
+        one.fingerprints += row.fingerprints
     lines = [json.dumps(asdict(row), separators=(",", ":")) for row in merged.values()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
@@ -347,7 +391,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--faults", action="store_true", help="print the faults alone, in two thirds of the time")
+    output.add_argument(
+        "--faults",
+        action="store_true",
+        help="print the faults alone, and compile only what the stored table has not",
+    )
     output.add_argument(
         "--out", type=Path, help="store the table here as JSON, and a summary beside it as Markdown"
     )
@@ -359,9 +407,16 @@ def main(arguments: list[str] | None = None) -> int:
         for launch in launches_of(shape, target, getattr(torch, dtype)):
             code = f"{target} {launch.op} {launch.identity}"
             jobs.setdefault(code, (launch, target, [], not options.faults))[2].append(str(shape))
-    if not options.faults:
-        print(HEADER)
     rows: list[Report] = []
+    if options.faults:
+        stored = stored_reports()
+        for code, (launch, target, names, _) in list(jobs.items()):
+            if (row := stored.get(fingerprint(launch, target))) is not None:
+                rows.append(replace(row, shapes=names))
+                del jobs[code]
+        print(f"{len(rows)} kernels are those of {STORED.name}; to compile: {len(jobs)}")
+    else:
+        print(HEADER)
     with ProcessPoolExecutor() as pool:
         for row in tqdm(pool.map(_report, jobs.values()), total=len(jobs), desc="compiling", disable=None):
             if not options.faults:

@@ -49,6 +49,7 @@ class Report:
     # Of each argument: how many loads of how many bytes; what the alignment of rows allows.
     bytes_per_load: dict[str, dict[int, int]] = field(default_factory=dict)
     possible_bytes_per_load: dict[str, int] = field(default_factory=dict)
+    fingerprints: list[str] = field(default_factory=list)  # of the compilations that came out so
 
 
 def faults(report: Report) -> list[str]:

@@ -4,6 +4,7 @@ The unmarked tests compile EDT at 256² for sm_90 and a cover of it for other ta
 whatever `python -m benchmarks.static` does.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -24,6 +25,11 @@ PROVEN = re.search(r"^triton==(.*)$", CONSTRAINTS.read_text(), re.MULTILINE).gro
 def check(launches: list[static.Launch], target: str) -> list[static.Report]:
     """Compiles what differs among the launches and asserts that nothing is wrong with it."""
     rows = [static.report(launch, target, disassemble=False) for launch in static.unique(launches)]
+    stored = static.stored_reports()
+    for row in rows:  # what `--faults` believes the table
+        if kept := stored.get(*row.fingerprints):
+            given = {"shapes": [], "fingerprints": [], "inner_loop": False, "instructions": {}}
+            assert dataclasses.replace(row, **given) == dataclasses.replace(kept, **given)
     found = {f"{row.target} {row.kernel}: {fault}": fault for row in rows for fault in faults(row)}
     without_spills(found)
     return rows
@@ -187,6 +193,51 @@ def test_only_spills_of_another_triton_are_expected(version, monkeypatch):
             without_spills(found)
     with pytest.raises(AssertionError if version == PROVEN else pytest.xfail.Exception, match="spills 8 bytes"):
         without_spills(spill)
+
+
+def test_faults_are_those_of_the_stored_table_and_of_what_it_has_not(tmp_path, monkeypatch, capsys):
+    arguments = ["--targets", "sm_90", "--models", "EDT-S/2"]
+    kept = [
+        row for row in static.stored_reports().values() if row.target == "sm_90" and "EDT-S/2" in str(row.shapes)
+    ]
+    bad, *others = {row.fingerprints[0]: row for row in kept}.values()
+    forgotten = others.pop()
+    monkeypatch.setattr(static, "STORED", tmp_path / "table.json")
+    static.store([dataclasses.replace(bad, spilled_bytes=12), *others], static.STORED)
+    compiled = []
+
+    class Pool:
+        def map(self, function, jobs):
+            compiled.extend(static.fingerprint(launch, target) for launch, target, *_ in jobs)
+            return [forgotten]
+
+    monkeypatch.setattr(static, "ProcessPoolExecutor", lambda: contextlib.nullcontext(Pool()))
+    assert static.main([*arguments, "--faults"]) == 1
+    said = capsys.readouterr().out
+    assert f"{bad.target} {bad.op} {bad.kernel}" in said
+    assert "spills 12 bytes" in said
+    assert set(compiled) <= set(forgotten.fingerprints)
+    assert compiled
+
+
+def test_a_fingerprint_is_of_all_that_a_report_depends_on(monkeypatch):
+    launch = forward_launch()
+    names = {static.fingerprint(launch, "sm_90"), static.fingerprint(launch, "sm_80")}
+    for change in (
+        {"options": launch.options | {"num_stages": 7}},
+        {"constants": launch.constants | {"BLOCK_M": 16}},
+        {"divisible": launch.divisible[1:]},
+        {"signature": launch.signature | {"q": "*fp16"}},
+        {"kernel": "backward_q"},
+    ):
+        names.add(static.fingerprint(dataclasses.replace(launch, **change), "sm_90"))
+    monkeypatch.setattr(triton, "__version__", "0.0")
+    static._tools.cache_clear()
+    names.add(static.fingerprint(launch, "sm_90"))
+    static._tools.cache_clear()
+    assert len(names) == 8
+    monkeypatch.undo()
+    assert static.fingerprint(launch, "sm_90") in names
 
 
 # What the report is made of.
