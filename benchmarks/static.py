@@ -277,7 +277,8 @@ def _sources(module: str) -> list[str]:
 
 @functools.cache
 def _tools(target: str) -> tuple[str, ...]:
-    reporting = [_digest(Path(__file__).with_name(name)) for name in ("static.py", "assembly.py")]
+    code = ("static.py", "static_report.py", "assembly.py")
+    reporting = [_digest(Path(__file__).with_name(name)) for name in code]
     return (target, triton.__version__, make_backend(TARGETS[target]).hash(), *reporting)
 
 
