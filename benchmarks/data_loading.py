@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edt.data import make_loader, number_names, open_dataset
-from edt.shards import MANIFEST, Manifest, ShardWriter, write_manifest
+from edt.data.dataset import make_loader, number_names, open_dataset
+from edt.data.shards import MANIFEST, Manifest, ShardWriter, write_manifest
 
 from .results import RESULTS
 

@@ -62,11 +62,11 @@ def plan(groups: list[str], out: Path, has_xdist: bool) -> list[Part]:
         workers = ["-n", str(max(1, min(8, cores // 2)))] if has_xdist else []
         pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider",
                   *workers]  # fmt: skip
-        files = [path for path in sorted((ROOT / "tests").glob("test_*.py"))
+        files = [path for path in sorted((ROOT / "tests").rglob("test_*.py"))
                  if re.search(r"\bmark\.gpu\b", path.read_text(encoding="utf-8"))]  # fmt: skip
         order = list(TEST_FILES)
         files.sort(key=lambda path: order.index(path.stem if path.stem in TEST_FILES else ""))
-        names = [f"tests/{path.name}" for path in files]
+        names = [str(path.relative_to(ROOT)) for path in files]
         shares = [TEST_FILES.get(path.stem, TEST_FILES[""]) for path in files]
         parts += [Part(name, "tests", [*pytest, name], share * GROUP_SECONDS["tests"] / sum(shares))
                   for name, share in zip(names, shares, strict=True)]  # fmt: skip

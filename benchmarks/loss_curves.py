@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edt.config import PRESETS
+from edt.model.presets import PRESETS
 from edt_kernels._tiles import device_slug
 
 from .results import RESULTS, environment
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be at least 1")
     try:
-        import edt.train  # noqa: F401
+        import edt.train.trainer  # noqa: F401
     except ImportError as error:
         raise ValueError(f"loss_curves needs pip install 'edt-kernels[train]': {error}") from error
     where = environment(torch.device(options.device))
@@ -135,7 +135,7 @@ def summary(found: dict) -> str:
 
 def _write_data(folder: Path, model: str) -> Path:
     """For the preset's size."""
-    from edt.data import write_dataset
+    from edt.data.dataset import write_dataset
 
     side, channels = PRESETS[model].get("sample_size", 32), PRESETS[model].get("in_channels", 4)
     latents, labels = synthetic_latents((channels, side, side))
@@ -145,9 +145,9 @@ def _write_data(folder: Path, model: str) -> Path:
 
 def _losses(options: argparse.Namespace, data: Path, output: Path, precision: str) -> list[float]:
     """Of every step of a run, whose folder is then removed. Raises FloatingPointError where one is not finite."""
-    from edt.run_log import METRICS_FILE, read_metrics
-    from edt.train import train
-    from edt.train_config import RECIPES, TrainConfig
+    from edt.runs.log import METRICS_FILE, read_metrics
+    from edt.train.config import RECIPES, TrainConfig
+    from edt.train.trainer import train
 
     published = RECIPES.get(options.model, {})
     config = TrainConfig(
@@ -190,7 +190,7 @@ def draw(found: dict):
     import numpy as np
     from matplotlib.figure import Figure
 
-    from edt.run_plots import running_mean
+    from edt.runs.plots import running_mean
 
     curves = {name: np.array(curve) for name, curve in found["losses"].items()}
     steps = np.arange(1, found["steps"] + 1)

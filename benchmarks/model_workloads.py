@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from edt.config import PRESETS
+from edt.model.presets import PRESETS
 
 from .plain import PlainEDT
 
@@ -25,7 +25,7 @@ _PIXELS = 8  # along a side, for one of the latents
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A size of EDT on a batch. Multiply-adds of a forward pass (`edt.complexity`) count as two operations each:
+    """A size of EDT on a batch. Multiply-adds of a forward pass (`edt.model.cost_table`) are two operations each:
 
     model   2·B·multiply-adds: a forward pass in evaluation mode, with AMM
     train   12·B·multiply-adds: two passes, full and masked, each forward and backward (twice a forward)
@@ -133,7 +133,7 @@ def build_ours(case: ModelCase) -> nn.Module:
 
 @lru_cache(maxsize=1)
 def _build_ours(config: tuple[tuple[str, object], ...]) -> nn.Module:
-    from edt.model import EDTTransformer2DModel
+    from edt.model.transformer import EDTTransformer2DModel
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -163,7 +163,7 @@ def build_released(case: ModelCase) -> Released:
 
 @lru_cache(maxsize=1)
 def _build_released(config: tuple[tuple[str, object], ...]) -> Released:
-    from edt.checkpoint import to_released_state_dict
+    from edt.runs.weights import to_released_state_dict
 
     ours = _build_ours(config)
     plain = plain_of(ours.config)
@@ -175,7 +175,7 @@ def _build_released(config: tuple[tuple[str, object], ...]) -> Released:
 
 def released_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Of each parameter under its released name, zero where there is none."""
-    from edt.checkpoint import to_released_state_dict
+    from edt.runs.weights import to_released_state_dict
 
     while isinstance(model, InParts):
         model = model.network
@@ -237,7 +237,7 @@ class Workload:
     def losses(self) -> Tensor:
         """Of each sample in the full and the masked pass, (2, B). Their gradients are added to the parameters':
         of the sum of both passes, the mean over the batch; both on the same images, labels and timesteps."""
-        from edt.diffusion import add_noise, training_losses
+        from edt.diffusion.process import add_noise, training_losses
 
         batch, losses = self.batch, []
         with self._autocast():
@@ -268,7 +268,7 @@ class Workload:
 
     def sample(self, steps: int) -> Tensor:
         """Latents; the same noise in each call, and on each model."""
-        from edt.sampling import sample
+        from edt.diffusion.sampler import sample
 
         generator = torch.Generator(self.model.device).manual_seed(2)
         with self._autocast():

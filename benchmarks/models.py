@@ -212,7 +212,7 @@ class Given:
 
     @cached_property
     def multiply_adds(self) -> int:
-        from edt.complexity import cost_table
+        from edt.model.complexity import cost_table
 
         return sum(part.multiply_adds for part in cost_table(build_ours(self.case)))
 

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from edt.digits import NUM_CLASSES, Judge, from_uint8, load_split_digits, to_uint8
-from edt.pipeline import EDTPipeline, load_pipeline
-from edt.sample_set import SCHEDULERS
-from edt.shards import write_json
+from edt.data.digits import NUM_CLASSES, from_uint8, load_split_digits, to_uint8
+from edt.demo.judge import Judge
+from edt.files.outputs import write_json
+from edt.sampling.pipeline import EDTPipeline, load_pipeline
+from edt.sampling.sample_set import SCHEDULERS
 
 from .results import RESULTS, environment
 from .tables import markdown

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from edt.config import PRESETS
+from edt.model.presets import PRESETS
 
 
 class AttentionShape(NamedTuple):

@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 import edt
-from edt.complexity import sampling_multiply_adds
-from edt.digits import NUM_CLASSES, Judge, from_uint8, load_split_digits, to_uint8
-from edt.shards import write_json
+from edt.data.digits import NUM_CLASSES, from_uint8, load_split_digits, to_uint8
+from edt.demo.judge import Judge
+from edt.files.outputs import write_json
+from edt.model.complexity import sampling_multiply_adds
 
 from .results import RESULTS, environment
 from .tables import markdown

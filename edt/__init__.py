@@ -1,63 +1,42 @@
 """EDT, the Efficient Diffusion Transformer, on the kernels of `edt_kernels`.
 
-Names are imported when they are first used: `edt.config`, which is plain data, needs no diffusers.
+    files → model → diffusion, data → runs, evaluation → train → sampling → demo → cli
+
+Each folder imports those to its left. Names are imported when they are first used.
 """
 
-import importlib
 from typing import TYPE_CHECKING
 
+from ._lazy import lazy
+
 if TYPE_CHECKING:
-    from .checkpoint import initialize_from, load_checkpoint, load_released_state_dict
-    from .config import AMM_PLACEMENTS, PRESETS, published_amm_blocks
-    from .cuda_graph import GraphedStep
-    from .diffusion import LossSecondMomentSampler, make_scheduler, training_losses
-    from .model import EDTTransformer2DModel, load_preset
-    from .pipeline import EDTPipeline
-    from .sampling import sample
-    from .step_cache import StepCacheConfig
+    from .diffusion.cuda_graph import GraphedStep as GraphedStep
+    from .diffusion.process import LossSecondMomentSampler as LossSecondMomentSampler
+    from .diffusion.process import make_scheduler as make_scheduler
+    from .diffusion.process import training_losses as training_losses
+    from .diffusion.sampler import sample as sample
+    from .model.presets import AMM_PLACEMENTS as AMM_PLACEMENTS
+    from .model.presets import PRESETS as PRESETS
+    from .model.presets import published_amm_blocks as published_amm_blocks
+    from .model.step_cache import StepCacheConfig as StepCacheConfig
+    from .model.transformer import EDTTransformer2DModel as EDTTransformer2DModel
+    from .model.transformer import load_preset as load_preset
+    from .runs.weights import initialize_from as initialize_from
+    from .runs.weights import load_checkpoint as load_checkpoint
+    from .runs.weights import load_released_state_dict as load_released_state_dict
+    from .sampling.pipeline import EDTPipeline as EDTPipeline
 
-_MODULES = {
-    "AMM_PLACEMENTS": "config",
-    "PRESETS": "config",
-    "EDTPipeline": "pipeline",
-    "EDTTransformer2DModel": "model",
-    "GraphedStep": "cuda_graph",
-    "LossSecondMomentSampler": "diffusion",
-    "StepCacheConfig": "step_cache",
-    "initialize_from": "checkpoint",
-    "load_checkpoint": "checkpoint",
-    "load_preset": "model",
-    "load_released_state_dict": "checkpoint",
-    "make_scheduler": "diffusion",
-    "published_amm_blocks": "config",
-    "sample": "sampling",
-    "training_losses": "diffusion",
-}
-__all__ = [
-    "AMM_PLACEMENTS",
-    "PRESETS",
-    "EDTPipeline",
-    "EDTTransformer2DModel",
-    "GraphedStep",
-    "LossSecondMomentSampler",
-    "StepCacheConfig",
-    "initialize_from",
-    "load_checkpoint",
-    "load_preset",
-    "load_released_state_dict",
-    "make_scheduler",
-    "published_amm_blocks",
-    "sample",
-    "training_losses",
-]
-
-
-def __getattr__(name: str):
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    diffusion=("GraphedStep", "LossSecondMomentSampler", "make_scheduler", "sample", "training_losses"),
+    model=(
+        "AMM_PLACEMENTS",
+        "PRESETS",
+        "EDTTransformer2DModel",
+        "StepCacheConfig",
+        "load_preset",
+        "published_amm_blocks",
+    ),
+    runs=("initialize_from", "load_checkpoint", "load_released_state_dict"),
+    sampling=("EDTPipeline",),
+)

@@ -21,22 +21,24 @@ except ImportError as error:
 
 from edt_kernels._tiles import OPS
 
-from . import ablate, demo, train_config
-from .ablate import AblateOptions
-from .checkpoint import weights_folder
-from .complexity import OPTIMIZER_BUFFERS, cost_table, estimate_memory, meta_model, sampling_multiply_adds
-from .config import PRESETS
-from .convert import ConvertOptions, convert
-from .demo import DemoOptions
-from .evaluate import EvaluateOptions, evaluate, format_report
-from .extract import ExtractOptions, extract, summary
+from .data.extraction import ExtractOptions, extract, summary
+from .demo import ablation
+from .demo import run as demo
+from .demo.ablation import AblateOptions
+from .demo.run import DemoOptions
+from .evaluation.evaluator import EvaluateOptions, evaluate, format_report
+from .files.text import printable
 from .interrupt import stop_on_interrupt
-from .model import EDTTransformer2DModel
-from .run_plots import plot_runs
-from .sample_set import SampleOptions, draw_samples
-from .step_cache import REUSES, StepCacheConfig
-from .text_files import printable
-from .train_config import TrainConfig
+from .model.complexity import OPTIMIZER_BUFFERS, cost_table, estimate_memory, meta_model, sampling_multiply_adds
+from .model.presets import PRESETS
+from .model.step_cache import REUSES, StepCacheConfig
+from .model.transformer import EDTTransformer2DModel
+from .runs.plots import plot_runs
+from .runs.weights import weights_folder
+from .sampling.conversion import ConvertOptions, convert
+from .sampling.sample_set import SampleOptions, draw_samples
+from .train import config as train_config
+from .train.config import TrainConfig
 
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 _BROKEN_PIPE = 141  # and for one whose reader has gone
@@ -275,7 +277,7 @@ def tuning_report(table: dict) -> str:
 
 
 def run_train(args: list[str]) -> int:
-    from .train import train
+    from .train.trainer import train
 
     options = train_config.parse(args)  # its defaults depend on its arguments
     with stop_on_interrupt() as stop:
@@ -295,8 +297,8 @@ def run_train(args: list[str]) -> int:
 
 def run_ablate(options: AblateOptions) -> int:
     with stop_on_interrupt() as stop:
-        report = ablate.ablate(options, stop)
-    print(f"\n{ablate.format_table(report)}\n\nin {printable(options.output)}")
+        report = ablation.ablate(options, stop)
+    print(f"\n{ablation.format_table(report)}\n\nin {printable(options.output)}")
     if stop:
         print("interrupted; the same command goes on from what was done", file=sys.stderr)
         return _INTERRUPTED

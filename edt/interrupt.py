@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .text_files import say
+from .files.text import say
 
 
 class StopRequest:

@@ -1,4 +1,4 @@
-"""The types of a command's options, which Python does not check where they come from no command line."""
+"""What Python does not check of options that come from no command line: types and counts."""
 
 import sys
 import types
@@ -46,3 +46,10 @@ def describe(hint) -> str:
     if get_origin(hint) is tuple:
         return str(hint)
     return "None" if hint is types.NoneType else getattr(hint, "__name__", str(hint))
+
+
+def check_count(name: str, value: int) -> None:
+    if type(value) is not int:
+        raise TypeError(f"{name} is {shown(value)}; it must be an integer")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{name} is {shown(value)}; it must be at least 1, and below 2³¹")

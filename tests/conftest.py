@@ -69,7 +69,7 @@ def _tiny_training():
     """The preset "tiny"."""
     from training_runs import TINY
 
-    from edt.config import PRESETS
+    from edt.model.presets import PRESETS
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)

@@ -6,7 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-from edt import shards
+from edt.data import shards
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from edt.extract import ExtractOptions, extract
+from edt.data.extraction import ExtractOptions, extract
 
 SIZES = ((40, 33), (33, 40), (70, 35), (16, 16), (21, 90))  # width, height
 

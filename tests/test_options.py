@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edt.ablate import AblateOptions, ablate
-from edt.convert import ConvertOptions, convert
-from edt.demo import DemoOptions, run_demo
-from edt.evaluate import EvaluateOptions, evaluate
-from edt.extract import ExtractOptions, extract
+from edt.data.extraction import ExtractOptions, extract
+from edt.demo.ablation import AblateOptions, ablate
+from edt.demo.run import DemoOptions, run_demo
+from edt.evaluation.evaluator import EvaluateOptions, evaluate
 from edt.interrupt import StopRequest
 from edt.options import check_types
-from edt.sample_set import SampleOptions, draw_samples
-from edt.train_config import TrainConfig, load_config
+from edt.sampling.conversion import ConvertOptions, convert
+from edt.sampling.sample_set import SampleOptions, draw_samples
+from edt.train.config import TrainConfig, load_config
 
 OPTIONS = {
     "ablate": (AblateOptions(), lambda options: ablate(options, StopRequest())),

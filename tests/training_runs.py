@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from edt import cli
-from edt.config import PRESETS
-from edt.data import write_dataset
-from edt.run_checkpoint import list_checkpoints
-from edt.run_log import read_metrics
-from edt.train_config import TrainConfig
+from edt.data.dataset import write_dataset
+from edt.model.presets import PRESETS
+from edt.runs.checkpoint import list_checkpoints
+from edt.runs.log import read_metrics
+from edt.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -184,7 +184,7 @@ def forked(
         port = found.getsockname()[1]
     log.touch()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["edt.sample_set", "edt.train"])
+    context.set_forkserver_preload(["edt.sampling.sample_set", "edt.train.trainer"])
     started, ready = [], context.Barrier(processes + 1)
     for rank in range(processes):
         environment = dict(os.environ)

@@ -1,0 +1,746 @@
+"""EDT: the U-shaped diffusion transformer of "EDT: An Efficient Diffusion Transformer Framework Inspired by
+Human-like Sketching" (arXiv 2410.23788), as released."""
+
+import inspect
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edt_kernels._checks import enabled_autocast_dtype, shown
+from edt_kernels._tracing import has_readable_values
+
+from .layers import (
+    Block,
+    FinalLayer,
+    Modulation,
+    PatchEmbedding,
+    PositionEmbedding,
+    TimestepEmbedding,
+    TokenMerge,
+    TokenSplitConcat,
+)
+from .masking import check_draw, draw_keep_mask
+from .presets import PRESETS, is_number
+from .step_cache import NOTHING, Features, StepCache, StepCacheConfig
+from .task_routing import check_task_routing, routing_mask
+
+NUM_STAGES = 5
+NUM_MERGES = 2
+_MAX_NUMBERS = 10**11  # in the weights or tables that one argument makes; EDT-XL has 7·10⁸ in all
+BLOCK_MODULATIONS = 6  # shift, scale and gate, of attention and MLP
+
+# A saved folder brings files that name the installed classes, for diffusers' AutoModel and `trust_remote_code`.
+AUTO_MODULE = "edt_transformer"
+_AUTO_CODE = """try:
+    from edt import {name}  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name not in ("edt", "edt_kernels"):  # another one is missing, which the error names
+        raise
+    raise ImportError("this model needs pip install edt-kernels") from error
+"""
+
+
+def import_code(name: str) -> str:
+    """What such a file has in it."""
+    return _AUTO_CODE.format(name=name)
+
+
+@dataclass
+class EDTOutput(Transformer2DModelOutput):
+    """What the model returns with `return_hidden`: `sample`, and `hidden` (B, N/16, C2) of the middle stage."""
+
+    hidden: Tensor | None = None
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution, with one Linear for the modulations of all of them.
+
+    `mid_block`: the block before which dropped tokens are replaced in the masked pass, None for no such block.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        cond_channels: int,
+        num_heads: int,
+        mlp_ratio: float,
+        grid: tuple[int, int],
+        depth: int,
+        amm_form: str,
+        amm_radius: float | None,
+        mid_block: int | None = None,
+    ):
+        super().__init__()
+        self.modulation = Modulation(cond_channels, channels, parts=depth * BLOCK_MODULATIONS)
+        self.blocks = nn.ModuleList(
+            Block(channels, num_heads, mlp_ratio, grid, amm_form, amm_radius) for _ in range(depth)
+        )
+        self.mid_block = mid_block
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        x: Tensor,
+        cond: Tensor,
+        mid_keep: Tensor | None = None,
+        replacement: Tensor | None = None,
+        routing: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, N, C), cond (B, C0) → (B, N, C).
+
+        Before `mid_block`, tokens where `mid_keep` (B, N) is False become those of `replacement` (N, C). Blocks
+        see the channels of `routing` (B, 1, C) bool, the others pass them by.
+        """
+        modulations = self.modulation(cond).unflatten(1, (-1, BLOCK_MODULATIONS)).unbind(1)  # (B, 6, C) a block
+        checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
+        mid_block = None if mid_keep is None else self.mid_block
+        normed = passing = None
+        for i, block in enumerate(self.blocks):
+            if i == mid_block:
+                x = torch.where(mid_keep.unsqueeze(-1), x, replacement.to(x.dtype))
+            if routing is not None:
+                passing, x = x.masked_fill(routing, 0), x.masked_fill(~routing, 0)
+            if checkpointing:  # each block by itself: a norm handed on would be kept beside x
+                x, _ = self._gradient_checkpointing_func(block, x, modulations[i])
+            else:
+                last = routing is not None or i + 1 in (len(self.blocks), mid_block)
+                x, normed = block(x, modulations[i], normed, None if last else modulations[i + 1])
+            if routing is not None:
+                x = x + passing
+        return x
+
+
+class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
+    """Latents, timesteps and class labels → predicted noise and variance.
+
+    Five stages of adaLN-Zero blocks on the grids H×W, H/2×W/2, H/4×W/4, H/2×W/2, H×W of patches; token merges
+    between the first three, token splits with skip connections between the last three. Attention has a learned
+    2-D relative position bias and, in evaluation mode in `amm_blocks`, the attention modulation matrix.
+
+    Args:
+        sample_size: side of the latents, or (height, width); a multiple of 4·patch_size.
+        patch_size: side of the patches that become tokens.
+        in_channels, out_channels: of the latents and of the prediction; twice as many where the variance is
+            learned.
+        num_classes: 0 for an unconditional model. Label `num_classes` is the null class.
+        hidden_sizes, num_attention_heads, depths: per stage. hidden_sizes[0] is the conditioning's width too.
+        mlp_ratio: hidden width of the MLPs over their input's.
+        class_dropout_prob: share of labels replaced by the null class in training mode.
+        amm_blocks: 0-based numbers of the blocks with AMM, counted over all stages.
+        amm_form, amm_radius: see `edt_kernels.amm_table`.
+        mask_ratios: ranges of the drop ratio in the masked pass, for the two merges.
+        mid_mask: (block, (low, high)): in the masked pass, before this block of stage 0, dropped tokens are
+            replaced by their position.
+        task_routing: (beta, alpha) for Denoising Task Routing, such as (0.8, 4.0): every block works on the window
+            of channels that the timestep selects, see `edt.model.routing_mask`. It belongs to the weights: what
+            was trained with it needs it for sampling.
+
+    Raises:
+        TypeError: for an argument of the wrong kind.
+        ValueError: for a configuration that does not fit together, or one of more numbers than a machine holds.
+
+    Source: arXiv 2410.23788 and its released implementation.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    _repeated_blocks = ("Block",)
+    # Block-level offloading takes the lists in these for blocks: what they hold, not the stages as a whole. The
+    # numbers are the members of the first three.
+    _group_offload_block_modules = ("stages", "merges", "splits", *map(str, range(NUM_STAGES)))
+    _skip_layerwise_casting_patterns = ("patch_embedding", "final_layer")
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int = 8,
+        num_classes: int = 1000,
+        hidden_sizes: tuple[int, ...] = (312, 416, 520, 416, 312),
+        num_attention_heads: tuple[int, ...] = (6, 8, 10, 8, 6),
+        depths: tuple[int, ...] = (2, 2, 2, 3, 3),
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        amm_blocks: tuple[int, ...] = (),
+        amm_form: str = "exp_cos",
+        amm_radius: float | None = None,
+        mask_ratios: tuple[tuple[float, float], ...] = ((0.4, 0.5), (0.1, 0.2)),
+        mid_mask: tuple[int, tuple[float, float]] | None = None,
+        task_routing: tuple[float, float] | None = None,
+    ):
+        super().__init__()
+        self._step_cache: StepCache | None = None
+        self._context_caches: dict[str, StepCache] = {}
+        _check_config(self.config)
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        self.latent_size = (height, width)
+        H, W = height // patch_size, width // patch_size
+        grids = [(H, W), (H // 2, W // 2), (H // 4, W // 4), (H // 2, W // 2), (H, W)]  # per stage
+        cond_channels = hidden_sizes[0]
+
+        self.patch_embedding = PatchEmbedding(in_channels, hidden_sizes[0], patch_size)
+        self.position = PositionEmbedding(hidden_sizes[0], grids[0])
+        self.timestep_embedding = TimestepEmbedding(cond_channels)
+        self.label_embedding = nn.Embedding(num_classes + 1, cond_channels) if num_classes > 0 else None
+        self.stages = nn.ModuleList(
+            Stage(
+                hidden_sizes[i],
+                cond_channels,
+                num_attention_heads[i],
+                mlp_ratio,
+                grids[i],
+                depths[i],
+                amm_form,
+                amm_radius,
+                mid_block=mid_mask[0] if mid_mask is not None and i == 0 else None,
+            )
+            for i in range(NUM_STAGES)
+        )
+        self.merges = nn.ModuleList(
+            TokenMerge(hidden_sizes[i], hidden_sizes[i + 1], cond_channels, grids[i]) for i in (0, 1)
+        )
+        self.splits = nn.ModuleList(
+            TokenSplitConcat(hidden_sizes[i], hidden_sizes[i + 1], cond_channels, grids[i]) for i in (2, 3)
+        )
+        self.final_layer = FinalLayer(hidden_sizes[-1], cond_channels, out_channels, patch_size, grids[-1])
+        self.set_amm_blocks(amm_blocks)
+        self.initialize_weights()
+
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """With the file by which `AutoModel.from_pretrained(…, trust_remote_code=True)` finds this class."""
+        super().save_config(save_directory)
+        Path(save_directory, f"{AUTO_MODULE}.py").write_text(import_code("EDTTransformer2DModel"))
+        if push_to_hub:  # what is there by then
+            super().save_config(save_directory, push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        config = json.loads(super().to_json_string())
+        config["auto_map"] = {"AutoModel": f"{AUTO_MODULE}.EDTTransformer2DModel"}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """A folder's config.json without `auto_map`, which is no argument of the model."""
+        loaded = super().load_config(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).pop("auto_map", None)
+        return loaded
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As any diffusers model's; weights that `ignore_mismatched_sizes` leaves out get initial values."""
+        if not kwargs.get("ignore_mismatched_sizes"):
+            return super().from_pretrained(*args, **kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        if kwargs.get("device_map") is None:
+            kwargs.setdefault("low_cpu_mem_usage", False)  # which would leave them on meta
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if info["mismatched_keys"]:  # diffusers says "newly initialized", of uninitialised memory
+            initial = cls.from_config(model.config)
+            with torch.no_grad():
+                for name, *_ in info["mismatched_keys"]:
+                    model.get_parameter(name).copy_(initial.get_parameter(name))
+        return (model, info) if with_info else model
+
+    def set_amm_blocks(self, blocks: tuple[int, ...]) -> None:
+        """Places AMM in these blocks, 0-based over all stages; () switches it off. Kept by `save_pretrained`."""
+        depths = self.config.depths
+        if not isinstance(blocks, (tuple, list, range, set, frozenset)):
+            raise TypeError(f"blocks is {shown(blocks)}; it must be a tuple of block numbers")
+        _check_block_numbers("blocks", blocks, sum(depths))
+        first = 0
+        for stage, depth in zip(self.stages, depths, strict=True):
+            for number, block in enumerate(stage.blocks, start=first):
+                block.attn.attention.amm = "inference" if number in blocks else "never"
+            first += depth
+        self.register_to_config(amm_blocks=tuple(blocks))
+
+    def initialize_weights(self) -> None:
+        """Linear and patch embedding xavier-uniform with zero bias; class table and timestep Linears N(0, 0.02);
+        bias tables truncated normal 0.02; the blocks' and the final modulations and the final Linear zero."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.timestep_embedding.fc1.weight, std=0.02)
+        nn.init.normal_(self.timestep_embedding.fc2.weight, std=0.02)
+        if self.label_embedding is not None:
+            nn.init.normal_(self.label_embedding.weight, std=0.02)
+        zero = [self.final_layer.modulation.linear, self.final_layer.linear]
+        for stage in self.stages:
+            for block in stage.blocks:
+                block.attn.attention.reset_parameters()
+            zero.append(stage.modulation.linear)
+        for linear in zero:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def draw_keep_masks(
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> list[Tensor]:
+        """The masks of one masked pass, in order of use: (batch_size, N) bool, True keeps the token.
+
+        With `mid_mask` the first is of stage 0's tokens; then one for each merge, of the tokens it gathers.
+        `device` defaults to the generator's, else to the model's.
+
+        Raises:
+            TypeError, ValueError: for a batch size, generator or device that does not fit.
+        """
+        device = check_draw(batch_size, generator, device) or self.device
+        draws = [(self.merges[i].grid, ratios) for i, ratios in enumerate(self.config.mask_ratios)]
+        if self.config.mid_mask is not None:
+            draws.insert(0, (self.merges[0].grid, self.config.mid_mask[1]))
+        return [draw_keep_mask(batch_size, math.prod(grid), ratios, generator, device) for grid, ratios in draws]
+
+    def draw_label_drops(
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor | None:
+        """u[b] < class_dropout_prob: (batch_size,) bool, True where the label becomes the null class.
+
+        None for an unconditional model, which has no labels. `device` defaults to the generator's, else to the
+        model's.
+
+        Raises:
+            TypeError, ValueError: for a batch size, generator or device that does not fit.
+        """
+        device = check_draw(batch_size, generator, device) or self.device
+        if self.label_embedding is None:
+            return None
+        return torch.rand(batch_size, generator=generator, device=device) < self.config.class_dropout_prob
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        keep_masks: list[Tensor] | None = None,
+        return_dict: bool = True,
+        label_drops: Tensor | None = None,
+        return_hidden: bool = False,
+    ) -> Transformer2DModelOutput | tuple[Tensor, ...]:
+        """Predicts noise and, where out_channels is twice in_channels, the variance's interpolation.
+
+        Args:
+            hidden_states: noised latents (B, in_channels, height, width).
+            timestep: (B,) or a scalar, 0 to 999, any finite real numbers.
+            class_labels: (B,) integers, 0 to num_classes, the last of them null; None for unconditional models.
+            keep_masks: the masked pass: (B, N) bools in order of use, as `draw_keep_masks` returns them.
+            return_dict: False for a plain tuple.
+            label_drops: (B,) bool, in either mode: which labels become the null class. None: in training mode
+                drawn from the global generator, as `draw_label_drops` draws them; none in evaluation mode.
+            return_hidden: also the output of the middle stage, to align it with features of the images.
+
+        Returns:
+            `Transformer2DModelOutput` whose `sample` is (B, out_channels, height, width); with `return_hidden`
+            `EDTOutput`, whose `hidden` is (B, N/16, C2), C2 the channels of stage 2. As a tuple: (sample,) or
+            (sample, hidden).
+
+        Raises:
+            ValueError, TypeError: for an argument that does not fit the configuration; class labels out of range
+                and timesteps that are not finite are only found on a CPU, outside of graphs and transforms.
+        """
+        self._check_inputs(hidden_states, timestep, class_labels, keep_masks, label_drops)
+        middle, skip, expanded = self._reused_features(hidden_states, keep_masks, return_hidden)
+        keep_masks = [None] * NUM_MERGES if keep_masks is None else list(keep_masks)
+        mid_keep = keep_masks.pop(0) if len(keep_masks) > NUM_MERGES else None
+
+        stream_dtype = hidden_states.dtype
+        if enabled_autocast_dtype(hidden_states) is not None:  # which is for products; sums of blocks stay exact
+            stream_dtype = torch.promote_types(stream_dtype, torch.float32)
+        tokens = x = self.position(self.patch_embedding(hidden_states), stream_dtype)  # (B, N, C0)
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(hidden_states.shape[0])
+        cond = self._embed_conditioning(timestep, class_labels, hidden_states.dtype, label_drops)
+        cond = F.silu(cond)  # (B, C0), once for all modulations
+        routing = self._routing_masks(timestep)  # a stage: (B, 1, C) or None
+
+        if middle is None and expanded is None:
+            positions = None if mid_keep is None else self.position.constant_on("table", x.device)
+            x = self.stages[0](x, cond, mid_keep, replacement=positions, routing=routing[0])
+            skip = x = self.merges[0](x, cond, keep_masks[0])  # (B, N/4, C1)
+            x = self.stages[1](x, cond, routing=routing[1])
+            x = self.merges[1](x, cond, keep_masks[1])  # (B, N/16, C2)
+            middle = self.stages[2](x, cond, routing=routing[2])
+        if expanded is None:
+            x, _ = self.splits[0](middle, skip, cond)  # (B, N/4, C3)
+            x = self.stages[3](x, cond, routing=routing[3])
+        x, expanded = self.splits[1](x, tokens, cond, expanded)  # (B, N, C4)
+        if self._step_cache is not None:
+            self._step_cache.store(middle, skip, expanded)
+        del tokens, skip, expanded  # not to be held through the last stage, which takes the most memory
+        x = self.stages[4](x, cond, routing=routing[4])
+
+        sample = self.final_layer(x, cond)
+        if return_hidden:
+            return EDTOutput(sample=sample, hidden=middle) if return_dict else (sample, middle)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def enable_cache(self, config: StepCacheConfig) -> None:
+        """Faster sampling: from now on calls are the denoising steps of a sampling, and only some are full.
+
+        One call is one step: guidance runs both passes as one batch. `reset_cache` begins a new sampling, as
+        `edt.sample` does. A step whose batch size, dtype or device is another than that of the stored features is
+        computed in full, and the schedule goes on. The features live until the next full step, `reset_cache` or
+        `disable_cache`; they are part of no checkpoint.
+
+        Only sampling can be cached: until `disable_cache`, the model raises ValueError in training mode, with
+        gradients enabled, with keep_masks and with return_hidden. `torch.compile` compiles a graph for full steps
+        and one for the others, so fullgraph=True, and mode="reduce-overhead", which reuses its outputs' memory,
+        need the cache disabled; for CUDA graphs of cached steps there is `edt.GraphedStep`.
+
+        Raises:
+            TypeError: for a config of another class.
+            ValueError: if a cache is enabled already.
+        """
+        if not isinstance(config, StepCacheConfig):
+            raise TypeError(
+                f"config is a {type(config).__name__}; it must be an edt.StepCacheConfig: diffusers' caches skip "
+                "blocks of one shape in a row, and a U has none"
+            )
+        if self._step_cache is not None:
+            raise ValueError(f"a cache is enabled, {self._step_cache.config}; call disable_cache() first")
+        self._step_cache = StepCache(config)
+
+    def disable_cache(self) -> None:
+        """Computes every call in full again, and lets go of stored features; nothing where none is enabled."""
+        self._step_cache, self._context_caches = None, {}
+
+    @property
+    def is_cache_enabled(self) -> bool:
+        return self._step_cache is not None
+
+    def reset_cache(self) -> None:
+        """Begins a new sampling: the next call is step 0, and stored features are let go."""
+        self._context_caches = {}
+        if self._step_cache is not None:
+            self._step_cache.reset()
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """By this name diffusers' pipelines reset a model's cache when they are done."""
+        self.reset_cache()
+
+    @contextmanager
+    def cache_context(self, name: str, **kwargs):
+        """Within it, calls are the steps of the sampling `name`: passes of one step that are calls of their own,
+        such as "cond" and "uncond", count steps and keep features apart. Nothing where no cache is enabled."""
+        outer = self._step_cache
+        if outer is not None:
+            self._step_cache = self._context_caches.setdefault(name, StepCache(outer.config))
+        try:
+            yield
+        finally:
+            if self._step_cache is not None:  # else it was disabled within
+                self._step_cache = outer
+
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """As any diffusers model's. A stage's shapes, AMM, a block's place in its stage and the mode make 10 to 24
+        variants of a block, more than torch compiles of one function by default: `recompile_limit` allows four for
+        each block where it is not given."""
+        limit = 4 * sum(self.config.depths)
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            kwargs.setdefault("recompile_limit", limit)
+        else:  # torch 2.11 and 2.12 have it for the whole process only, and read it when a variant is compiled
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+        super().compile_repeated_blocks(*args, **kwargs)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Raises ValueError: `edt_kernels.amm_attention` has no other backends than its own two."""
+        raise ValueError(
+            f"backend is {shown(backend)}; EDT's attention has a bias and a modulation that diffusers' backends "
+            "do not know. On a GPU it runs on its Triton kernels; the environment variable EDT_KERNELS_BACKEND "
+            "chooses (triton or reference)"
+        )
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op=None) -> None:
+        """Raises ValueError where `valid`: as `set_attention_backend`."""
+        if valid:
+            self.set_attention_backend("xformers")
+
+    def _reused_features(self, hidden_states: Tensor, keep_masks, return_hidden: bool) -> Features:
+        """Begins a step of the cache, where one is enabled."""
+        if self._step_cache is None:
+            return NOTHING
+        for fault, name in (
+            (self.training, "training mode"),
+            (torch.is_grad_enabled(), "gradients enabled"),
+            (keep_masks is not None, "keep_masks"),
+            (return_hidden, "return_hidden"),
+        ):
+            if fault:
+                raise ValueError(
+                    f"a step cache is enabled, and the model is called with {name}; only sampling can be cached, "
+                    "call disable_cache() first"
+                )
+        return self._step_cache.begin_step((hidden_states.shape, hidden_states.dtype, hidden_states.device))
+
+    def _embed_conditioning(self, timestep: Tensor, class_labels, dtype: torch.dtype, label_drops) -> Tensor:
+        cond = self.timestep_embedding(timestep, dtype)
+        if self.label_embedding is None:
+            return cond
+        if label_drops is None and self.training and self.config.class_dropout_prob > 0:
+            label_drops = self.draw_label_drops(timestep.shape[0], device=timestep.device)
+        if label_drops is not None:
+            class_labels = torch.where(label_drops, self.config.num_classes, class_labels)
+        return cond + self.label_embedding(class_labels)
+
+    def _routing_masks(self, timestep: Tensor) -> list[Tensor | None]:
+        if self.config.task_routing is None:
+            return [None] * NUM_STAGES
+        return [
+            routing_mask(timestep, channels, *self.config.task_routing) for channels in self.config.hidden_sizes
+        ]
+
+    def _check_inputs(self, hidden_states, timestep, class_labels, keep_masks, label_drops) -> None:
+        if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
+            given = hidden_states.dtype if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
+            raise TypeError(f"hidden_states is {given}; it must be a floating-point tensor")
+        latent_shape = (self.config.in_channels, *self.latent_size)
+        if hidden_states.ndim != 4 or tuple(hidden_states.shape[1:]) != latent_shape:
+            raise ValueError(
+                f"hidden_states has shape {tuple(hidden_states.shape)}; this model needs (B, "
+                f"{', '.join(map(str, latent_shape))})"
+            )
+        batch_size = hidden_states.shape[0]
+        _check_timestep(timestep, hidden_states)
+        _check_class_labels(class_labels, self.config.num_classes, hidden_states)
+        _check_label_drops(label_drops, self.config.num_classes, hidden_states)
+        if keep_masks is None:
+            return
+        if not isinstance(keep_masks, (tuple, list)):
+            raise TypeError(f"keep_masks is {type(keep_masks).__name__}; it must be a list of bool tensors")
+        merges = [math.prod(merge.grid) for merge in self.merges]
+        needed = merges if self.config.mid_mask is None else [merges[0], *merges]
+        if not all(isinstance(mask, Tensor) for mask in keep_masks):
+            raise TypeError(
+                f"keep_masks has {[type(mask).__name__ for mask in keep_masks]}; it must be bool tensors"
+            )
+        if [tuple(mask.shape) for mask in keep_masks] != [(batch_size, n) for n in needed]:
+            shapes = [tuple(mask.shape) for mask in keep_masks]
+            raise ValueError(
+                f"keep_masks has shapes {shapes}; this model needs (B, N) with B = {batch_size} and N = {needed}"
+            )
+        if any(mask.dtype != torch.bool for mask in keep_masks):
+            raise TypeError(f"keep_masks has dtypes {[mask.dtype for mask in keep_masks]}; they must be bool")
+        for mask in keep_masks:
+            _check_device("keep_masks", mask, hidden_states)
+
+
+def load_preset(name: str, **overrides) -> EDTTransformer2DModel:
+    """A freshly initialised model of a preset (`edt.PRESETS`), with any of its arguments replaced.
+
+    Raises:
+        ValueError: for a name that is no preset.
+        TypeError: for an override that is no argument of the model; both as the model itself.
+    """
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"name is {shown(name)}; it must be one of {', '.join(PRESETS)}")
+    return EDTTransformer2DModel(**{**PRESETS[name], **overrides})
+
+
+def _check_timestep(timestep, hidden_states: Tensor) -> None:
+    batch_size = hidden_states.shape[0]
+    if not isinstance(timestep, Tensor):
+        if not isinstance(timestep, Real) or isinstance(timestep, bool):
+            raise TypeError(f"timestep is a {type(timestep).__name__}; it must be a tensor or a number")
+        if not (is_number(timestep) and abs(timestep) < 2**63):  # float32 holds it, and int64
+            raise ValueError(f"timestep is {shown(timestep)}; it must be finite, and below 2⁶³")
+        return
+    if timestep.dtype == torch.bool or timestep.is_complex():
+        raise TypeError(f"timestep is {timestep.dtype}; it must be of real numbers")
+    if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (batch_size, 1)):
+        raise ValueError(
+            f"timestep has shape {tuple(timestep.shape)}; it must be a scalar or ({batch_size},), as "
+            f"hidden_states has {batch_size} samples"
+        )
+    # Not is_meta, which is a graph of its own when this is compiled.
+    if timestep.device.type == "meta" and hidden_states.device.type != "meta":
+        raise ValueError(f"timestep is on meta; it must have values, as hidden_states on {hidden_states.device}")
+    if has_readable_values(timestep) and not timestep.float().isfinite().all():
+        raise ValueError("timestep has values that are not finite in float32")
+
+
+def _check_class_labels(class_labels, num_classes: int, hidden_states: Tensor) -> None:
+    if num_classes == 0:
+        if class_labels is not None:
+            raise ValueError("class_labels was given to an unconditional model (num_classes 0); it must be None")
+        return
+    if not isinstance(class_labels, Tensor) or class_labels.dtype not in (torch.int64, torch.int32):
+        given = class_labels.dtype if isinstance(class_labels, Tensor) else type(class_labels).__name__
+        raise TypeError(
+            f"class_labels is {given}; a model of {num_classes} classes needs an int64 or int32 tensor"
+        )
+    _check_one_each("class_labels", class_labels, hidden_states)
+    if has_readable_values(class_labels):
+        low, high = class_labels.min().item(), class_labels.max().item()
+        if low < 0 or high > num_classes:
+            raise ValueError(
+                f"class_labels has values from {low} to {high}; they must be 0 to {num_classes} "
+                f"({num_classes} is the null class)"
+            )
+
+
+def _check_label_drops(label_drops, num_classes: int, hidden_states: Tensor) -> None:
+    if label_drops is None:
+        return
+    if num_classes == 0:
+        raise ValueError("label_drops was given to an unconditional model (num_classes 0); it must be None")
+    if not isinstance(label_drops, Tensor) or label_drops.dtype != torch.bool:
+        given = label_drops.dtype if isinstance(label_drops, Tensor) else type(label_drops).__name__
+        raise TypeError(f"label_drops is {given}; it must be a bool tensor")
+    _check_one_each("label_drops", label_drops, hidden_states)
+
+
+def _check_one_each(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
+    batch_size = hidden_states.shape[0]
+    if tensor.ndim != 1 or tensor.shape[0] != batch_size:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({batch_size},)")
+    _check_device(name, tensor, hidden_states)
+
+
+def _check_device(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
+    if tensor.device != hidden_states.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}; it must be on hidden_states' device, {hidden_states.device}"
+        )
+
+
+def _check_block_numbers(name: str, blocks, num_blocks: int) -> None:
+    if not all(type(b) is int and 0 <= b < num_blocks for b in blocks) or len(set(blocks)) != len(blocks):
+        raise ValueError(
+            f"{name} is {shown(tuple(blocks))}; this model has blocks 0 to {num_blocks - 1}, each at most once"
+        )
+
+
+def _is_range(pair) -> bool:
+    return (
+        isinstance(pair, (tuple, list))
+        and len(pair) == 2
+        and all(map(is_number, pair))
+        and 0 <= pair[0] <= pair[1] < 1
+    )
+
+
+def _check_config(config) -> None:
+    for name in ("patch_size", "in_channels", "out_channels", "num_classes"):
+        if type(getattr(config, name)) is not int:
+            raise TypeError(f"{name} is {shown(getattr(config, name))}; it must be an integer")
+    for name in ("patch_size", "in_channels", "out_channels"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {shown(getattr(config, name))}; it must be at least 1")
+    for name in ("hidden_sizes", "num_attention_heads", "depths", "amm_blocks"):
+        values = getattr(config, name)
+        if not isinstance(values, (tuple, list)) or not all(type(value) is int for value in values):
+            raise TypeError(f"{name} is {shown(values)}; it must be a tuple of integers")
+    sides = config.sample_size if isinstance(config.sample_size, (tuple, list)) else [config.sample_size] * 2
+    if not all(type(side) is int for side in sides):
+        raise TypeError(
+            f"sample_size is {shown(config.sample_size)}; it must be an integer, or two (height, width)"
+        )
+    if len(sides) != 2:
+        raise ValueError(f"sample_size is {shown(config.sample_size)}; it must be one side, or (height, width)")
+    for name in ("mlp_ratio", "class_dropout_prob", "amm_radius"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not (isinstance(value, Real) or (value is None and name == "amm_radius")):
+            raise TypeError(f"{name} is {shown(value)}; it must be a number")
+    if not is_number(config.mlp_ratio) or config.mlp_ratio <= 0:
+        raise ValueError(f"mlp_ratio is {shown(config.mlp_ratio)}; it must be positive and finite")
+    height, width = sides
+    multiple = 4 * config.patch_size
+    if height < multiple or width < multiple or height % multiple or width % multiple:
+        raise ValueError(
+            f"sample_size is {shown(config.sample_size)}; each side must be a multiple of 4·patch_size = "
+            f"{shown(multiple)}, because tokens are merged 2×2 twice"
+        )
+    for name in ("hidden_sizes", "num_attention_heads", "depths"):
+        values = getattr(config, name)
+        if len(values) != NUM_STAGES or min(values) < 1 or max(values) > _MAX_NUMBERS:
+            raise ValueError(
+                f"{name} is {shown(tuple(values))}; it must have {NUM_STAGES} entries of 1 to {_MAX_NUMBERS:.0e}"
+            )
+    for channels, heads in zip(config.hidden_sizes, config.num_attention_heads):
+        if channels % heads or channels % 4:
+            raise ValueError(
+                f"hidden_sizes has {shown(channels)} for {heads} heads; it must be a multiple of "
+                "num_attention_heads and of 4"
+            )
+        if int(min(channels * config.mlp_ratio, _MAX_NUMBERS)) < 1:
+            raise ValueError(
+                f"mlp_ratio is {shown(config.mlp_ratio)}; of {channels} channels it leaves the MLP no hidden one"
+            )
+    sizes = tuple(config.hidden_sizes)
+    if sizes[:2] != sizes[:2:-1]:
+        raise ValueError(
+            f"hidden_sizes is {shown(sizes)}; the last two must mirror the first two, because skips join "
+            "their stages"
+        )
+    if config.num_classes < 0:
+        raise ValueError(f"num_classes is {shown(config.num_classes)}; it must be 0 (unconditional) or more")
+    if not 0 <= config.class_dropout_prob <= 1:
+        raise ValueError(f"class_dropout_prob is {shown(config.class_dropout_prob)}; it must be 0 to 1")
+    _check_block_numbers("amm_blocks", config.amm_blocks, sum(config.depths))
+    if config.amm_form not in ("exp_cos", "cos"):
+        raise ValueError(f"amm_form is {shown(config.amm_form)}; it must be 'exp_cos' or 'cos'")
+    radius = config.amm_radius
+    if radius is not None and not (is_number(radius) and 0 <= radius < _MAX_NUMBERS):
+        raise ValueError(f"amm_radius is {shown(radius)}; it must be None, or 0 or more token steps, finite")
+    ratios, mid_mask = config.mask_ratios, config.mid_mask
+    if not isinstance(ratios, (tuple, list)) or len(ratios) != NUM_MERGES or not all(map(_is_range, ratios)):
+        raise ValueError(
+            f"mask_ratios is {shown(ratios)}; it must be {NUM_MERGES} ranges (low, high), 0 ≤ low ≤ high < 1"
+        )
+    if mid_mask is not None and not (
+        isinstance(mid_mask, (tuple, list))
+        and len(mid_mask) == 2
+        and type(mid_mask[0]) is int
+        and _is_range(mid_mask[1])
+    ):
+        raise ValueError(
+            f"mid_mask is {shown(mid_mask)}; it must be None or (block, (low, high)), 0 ≤ low ≤ high < 1"
+        )
+    if mid_mask is not None and not 0 <= config.mid_mask[0] < config.depths[0]:
+        raise ValueError(f"mid_mask is before block {shown(mid_mask[0])}; stage 0 has {config.depths[0]} blocks")
+    check_task_routing(config.task_routing)
+    _check_amounts(config, height, width)
+
+
+def _check_amounts(config, height: int, width: int) -> None:
+    """Raises ValueError for what memory would end over, naming the argument; a file may ask for anything."""
+    patch, width_of_cond = config.patch_size**2, config.hidden_sizes[0]
+    tokens = height * width // patch
+    stages = list(zip(config.hidden_sizes, config.num_attention_heads, config.depths, strict=True))
+    amounts = {  # of numbers, to within a small factor
+        "patch_size": patch * width_of_cond,
+        "in_channels": patch * config.in_channels * width_of_cond,
+        "out_channels": patch * config.out_channels * width_of_cond,
+        "num_classes": (config.num_classes + 1) * width_of_cond,
+        "sample_size": tokens * max(width_of_cond, 4 * max(config.num_attention_heads)),
+        "hidden_sizes": max(4 * C * max(C, width_of_cond) for C, _, _ in stages),
+        "mlp_ratio": max(2 * C * C for C, _, _ in stages) * config.mlp_ratio,
+        # A block's modules take about as much memory as 2¹⁴ numbers.
+        "depths": sum(depth * (4 * C * C + 6 * C * width_of_cond + 2**14) for C, _, depth in stages),
+    }
+    for name, amount in amounts.items():
+        if amount > _MAX_NUMBERS:
+            raise ValueError(
+                f"{name} is {shown(getattr(config, name))}, which means {float(min(amount, 1e300)):.0e} numbers; "
+                f"at most {_MAX_NUMBERS:.0e} are taken"
+            )

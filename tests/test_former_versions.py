@@ -1,0 +1,48 @@
+"""What version 0.1 left is read by today's code: a run goes on, its weights and a pipeline load."""
+
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from released import FIXTURES
+from training_runs import TINY
+
+import edt
+from edt.cli import main
+from edt.data import open_dataset, verify_dataset
+from edt.model import PRESETS
+from edt.runs import list_checkpoints, read_metrics
+
+
+@pytest.fixture
+def former(tmp_path, monkeypatch):
+    """Two steps of a model of the tiny preset's depths, half as wide, and the pipeline made of it."""
+    size = {"hidden_sizes": (8,) * 5, "num_attention_heads": (1,) * 5}
+    monkeypatch.setitem(PRESETS, "tiny", TINY | size)
+    shutil.copytree(FIXTURES / "version_0.1", tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_a_run_goes_on(former):
+    verify_dataset(open_dataset(former / "data"), progress=False)
+    averages = edt.load_checkpoint(former / "run").state_dict()
+    arguments = ["train", "--output", str(former / "run"), "--data", str(former / "data"), "--steps", "4"]
+    assert main(arguments) == 0
+    assert [line["step"] for line in read_metrics(former / "run" / "metrics.jsonl")] == [2, 4]
+    assert [step for step, _ in list_checkpoints(former / "run" / "checkpoints")] == [4]
+    assert any(
+        (value != averages[name]).any() for name, value in edt.load_checkpoint(former / "run").state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("of_the_folder", [False, True], ids=["EDTPipeline", "trust_remote_code"])
+def test_a_pipeline_draws(former, of_the_folder):
+    if of_the_folder:
+        pipe = DiffusionPipeline.from_pretrained(former / "pipeline", trust_remote_code=True)
+    else:
+        pipe = edt.EDTPipeline.from_pretrained(former / "pipeline")
+    assert isinstance(pipe, edt.EDTPipeline)
+    averages = edt.load_checkpoint(former / "run").state_dict()
+    for name, value in pipe.transformer.state_dict().items():
+        assert torch.equal(value, averages[name]), name
