@@ -3,8 +3,9 @@
 import math
 from numbers import Real
 
-# 0-based numbers of the blocks with AMM, counted over all stages; as released, by model and guidance scale.
 NUM_TRAIN_TIMESTEPS = 1000
+
+# 0-based numbers of the blocks with AMM, counted over all stages; as released, by model and guidance scale.
 AMM_PLACEMENTS = {
     "EDT-S,B/2 guidance 1-1.5": (7, 10),
     "EDT-S,B/2 guidance 2-": (8,),
