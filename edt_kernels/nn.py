@@ -68,6 +68,9 @@ class AMMAttention(HasConstants):
     Source: EDT (arXiv 2410.23788), sections 3.2 and A.3.
     """
 
+    rel_pos_bias: nn.Parameter | None
+    modulation: Tensor
+
     def __init__(
         self,
         grid: tuple[int, int],
@@ -252,6 +255,8 @@ class TokenMerge(_Norm):
         TypeError, ValueError: for an argument that cannot work; `forward` raises what `token_merge_adaln` does.
     """
 
+    grid: tuple[int, int]
+
     def __init__(self, grid: tuple[int, int], *, eps: float = 1e-6, out_dtype: torch.dtype | None = None):
         super().__init__(check_even_grid(grid), eps, out_dtype)
 
@@ -280,6 +285,8 @@ class TokenSplitConcat(_Norm):
         TypeError, ValueError: for an argument that cannot work; `forward` raises what `token_split_concat_adaln`
             does.
     """
+
+    grid: tuple[int, int]
 
     def __init__(self, grid: tuple[int, int], *, eps: float = 1e-6):
         super().__init__(check_grid(grid), eps, None)

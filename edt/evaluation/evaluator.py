@@ -313,7 +313,7 @@ def evaluate(options: EvaluateOptions) -> dict:
             )
     only_statistics = bool(statistics) and not has_images(options.reference)
     reference = None if only_statistics else open_images("reference", options.reference)
-    if options.feature_model == "pixels" and samples.shape != reference.shape:
+    if options.feature_model == "pixels" and reference is not None and samples.shape != reference.shape:
         raise ValueError(
             f"samples are {_size(samples)}, the reference is {_size(reference)}; pixels need one shape"
         )
@@ -353,7 +353,8 @@ def evaluate(options: EvaluateOptions) -> dict:
     else:
         omitted |= dict.fromkeys(("fid", "sfid", "inception_score"), "the features are not InceptionV3's")
     if "precision" not in omitted:
-        pair = precision_recall(drawn.pool.to(device), real.pool.to(device), neighbours=NEIGHBOURS, progress=True)
+        pools = drawn.pool.to(device), real.pool.to(device)  # pyright: ignore[reportOptionalMemberAccess] - there then
+        pair = precision_recall(*pools, neighbours=NEIGHBOURS, progress=True)
         for metric, value in zip(("precision", "recall"), pair):
             metrics[metric] = {"value": value, "neighbours": NEIGHBOURS}
 
@@ -397,7 +398,7 @@ def _notes(samples, reference, statistics, drawn: Measured, real: Measured | Non
             "figures by torch-fidelity's port of it are approximate against them."
         )
     for name, images, measured in (("samples", samples, drawn), ("reference", reference, real)):
-        if images is None:
+        if images is None or measured is None:
             continue
         if images.shape[2] == 1 and options.feature_model is None:
             notes.append(f"Grey {name}: InceptionV3 saw them repeated to three channels.")

@@ -10,7 +10,7 @@ from edt_kernels._checks import shown
 from ..options import check_count
 from .layers import Modulation, TimestepEmbedding
 from .step_cache import StepCacheConfig
-from .transformer import EDTTransformer2DModel
+from .transformer import EDTTransformer2DModel, Stage
 
 # Tensors of the weights' size that optimisers keep; Adan's are three moments and the previous gradient.
 OPTIMIZER_BUFFERS = {"adan": 4, "adamw": 2}
@@ -173,7 +173,7 @@ def estimate_memory(
         )
     branch = _BRANCH_BYTES[precision]
     model = meta_model(config)
-    config = model.config
+    sizes = model.config
     weights = sum(p.numel() for p in model.parameters()) * _FLOAT
     copies = 0
     if branch != _FLOAT:
@@ -181,10 +181,10 @@ def estimate_memory(
         copies = branch * sum(p.numel() for module in cast for p in module.parameters())
     tokens = [_num_tokens(stage) for stage in model.stages]
     matrices = sum(
-        depth * heads * N**2 for depth, heads, N in zip(config.depths, config.num_attention_heads, tokens)
+        depth * heads * N**2 for depth, heads, N in zip(sizes.depths, sizes.num_attention_heads, tokens)
     )
-    widths = [N * C for N, C in zip(tokens, config.hidden_sizes)]
-    live = _FLOAT * sum(widths[:2]) + (_FLOAT + branch * (1 + 2 * config.mlp_ratio)) * max(widths)
+    widths = [N * C for N, C in zip(tokens, sizes.hidden_sizes)]
+    live = _FLOAT * sum(widths[:2]) + (_FLOAT + branch * (1 + 2 * sizes.mlp_ratio)) * max(widths)
     samples = 2 * batch_size if two_pass else batch_size
     return Memory(
         weights=weights,
@@ -198,11 +198,11 @@ def estimate_memory(
     )
 
 
-def block_grid(stage: nn.Module) -> tuple[int, int]:
+def block_grid(stage: Stage) -> tuple[int, int]:
     return stage.blocks[0].attn.attention.grid
 
 
-def _num_tokens(stage: nn.Module) -> int:
+def _num_tokens(stage: Stage) -> int:
     H, W = block_grid(stage)
     return H * W
 

@@ -27,6 +27,8 @@ def sincos_position_embedding(channels: int, grid: tuple[int, int]) -> Tensor:
 class PositionEmbedding(HasConstants):
     """Adds the fixed sin-cos table of a grid."""
 
+    table: Tensor
+
     def __init__(self, channels: int, grid: tuple[int, int]):
         super().__init__()
         self.register_constant("table", sincos_position_embedding(channels, grid))
@@ -245,10 +247,9 @@ class TokenSplitConcat(nn.Module):
         Returns:
             The tokens (B, 4N, C'), and `expand`'s output.
         """
-        if expanded is None:
-            expanded = self.expand(x)
+        tokens: Tensor = self.expand(x) if expanded is None else expanded
         shift, scale = self.modulation(cond).unbind(1)
-        return self.position(self.fuse(self.split(expanded, skip, shift, scale)), skip.dtype), expanded
+        return self.position(self.fuse(self.split(tokens, skip, shift, scale)), skip.dtype), tokens
 
 
 class FinalLayer(nn.Module):

