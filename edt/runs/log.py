@@ -69,10 +69,9 @@ class RunLog:
         if self.main:
             keep_lines_until(self.file, first_step)
         self.shown = self.main and sys.stderr is not None and sys.stdout is not None
-        seconds = (
-            0.1 if sys.stderr is not None and sys.stderr.isatty() else 10
-        )  # of a bar in a file each state stays
         with self._display():
+            # Of a bar in a file each state stays.
+            seconds = 0.1 if sys.stderr is not None and sys.stderr.isatty() else 10
             self.bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", disable=not self.shown,
                             mininterval=seconds)  # fmt: skip
 

@@ -67,7 +67,7 @@ define_op(
 define_gradient("adaln", _save_for_backward, _differentiate)
 
 
-def adaln(x, shift, scale, eps, out_dtype) -> Tensor:
+def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype | None) -> Tensor:
     """`edt_kernels.adaln` by the kernels; the arguments are checked."""
     refuse_forward_mode("adaln", x, shift, scale)
     return torch.ops.edt_kernels.adaln(x, shift, scale, eps, out_dtype)[0]

@@ -25,7 +25,14 @@ _MAX_HEAD_DIM = 128
 _MAX_TABLE = 2**26  # entries: 4096×4096 tokens; made in float64, they take up to 3 GB
 
 
-def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=None) -> Tensor:
+def amm_table(
+    grid: tuple[int, int],
+    *,
+    form: str = "exp_cos",
+    radius: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """m[Δy, Δx] = ½·exp(cos(f·d)) (`"exp_cos"`) or 1.3·cos(f·d) (`"cos"`) for d ≤ radius, else 0.
 
     d is the Euclidean distance of two tokens of an H×W grid in token steps, f = π/(2·d_max) with d_max the

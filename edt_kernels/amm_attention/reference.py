@@ -10,7 +10,14 @@ from torch.nn import functional as F
 from .._tracing import add_in_place, in_func_transform
 
 
-def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=None) -> Tensor:
+def amm_table(
+    grid: tuple[int, int],
+    *,
+    form: str = "exp_cos",
+    radius: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """See `edt_kernels.amm_table`."""
     H, W = grid
     dy = torch.arange(1 - H, H, dtype=torch.float64, device=device)[:, None]
@@ -23,7 +30,9 @@ def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=
     return torch.where(squared_distance <= squared_radius, gain, 0.0).to(dtype)
 
 
-def expand_offset_table(table: Tensor, grid, num_extra_tokens, fill: float) -> Tensor:
+def expand_offset_table(
+    table: Tensor, grid: tuple[int, int], num_extra_tokens: tuple[int, int], fill: float
+) -> Tensor:
     """(…, 2H−1, 2W−1) indexed by (Δy, Δx) → (…, N, N) indexed by (query token, key token).
 
     Pairs with a token outside the grid get `fill`.
@@ -39,7 +48,15 @@ def expand_offset_table(table: Tensor, grid, num_extra_tokens, fill: float) -> T
 
 
 def amm_attention(
-    q, k, v, *, grid, modulation=None, rel_pos_bias=None, scale=None, num_extra_tokens=(0, 0)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: tuple[int, int],
+    modulation: Tensor | None = None,
+    rel_pos_bias: Tensor | None = None,
+    scale: float | None = None,
+    num_extra_tokens: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """See `edt_kernels.amm_attention`."""
     H, W = grid

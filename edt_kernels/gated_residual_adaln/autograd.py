@@ -140,13 +140,15 @@ define_op(
 define_gradient("gated_residual", _save_residual_for_backward, _differentiate_residual)
 
 
-def gated_residual_adaln(x, y, gate, shift, scale, eps, out_dtype) -> tuple[Tensor, Tensor]:
+def gated_residual_adaln(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     """`edt_kernels.gated_residual_adaln` by the kernels; the arguments are checked."""
     refuse_forward_mode("gated_residual_adaln", x, y, gate, shift, scale)
     return torch.ops.edt_kernels.gated_residual_adaln(x, y, gate, shift, scale, eps, out_dtype)[:2]
 
 
-def gated_residual(x, y, gate) -> Tensor:
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """`edt_kernels.gated_residual` by the kernels; the arguments are checked."""
     refuse_forward_mode("gated_residual", x, y, gate)
     return torch.ops.edt_kernels.gated_residual(x, y, gate)
