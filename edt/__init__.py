@@ -25,18 +25,5 @@ if TYPE_CHECKING:
     from .runs.weights import load_checkpoint as load_checkpoint
     from .runs.weights import load_released_state_dict as load_released_state_dict
     from .sampling.pipeline import EDTPipeline as EDTPipeline
-
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    diffusion=("GraphedStep", "LossSecondMomentSampler", "make_scheduler", "sample", "training_losses"),
-    model=(
-        "AMM_PLACEMENTS",
-        "PRESETS",
-        "EDTTransformer2DModel",
-        "StepCacheConfig",
-        "load_preset",
-        "published_amm_blocks",
-    ),
-    runs=("initialize_from", "load_checkpoint", "load_released_state_dict"),
-    sampling=("EDTPipeline",),
-)
+else:
+    __getattr__, __dir__, __all__ = lazy(__name__, __file__)

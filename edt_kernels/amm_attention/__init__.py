@@ -135,18 +135,17 @@ def amm_attention(
     if rel_pos_bias is not None:
         _check_table("rel_pos_bias", rel_pos_bias, [(offsets[0] * offsets[1], heads)], q)
     scale = check_scale(scale)
-    if scale is None:
-        scale = float(head_dim**-0.5)
+    factor = head_dim**-0.5 if scale is None else scale
 
     if select_backend(q=q) == "reference":
         return reference.amm_attention(
             q, k, v,
-            grid=grid, modulation=modulation, rel_pos_bias=rel_pos_bias, scale=scale,
+            grid=grid, modulation=modulation, rel_pos_bias=rel_pos_bias, scale=factor,
             num_extra_tokens=num_extra_tokens,
         )  # fmt: skip
     if head_dim > _MAX_HEAD_DIM:
         raise ValueError(f"q has a head dim of {head_dim}; the Triton kernels take up to {_MAX_HEAD_DIM}")
-    return autograd.amm_attention(q, k, v, grid, modulation, rel_pos_bias, scale, num_extra_tokens)
+    return autograd.amm_attention(q, k, v, grid, modulation, rel_pos_bias, float(factor), num_extra_tokens)
 
 
 def _is_autocast(tensor) -> bool:

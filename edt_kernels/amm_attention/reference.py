@@ -60,7 +60,7 @@ def amm_attention(
 ) -> Tensor:
     """See `edt_kernels.amm_attention`."""
     H, W = grid
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, heads, N, D)
     is_plain, bias = _is_plain_inference(q, modulation, rel_pos_bias), None
     if rel_pos_bias is not None:
@@ -69,8 +69,8 @@ def amm_attention(
         bias = expand_offset_table(table, grid, num_extra_tokens, fill=0.0).unsqueeze(0)
 
     if is_plain:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
-    logits = (q * scale) @ k.transpose(-1, -2)  # (B, heads, N, N)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=factor).transpose(1, 2)
+    logits = (q * factor) @ k.transpose(-1, -2)  # (B, heads, N, N)
     accumulate = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(accumulate)
     if bias is not None:
