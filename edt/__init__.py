@@ -7,6 +7,7 @@ Each folder imports those to its left. Names are imported when they are first us
 
 from typing import TYPE_CHECKING
 
+from . import _former
 from ._lazy import lazy
 
 if TYPE_CHECKING:
@@ -40,3 +41,4 @@ __getattr__, __dir__, __all__ = lazy(
     runs=("initialize_from", "load_checkpoint", "load_released_state_dict"),
     sampling=("EDTPipeline",),
 )
+_former.install()

@@ -1,8 +1,11 @@
 """Names of a package that are imported from its modules when they are first used."""
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
+
+from ._former import former_name
 
 
 def lazy(package: str, **names: tuple[str, ...]) -> tuple[Callable, Callable, list[str]]:
@@ -13,9 +16,14 @@ def lazy(package: str, **names: tuple[str, ...]) -> tuple[Callable, Callable, li
     modules = {name: module for module, members in names.items() for name in members}
 
     def get(name: str):
-        if name not in modules:
+        if name in modules:
+            value = getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
+        elif name.startswith("__"):
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
+        elif importlib.util.find_spec(f"{package}.{name}") is not None:
+            return importlib.import_module(f"{package}.{name}")
+        else:
+            value = former_name(package, name)
         setattr(sys.modules[package], name, value)
         return value
 

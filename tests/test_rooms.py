@@ -13,6 +13,7 @@ import edt_kernels
 
 # Floor by floor; a line may import the lines above it, and on one line nobody imports another.
 FLOORS = [
+    {"_former"},
     {"_lazy"},
     {"files", "devices", "options"},
     {"interrupt", "model"},
@@ -20,7 +21,7 @@ FLOORS = [
     {"runs", "evaluation"},
     {"train"},
     {"sampling"},
-    {"demo", "pipeline"},
+    {"demo"},
     {"cli"},
     {"__main__", "__init__"},
 ]

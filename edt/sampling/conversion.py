@@ -19,8 +19,9 @@ from ..diffusion.process import make_scheduler
 from ..files.errors import named_errors
 from ..files.outputs import NEW, clear_left, new_output
 from ..files.text import parse_json, printable, read_json, read_text
+from ..model.checks import NUM_STAGES
 from ..model.presets import AMM_PLACEMENTS, PRESETS, published_size
-from ..model.transformer import NUM_STAGES, EDTTransformer2DModel
+from ..model.transformer import EDTTransformer2DModel
 from ..options import check_types
 from ..runs.weights import (
     PIPELINE_INDEX,
