@@ -48,7 +48,7 @@ REPLACED = {
     "data": "data.dataset",
     "demo": "demo.run",
     "diffusion": "diffusion.process",
-    "model": "model.transformer",
+    "model": "model.transformer model.layers",
     "sampling": "diffusion.sampler",
     "train": "train.trainer",
 }
@@ -81,8 +81,7 @@ def install() -> None:
 
 def former_name(package: str, name: str):
     """What the module that had the name of this folder called so; AttributeError if nothing."""
-    module = REPLACED.get(package.rpartition(".")[2])
-    if module is not None:
+    for module in REPLACED.get(package.rpartition(".")[2], "").split():
         today = importlib.import_module(f"{__package__}.{module}")
         if hasattr(today, name):
             warnings.warn(f"{package}.{name} is in {today.__name__} now", DeprecationWarning, stacklevel=3)

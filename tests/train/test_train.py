@@ -29,6 +29,7 @@ from edt.interrupt import StopRequest
 from edt.model.transformer import EDTTransformer2DModel
 from edt.runs.checkpoint import list_checkpoints
 from edt.runs.log import read_metrics
+from edt.train import start
 from edt.train import trainer as train_module
 from edt.train.config import recipe
 from edt.train.state import TrainState
@@ -378,11 +379,10 @@ def test_alignment_sees_the_images_of_its_samples(tmp_path, monkeypatch):
     pixels(tmp_path / "data")
     seen = {"latents": [], "images": []}
     draw = train_module.draw
-    monkeypatch.setattr(train_module, "load_image_encoder", lambda spec: torch.nn.Conv2d(3, 6, 4, stride=4))
+    monkeypatch.setattr(start, "load_image_encoder", lambda spec: torch.nn.Conv2d(3, 6, 4, stride=4))
     encode = train_module.encode
-    monkeypatch.setattr(
-        train_module, "encode", lambda e, images: seen["images"].append(images) or encode(e, images)
-    )
+    for module in (start, train_module):
+        monkeypatch.setattr(module, "encode", lambda e, images: seen["images"].append(images) or encode(e, images))
     monkeypatch.setattr(
         train_module,
         "draw",

@@ -34,6 +34,7 @@ from edt.cli import main
 from edt.data.dataset import LatentDataset, SampleOrder, to_latents, write_dataset
 from edt.devices import torch_device
 from edt.files.outputs import sha256
+from edt.model.presets import PRESETS
 from edt.runs.checkpoint import CHECKSUMS, list_checkpoints, verify_checkpoint
 from edt.runs.log import read_metrics
 from edt.train import state as train_state
@@ -198,7 +199,7 @@ def test_a_skipped_step_leaves_no_trace_in_later_gradients(data, tmp_path, monke
     poison_latents(monkeypatch, range(3, 4), [])
     train(small_config(data, tmp_path / "skipped", steps=4, checkpoint_every=2))
     monkeypatch.undo()
-    monkeypatch.setitem(train_module.PRESETS, "tiny", dict(train_module.PRESETS["tiny"]))
+    monkeypatch.setitem(PRESETS, "tiny", dict(PRESETS["tiny"]))
     train(small_config(data, tmp_path / "other", steps=2))
     load = train_state.TrainState.load
 
@@ -431,7 +432,7 @@ def test_the_data_folder_moves_during_a_run(data, tmp_path, monkeypatch, capsys)
     train(small_config(data, tmp_path / "run", steps=4, checkpoint_every=3))
     assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [3, 4]
     monkeypatch.undo()
-    monkeypatch.setitem(train_module.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
     shutil.copytree(tmp_path / "moved", data)
     manifest = data / "manifest.json"
     rename = lambda: manifest.write_text(manifest.read_text().replace('"a"', '"z"', 1))  # noqa: E731
