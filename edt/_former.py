@@ -67,10 +67,10 @@ class _FormerModules(MetaPathFinder, Loader):
     def exec_module(self, module):
         todays = [f"{__package__}.{today}" for today in FORMER[module.__name__.rpartition(".")[2]].split()]
         warnings.warn(f"{module.__name__} is {' and '.join(todays)} now", DeprecationWarning, stacklevel=2)
-        first, *others = map(importlib.import_module, todays)
-        if not others:
-            sys.modules[module.__name__] = first  # which import returns in `module`'s place
-        for part in (first, *others):
+        parts = [importlib.import_module(today) for today in todays]
+        if len(parts) == 1:
+            sys.modules[module.__name__] = parts[0]  # which import returns in `module`'s place
+        for part in parts:
             vars(module).update((name, value) for name, value in vars(part).items() if not name.startswith("__"))
 
 
