@@ -6,7 +6,7 @@
     python -m benchmarks static                               what the compiler makes of the kernels; needs no GPU
     python -m benchmarks all [--quick]                        all of these, and the report of them
     python -m benchmarks compare FOLDER                       does this machine agree with the committed tables
-    python -m benchmarks report                               pages and plots of committed results, README's tables
+    python -m benchmarks report                               pages and plots of committed results, and READMEs' tables
 
 Every implementation is first checked, ops against float64, EDT against float32: one that is wrong is reported as
 wrong and not timed. Without a GPU, `edt_kernels` takes its reference path, and what is timed is that, on the CPU.
@@ -65,9 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     agreement.add_argument(
         "--tolerance", type=float, default=0.1, help="how much longer ours may take: 0.1 is 10 %%"
     )
-    page = commands.add_parser("report", help="pages and plots of committed results, and README's tables")
+    page = commands.add_parser("report", help="pages and plots of committed results, and READMEs' tables")
     page.add_argument("--results", type=Path, default=RESULTS, help="folder of folders of results")
-    page.add_argument("--readme", type=Path, default=RESULTS.parents[1] / "README.md")
+    root = RESULTS.parents[1]
+    readmes = [root / "README.md", *sorted(root.glob("*/README.md"))]
+    page.add_argument("--readme", nargs="+", type=Path, default=readmes, metavar="PAGE", help="default: all")
     return parser
 
 
@@ -135,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "report":
             from . import report
 
-            return report.write_committed(options.results, options.readme)
+            return report.write_committed(options.results, *options.readme)
         return measure_suites(options)
     except ValueError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)

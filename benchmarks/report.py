@@ -1,10 +1,11 @@
-"""Pages of results: what one device's folder holds, and README's tables.
+"""Pages of results: what one device's folder holds, and the tables in the READMEs.
 
 python -m benchmarks.report FOLDER    prints a line for each case and writes the folder's page and pictures
 """
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -103,8 +104,8 @@ def _environment(results: Results) -> str:
     return text
 
 
-def _readme_table(devices: dict[str, dict[str, Results]], name: str) -> str:
-    """Medians of the first cases of each suite; of a CPU all is said to be of one."""
+def _readme_table(devices: dict[Path, dict[str, Results]], name: str, page: Path) -> str:
+    """Medians of the first cases of each suite; of a CPU all is said to be of one. Links lead from the page."""
     on_cpu, lines, sources = name == "cpu", [], []
     for folder, suites in devices.items():
         here = {
@@ -127,7 +128,8 @@ def _readme_table(devices: dict[str, dict[str, Results]], name: str) -> str:
                 f"{r.environment['device']}, {r.environment['date']}, commit {str(r.environment['commit'])[:12]}"
                 for r in here.values()
             )
-            sources.append(f"[{'; '.join(found)}](benchmarks/results/{folder}/report.md)")
+            link = Path(os.path.relpath(folder / "report.md", page.parent)).as_posix()
+            sources.append(f"[{'; '.join(found)}]({link})")
     if not lines:
         return NOT_YET if not on_cpu else "Not yet measured with `python -m benchmarks`."
     if on_cpu:
@@ -168,14 +170,13 @@ def _committed(folder: Path) -> set[Path]:
     return tracked - {(top / line[3:]).resolve() for line in status}
 
 
-def write_committed(results_root: Path, readme: Path) -> int:
-    """The pages of all devices and README's tables, of committed results alone. Returns the exit status.
+def write_committed(results_root: Path, *readmes: Path) -> int:
+    """The pages of all devices and the READMEs' tables, of committed results alone. Returns the exit status.
 
     Raises:
-        ValueError: for a marker in the README that has no end or is not known.
+        ValueError: for a marker in a README that has no end or is not known.
     """
-    text = readme.read_text()
-    spans = _spans(text)
+    spans = {readme: _spans(readme) for readme in readmes}
     committed = _committed(results_root)
     devices = {}
     for folder in sorted(path for path in results_root.iterdir() if path.is_dir()):
@@ -183,35 +184,42 @@ def write_committed(results_root: Path, readme: Path) -> int:
             if path.stem in SUITES and path.resolve() not in committed:
                 print(f"benchmarks: skipped: {path} is not committed as it is")
         if suites := read_folder(folder, committed):
-            devices[folder.name] = suites
+            devices[folder] = suites
             _write(folder, suites)
     tables = {
         "ablation": _ablation,
         "step-cache": partial(_measured, "step_cache"),
         "schedulers": partial(_measured, "schedulers"),
     }
-    for name, (start, end) in sorted(spans.items(), key=lambda item: -item[1][0]):
-        table = tables[name](results_root, committed) if name in tables else _readme_table(devices, name)
-        text = f"{text[:start]}\n{table}\n{text[end:]}"
-    readme.write_text(text)
+    for readme, found in spans.items():
+        text = readme.read_text()
+        for name, (start, end) in sorted(found.items(), key=lambda item: -item[1][0]):
+            if name in tables:
+                table = tables[name](results_root, committed)
+            else:
+                table = _readme_table(devices, name, readme)
+            text = f"{text[:start]}\n{table}\n{text[end:]}"
+        readme.write_text(text)
     return 0
 
 
-def _spans(text: str) -> dict[str, tuple[int, int]]:
+def _spans(readme: Path) -> dict[str, tuple[int, int]]:
     """Of what is between the markers, by name."""
     found, opened = {}, None
-    for match in _MARKER.finditer(text):
+    for match in _MARKER.finditer(readme.read_text()):
         closing, name = match.groups()
         if name not in _NAMES:
-            raise ValueError(f"README has the marker {match.group()}; names are {', '.join(_NAMES)}")
+            raise ValueError(f"{readme} has the marker {match.group()}; names are {', '.join(_NAMES)}")
         if closing != ("/" if opened else "") or (opened and opened[0] != name) or name in found:
-            raise ValueError(f"README's marker {match.group()} is out of place: each has a start and an end, once")
+            raise ValueError(
+                f"{readme}: the marker {match.group()} is out of place: each has a start and an end, once"
+            )
         if closing:
             found[name], opened = (opened[1], match.start()), None
         else:
             opened = name, match.end()
     if opened:
-        raise ValueError(f"README's marker <!-- benchmarks:{opened[0]} --> has no end")
+        raise ValueError(f"{readme}: the marker <!-- benchmarks:{opened[0]} --> has no end")
     return found
 
 
