@@ -6,7 +6,7 @@
     python -m benchmarks static                               what the compiler makes of the kernels; needs no GPU
     python -m benchmarks all [--quick]                        all of these, and the report of them
     python -m benchmarks compare FOLDER                       does this machine agree with the committed tables
-    python -m benchmarks report                               pages and plots of committed results, and READMEs' tables
+    python -m benchmarks report                               pages and plots of committed results, all tables
 
 Every implementation is first checked, ops against float64, EDT against float32: one that is wrong is reported as
 wrong and not timed. Without a GPU, `edt_kernels` takes its reference path, and what is timed is that, on the CPU.
