@@ -74,7 +74,8 @@ class Tune:
     """Measures the kernels' tiles on this GPU, checks their gradients, writes the table that dispatch reads."""
 
     output: Path | None = None
-    """The table; by default that of this device, which needs no further setting. One that exists is continued."""
+    """The table; by default this device's in your cache folder, where dispatch finds it without further setting.
+    Any other is used where EDT_KERNELS_TILES names it. One that exists is continued."""
     ops: tuple[str, ...] = OPS
     """Ops to measure."""
     models: tuple[str, ...] = ("EDT-XL/2", "EDT-B/2", "EDT-S/2")
