@@ -22,6 +22,7 @@ import gc
 import math
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -382,3 +383,9 @@ def _failures_named() -> Iterator[None]:
         if any(text in str(error) for text in ("out of memory", "ALLOC_FAILED")):
             raise UnavailableError(" ".join(str(error).split())[:300], "out of memory") from error
         raise
+
+
+if __name__ == "__main__":
+    from .__main__ import main as command
+
+    sys.exit(command(["models", *sys.argv[1:]]))

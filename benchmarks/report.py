@@ -1,8 +1,10 @@
 """Pages of results: what one device's folder holds, and the tables in the READMEs.
 
-python -m benchmarks.report FOLDER    prints a line for each case and writes the folder's page and pictures
+python -m benchmarks report           the pages and pictures of committed results, and the READMEs' tables
+python -m benchmarks report FOLDER    prints a line for each case and writes the folder's page and pictures
 """
 
+import argparse
 import importlib
 import json
 import os
@@ -13,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from . import targets
-from .results import SUITES, Results, load
+from .results import RESULTS, SUITES, Results, load
 from .tables import case_table, fastest_peer, markdown, ours_cells, suite_table, targets_table
 from .targets import groups, ours_of
 
@@ -150,7 +152,7 @@ def _measured(module: str, results_root: Path, committed: set[Path]) -> str:
     benchmark = importlib.import_module(f".{module}", __package__)
     path = results_root / benchmark.FILE
     if path.resolve() not in committed:
-        return f"Not yet measured with `python -m benchmarks.{module}`."
+        return f"Not yet measured with `python -m benchmarks {module}`."
     return benchmark.format_table(json.loads(path.read_text()))
 
 
@@ -223,10 +225,34 @@ def _spans(readme: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-if __name__ == "__main__":
-    loaded = read_folder(Path(sys.argv[1]))
-    print("\n".join(f"{suite}: {_environment(results)}" for suite, results in loaded.items()))
-    print(case_table(loaded), flush=True)
-    if text := _loss_curves(Path(sys.argv[1])):
+def main(arguments: list[str]) -> int:
+    """Returns the exit status.
+
+    Raises:
+        ValueError: for arguments that it cannot take.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("folder", nargs="?", type=Path, help="of one device's results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of folders of committed results")
+    root = RESULTS.parents[1]
+    readmes = [root / "README.md", *sorted(root.glob("*/README.md"))]
+    parser.add_argument("--readme", nargs="+", type=Path, default=readmes, metavar="PAGE", help="default: all")
+    options = parser.parse_args(arguments)
+    if options.folder is None:
+        return write_committed(options.results, *options.readme)
+    if not options.folder.is_dir():
+        raise ValueError(f"folder is {options.folder}, which is no folder")
+    suites = read_folder(options.folder)
+    print("\n".join(f"{suite}: {_environment(results)}" for suite, results in suites.items()))
+    print(case_table(suites), flush=True)
+    if text := _loss_curves(options.folder):
         print(text, flush=True)
-    _write(Path(sys.argv[1]), loaded)
+    _write(options.folder, suites)
+    return 0
+
+
+if __name__ == "__main__":
+    from .__main__ import main as command
+
+    sys.exit(command(["report", *sys.argv[1:]]))
