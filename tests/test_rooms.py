@@ -14,7 +14,8 @@ import edt_kernels
 # Floor by floor; a line may import the lines above it, and on one line nobody imports another.
 FLOORS = [
     {"_lazy"},
-    {"files", "devices", "options"},
+    {"files", "devices"},
+    {"options"},
     {"interrupt", "model"},
     {"diffusion", "data"},
     {"runs", "evaluation"},
