@@ -8,6 +8,9 @@ Each folder imports those to its left. Names are imported when they are first us
 from typing import TYPE_CHECKING
 
 from ._lazy import lazy
+from ._twin import other_edt
+
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .diffusion.cuda_graph import GraphedStep as GraphedStep
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from .runs.weights import load_released_state_dict as load_released_state_dict
     from .sampling.pipeline import EDTPipeline as EDTPipeline
 
-__getattr__, __dir__, __all__ = lazy(
+_getattr, __dir__, __all__ = lazy(
     __name__,
     diffusion=("GraphedStep", "LossSecondMomentSampler", "make_scheduler", "sample", "training_losses"),
     model=(
@@ -40,3 +43,11 @@ __getattr__, __dir__, __all__ = lazy(
     runs=("initialize_from", "load_checkpoint", "load_released_state_dict"),
     sampling=("EDTPipeline",),
 )
+
+
+def __getattr__(name: str):
+    try:
+        return _getattr(name)
+    except AttributeError as error:
+        said = other_edt()  # of whose functions it may be one
+        raise AttributeError(f"{error}; {said}" if said else error, name=name, obj=error.obj) from None
