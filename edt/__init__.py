@@ -8,9 +8,8 @@ Each folder imports those to its left. Names are imported when they are first us
 from typing import TYPE_CHECKING
 
 from ._lazy import lazy
-from ._twin import other_edt
-
-__version__ = "0.1.0"
+from ._package import __version__ as __version__
+from ._package import other_edt
 
 if TYPE_CHECKING:
     from .diffusion.cuda_graph import GraphedStep as GraphedStep

@@ -22,8 +22,8 @@ T = TypeVar("T")
 def renamed(**former: str) -> Callable[[type[T]], type[T]]:
     """A class of options whose fields also go by former names: `renamed(steps="num_inference_steps")`.
 
-    As arguments, where they outweigh today's (which `dataclasses.replace` gives as well), and as attributes; on the
-    command line by `parse`, and in files by `today`.
+    As arguments, where they outweigh today's, which `dataclasses.replace` gives as well; as attributes; on the
+    command line by `parse`; and in files by `today`.
     """
 
     def decorate(kind: type[T]) -> type[T]:
@@ -55,7 +55,7 @@ def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = Non
     """The options that a command line gives.
 
     Raises:
-        SystemExit: after --help; for options that are wrong with 2, after one line on stderr that says where help is.
+        SystemExit: after --help; with 2 for wrong options, after a line on stderr that says where help is.
     """
     import tyro
 

@@ -44,7 +44,7 @@ WRONG = [
     ("sample", "labels", "tench", r"tuple\[str, \.\.\.\]"),
     ("sample", "labels", (3,), r"tuple\[str, \.\.\.\]"),
     ("sample", "guidance_interval", (0.1,), r"tuple\[float, float\] or None"),
-    ("sample", "steps", None, "int"),
+    ("sample", "num_inference_steps", None, "int"),
 ]
 
 

@@ -13,7 +13,7 @@ import edt_kernels
 
 # Floor by floor; a line may import the lines above it, and on one line nobody imports another.
 FLOORS = [
-    {"_lazy", "_twin"},
+    {"_lazy", "_package"},
     {"files", "devices"},
     {"options"},
     {"interrupt", "model"},

@@ -1,4 +1,4 @@
-"""The command line: `edt demo`, `extract`, `train`, …. Each command is a function of `commands`, `info` or `tune`, which
+"""The command line: `edt demo`, `extract`, `train`, …. A command is a function of `commands`, `info` or `tune`, and
 imports what it needs when it runs; what becomes of errors is in `errors`.
 """
 
@@ -9,9 +9,8 @@ import os
 import sys
 from typing import NamedTuple
 
-from .. import __version__
 from .._lazy import lazy
-from .._twin import other_edt
+from .._package import __version__, other_edt
 from ..files.text import printable
 from .errors import is_mendable, one_line, reader_has_gone
 
@@ -27,7 +26,7 @@ _BROKEN_PIPE = 141  # and for one whose reader has gone
 
 
 class _Command(NamedTuple):
-    """`function` of `module` takes the arguments after the command's name, and returns the exit code, or None for 0."""
+    """`function` of `module` takes the arguments after the command's name; it returns the exit code, or None."""
 
     module: str
     function: str
@@ -36,7 +35,7 @@ class _Command(NamedTuple):
 
 
 _COMMANDS = {
-    "demo": _Command("commands", "run_demo", "Trains a small EDT on handwritten digits, draws and judges.", "train"),
+    "demo": _Command("commands", "run_demo", "Trains a small EDT on digits, draws and judges.", "train"),
     "extract": _Command("commands", "run_extract", "Turns images into a data folder for training.", "data"),
     "train": _Command("commands", "run_train", "Trains EDT on a data folder, or goes on with a run.", "train"),
     "plot": _Command("commands", "run_plot", "Draws losses, speed and memory of runs.", "train"),

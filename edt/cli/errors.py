@@ -24,11 +24,11 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 def is_mendable(error: BaseException) -> bool:
-    """Whether bad input, a file or the machine is to blame; a bug's traceback is worth more than a line.
+    """Whether bad input, a file or the machine is to blame; of a bug the traceback is worth more than a line.
 
-    - ValueError, OSError and what memory lacks are; so is a module that is not installed, and a library's own class.
-    - TypeError and RuntimeError are where somebody's check raised them; not where an operation failed, but for torch's
-      of the machine.
+    - ValueError, OSError and lack of memory; a module that is not installed; a library's own class of errors.
+    - TypeError and RuntimeError where somebody's check raised them, not where an operation failed; but for what
+      torch says of the machine.
     - KeyError, AttributeError, AssertionError, … are bugs.
     """
     if isinstance(error, BrokenPipeError) and reader_has_gone():

@@ -98,5 +98,3 @@ def _giga(multiply_adds: int) -> str:
     if multiply_adds == 0:
         return ""
     return f"{multiply_adds / 1e9:.3f} G" if multiply_adds >= 1e7 else f"{multiply_adds / 1e6:.3f} M"
-
-

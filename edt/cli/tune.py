@@ -99,5 +99,3 @@ def tuning_report(table: dict) -> str:
         f"WRONG, never chosen: {fault['pass']} {fault['tiles']}: {fault['reason']}" for fault in table["faults"]
     ]
     return "\n".join([*lines, *faults])
-
-

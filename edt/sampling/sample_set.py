@@ -32,7 +32,7 @@ from ..interrupt import StopRequest
 from ..model.presets import NUM_TRAIN_TIMESTEPS, amm_placement
 from ..model.step_cache import StepCacheConfig
 from ..model.transformer import EDTTransformer2DModel
-from ..options import check_types
+from ..options import check_types, renamed
 from ..runs.weights import few
 from ..train.randomness import keyed_generator
 from .pipeline import EDTPipeline, load_pipeline
@@ -50,6 +50,7 @@ _IMAGE_NAME = re.compile(r"([0-9]{6,8})\.png")
 _MAX_IMAGES = 10_000_000  # hours before the first is drawn, on looking which are there
 
 
+@renamed(steps="num_inference_steps")
 @dataclass(frozen=True)
 class SampleOptions:
     """Draws images from a checkpoint: a folder of PNGs, all of them in samples.npz (arr_0, labels), a grid.
@@ -70,7 +71,7 @@ class SampleOptions:
     """Images of each class; for an unconditional model, images."""
     num_images: int | None = None
     """Instead of --num-per-class: images in all, of the classes in turn."""
-    steps: int = 250
+    num_inference_steps: int = 250
     """Denoising steps, spread over the 1000 of training."""
     scheduler: Literal["ddpm", "ddim", "dpm++", "unipc", "euler"] = "ddpm"
     """ddpm is the released one; the others need fewer steps."""
@@ -115,8 +116,10 @@ class SampleOptions:
         for name in ("num_per_class", "num_images", "batch_size", "cache_interval"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 1 <= self.steps <= NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"steps is {self.steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}")
+        if not 1 <= self.num_inference_steps <= NUM_TRAIN_TIMESTEPS:
+            raise ValueError(
+                f"num_inference_steps is {self.num_inference_steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}"
+            )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must not be negative")
         check_guidance_scale(self.guidance_scale)
@@ -187,7 +190,9 @@ def _draw_missing(options, pipe, classes: list[int], labels: np.ndarray, process
             image.save(file, format="PNG")
 
     with (
-        tqdm(total=len(calls) * options.steps, desc="sampling", unit="step", disable=rank > 0) as bar,
+        tqdm(
+            total=len(calls) * options.num_inference_steps, desc="sampling", unit="step", disable=rank > 0
+        ) as bar,
         ThreadPoolExecutor() as savers,  # compression runs without Python's lock
     ):
         for call in calls:
@@ -235,7 +240,7 @@ def prepare_pipeline(options: SampleOptions) -> EDTPipeline:
         if options.cache_schedule == "uniform":
             pipe.transformer.enable_cache(StepCacheConfig(**config))
         else:
-            pipe.transformer.enable_cache(StepCacheConfig.non_uniform(options.steps, **config))
+            pipe.transformer.enable_cache(StepCacheConfig.non_uniform(options.num_inference_steps, **config))
     return pipe
 
 
@@ -296,7 +301,7 @@ def _say_classes(pipe: EDTPipeline, classes: list[int]) -> None:
 
 # What the images do not depend on, or what is recorded as what came of it.
 _NOT_SETTINGS = ("checkpoint", "labels", "classes", "num_per_class", "num_images", "amm", "amm_blocks", "vae",
-                 "output", "overwrite", "batch_size", "device", "cuda_graph")  # fmt: skip
+                 "output", "overwrite", "batch_size", "device", "cuda_graph", "num_inference_steps")  # fmt: skip
 
 
 def _settings(options: SampleOptions, pipe: EDTPipeline, classes: list[int], num_images: int) -> dict:
@@ -308,6 +313,7 @@ def _settings(options: SampleOptions, pipe: EDTPipeline, classes: list[int], num
         "vae": None if pipe.vae is None else _source(pipe.vae),
         "classes": classes,
         "num_images": num_images,
+        "steps": options.num_inference_steps,  # under this name since the first version
         **{name: value for name, value in asdict(options).items() if name not in _NOT_SETTINGS},
         "amm_blocks": pipe.transformer.config.amm_blocks,
         "device": device.type,
@@ -407,7 +413,7 @@ def _draw(pipe, options, numbers: list[int], labels: np.ndarray, device, graph, 
     images = pipe(
         torch.from_numpy(labels) if conditional else None,
         guidance_scale=options.guidance_scale,
-        num_inference_steps=options.steps,
+        num_inference_steps=options.num_inference_steps,
         num_images_per_prompt=1 if conditional else len(numbers),
         generator=[keyed_generator(device, options.seed, i) for i in numbers],
         guidance_channels=options.guidance_channels,
@@ -454,6 +460,7 @@ def _write_grid(options: SampleOptions, pipe: EDTPipeline, classes: list[int], n
     images = np.stack([_read(options.output, i) for i in numbers])
     labels = np.array([classes[i % len(classes)] for i in numbers])
     title = f"AMM {'on' if pipe.transformer.config.amm_blocks else 'off'}, guidance {options.guidance_scale:g}, "
-    title += f"{options.steps} steps" + ("" if options.scheduler == "ddpm" else f" of {options.scheduler}")
+    steps, scheduler = options.num_inference_steps, options.scheduler
+    title += f"{steps} steps" + ("" if scheduler == "ddpm" else f" of {scheduler}")
     with new_file(options.output / "samples.png") as file:
         pictures.save_label_grid(file, images, labels, title)

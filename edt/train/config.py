@@ -11,12 +11,11 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from edt_kernels._checks import shown
-
 from ..files.outputs import new_file
 from ..files.text import read_text
 from ..model.presets import NUM_TRAIN_TIMESTEPS, PRESETS
-from ..options import check_types, describe, fits
+from ..options import check_types, describe, fits, renamed, shown, today
+from ..options import parse as parse_options
 
 CONFIG_FILE = "config.yaml"  # beside the run
 _NOT_SAVED = ("recipe", "config", "resume")
@@ -24,6 +23,7 @@ _MOST = 1e6  # of what multiplies: beyond it numbers overflow, and nothing is le
 _MOST_WORKERS = 1024  # of a process, each a process itself: more are a slip of the finger that takes the machine
 
 
+@renamed(flip="flips", sample_steps="num_inference_steps", sample_guidance="guidance_scale")
 @dataclass(frozen=True)
 class TrainConfig:
     """Trains EDT on a folder that `edt extract` wrote; goes on where a run in `output` stopped.
@@ -87,7 +87,7 @@ class TrainConfig:
     manifold_weight: float = 3.0
     """Of the similarities between samples, within the alignment loss."""
 
-    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
+    precision: Literal["auto", "bfloat16", "tf32", "float32"] = "auto"
     """bf16: autocast; norms, softmax, losses and weights stay float32. auto is bf16 on a GPU, fp32 on a CPU."""
     gradient_checkpointing: bool = False
     """Compute blocks again in backward: much less memory, a third more work."""
@@ -97,7 +97,7 @@ class TrainConfig:
     """auto is a GPU if there is one."""
     seed: int = 0
     """Of everything random."""
-    flip: bool = True
+    flips: bool = True
     """Mirrored images too, where the data allow it."""
     num_workers: int = 2
     """Processes that read data, for each training process."""
@@ -120,9 +120,9 @@ class TrainConfig:
     """Steps between grids drawn with the averaged weights; 0 for none."""
     sample_count: int = 16
     """Images of a grid, of classes spread evenly."""
-    sample_steps: int = 50
+    num_inference_steps: int = 50
     """Denoising steps of a grid."""
-    sample_guidance: float = 1.0
+    guidance_scale: float = 1.0
     """Guidance scale of a grid; 1 is none."""
     vae: str | None = None
     """AutoencoderKL to decode the grids with, by path or name; the data's is not fetched by itself."""
@@ -138,7 +138,7 @@ class TrainConfig:
             raise ValueError(f"model is {self.model!r}; it must be one of {', '.join(PRESETS)}")
         at_least = {"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "decay_steps": 1,
                     "warmup_steps": 0, "num_workers": 0, "checkpoint_every": 1, "keep_checkpoints": 1,
-                    "log_every": 1, "sample_every": 0, "sample_count": 1, "sample_steps": 1, "seed": 0,
+                    "log_every": 1, "sample_every": 0, "sample_count": 1, "num_inference_steps": 1, "seed": 0,
                     "max_skipped_steps": 1, "keep_every": 1}  # fmt: skip
         at_most = {"num_workers": _MOST_WORKERS, "sample_count": 10_000, "seed": 2**63 - 1}
         for name, low in at_least.items():
@@ -147,26 +147,28 @@ class TrainConfig:
                 raise ValueError(f"{name} is {shown(value)}; it must be at least {low}")
             if value is not None and value > high:
                 raise ValueError(f"{name} is {shown(value)}; it must be at most {high}")
-        if self.sample_steps > NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"sample_steps is {self.sample_steps}; it must be at most {NUM_TRAIN_TIMESTEPS}")
+        if self.num_inference_steps > NUM_TRAIN_TIMESTEPS:
+            raise ValueError(
+                f"num_inference_steps is {self.num_inference_steps}; it must be at most {NUM_TRAIN_TIMESTEPS}"
+            )
         for name in ("learning_rate", "max_grad_norm", "peak_tflops"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; it must be positive and finite")
         for name in ("final_learning_rate", "weight_decay", "alignment_weight", "manifold_weight",
-                     "sample_guidance"):  # fmt: skip
+                     "guidance_scale"):  # fmt: skip
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; it must be finite and not negative")
         for name in ("learning_rate", "final_learning_rate", "weight_decay", "alignment_weight",
-                     "manifold_weight", "sample_guidance", "peak_tflops"):  # fmt: skip
+                     "manifold_weight", "guidance_scale", "peak_tflops"):  # fmt: skip
             if (getattr(self, name) or 0) > _MOST:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at most {_MOST:.0f}")
         if self.task_routing is not None and not all(map(math.isfinite, self.task_routing)):
             raise ValueError(f"task_routing is {self.task_routing}; it must be two finite numbers")
-        if self.sample_every and self.sample_guidance != 1 and not self.class_dropout and not self.unconditional:
+        if self.sample_every and self.guidance_scale != 1 and not self.class_dropout and not self.unconditional:
             raise ValueError(
-                f"sample_guidance is {self.sample_guidance}; with class_dropout 0 no null class is learned, use 1"
+                f"guidance_scale is {self.guidance_scale}; with class_dropout 0 no null class is learned, use 1"
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
@@ -234,7 +236,7 @@ RECIPES = {
         "warmup_steps": 50,
         "ema_decay": 0.995,
         "ema_warmup": True,
-        "flip": False,
+        "flips": False,
         "num_workers": 0,
         "checkpoint_every": 600,
         "sample_every": 600,
@@ -260,6 +262,9 @@ def load_config(path: Path, **overrides) -> TrainConfig:
         raise ValueError(f"config {path} is no YAML that edt train reads: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {path} has {type(values).__name__}; it must be a mapping of edt train's fields")
+    given, values = values, today(TrainConfig, values)
+    if len(values) < len(given):
+        raise ValueError(f"config {path} has a field under its name of today and a former one; give it once")
     known = {f.name for f in fields(TrainConfig)} - {"recipe", "config"}
     if unknown := sorted(map(str, set(values) - known)):
         raise ValueError(f"config {path} has {', '.join(unknown)}; edt train has no such field")
@@ -329,8 +334,6 @@ def parse(args: Sequence[str], prog: str = "edt train") -> TrainConfig:
     Raises:
         ValueError, FileNotFoundError: for a recipe or a file that is none; SystemExit for an unknown option.
     """
-    import tyro
-
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--config", type=Path)
@@ -347,7 +350,7 @@ def parse(args: Sequence[str], prog: str = "edt train") -> TrainConfig:
         default = load_config(saved, output=sources.output)
     else:
         default = TrainConfig(data=_missing())
-    return tyro.cli(TrainConfig, args=args, default=default, prog=prog)
+    return parse_options(TrainConfig, args, prog, default)
 
 
 def _default(name: str):

@@ -40,6 +40,7 @@ from ..interrupt import StopRequest
 from ..model.complexity import OPTIMIZER_BUFFERS, block_grid, cost_table, estimate_memory
 from ..model.presets import PRESETS
 from ..model.transformer import EDTTransformer2DModel
+from ..options import today
 from ..runs.checkpoint import CHECKPOINTS, latest_checkpoint, list_checkpoints, verify_checkpoint, write_checkpoint
 from ..runs.folder import remember_verified, tracebacks, verify_once
 from ..runs.log import METRICS_FILE, RunLog, peak_memory, peak_operations
@@ -55,7 +56,7 @@ from .state import TrainState, names_not_finite, steps_of
 _WITHOUT_EFFECT = {
     "data", "output", "recipe", "config", "resume", "init_from", "replace_head", "steps", "num_workers", "device",
     "verify_data", "checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "trackers", "sample_every",
-    "sample_count", "sample_steps", "sample_guidance", "vae", "max_skipped_steps", "peak_tflops",
+    "sample_count", "num_inference_steps", "guidance_scale", "vae", "max_skipped_steps", "peak_tflops",
 }  # fmt: skip
 # What a generator is for, the second number of its key (seed, purpose, …).
 _INITIAL_WEIGHTS, _ALIGNMENT_HEAD, _STEP, _SAMPLES = 1, 2, 3, 4
@@ -96,7 +97,7 @@ def train(
                 f"device is {config.device!r}; Accelerate was told {device}, here or by its environment"
             )
         if config.precision == "auto":
-            config = replace(config, precision="bf16" if device == "cuda" else "fp32")
+            config = replace(config, precision="bfloat16" if device == "cuda" else "float32")
         main, is_new = accelerator.is_main_process, not config.output.exists()
         with tf32(config.precision == "tf32"), _repeatable_convolutions():
             # Nothing of the folder is read before it is this run's own; the other processes wait for the main one.
@@ -188,7 +189,7 @@ class Trainer:
             fresh = initialize_from(self.model, config.init_from, replace_head=config.replace_head)
             accelerator.print(f"weights of {config.init_from}; new are {', '.join(fresh) or 'none'}")
         alignment, self.encoder = self._build_alignment()
-        autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
+        autocast_dtype = torch.bfloat16 if config.precision == "bfloat16" else None
         self.objective = TrainingObjective(self.model, alignment, autocast_dtype).to(self.device).train()
         keep_schedule(self.model.device)
         self.vae = None
@@ -199,7 +200,7 @@ class Trainer:
         self.state = TrainState(self.objective, config, self.device, accelerator.is_main_process)
         self.differences = {}
         if self.resumed_from is not None:
-            then, now = self.state.load(self.resumed_from), self._identity()
+            then, now = today(TrainConfig, self.state.load(self.resumed_from)), self._identity()
             self.differences = {k: (then.get(k), now[k]) for k in now if then.get(k) != now[k]}
         self.saved_steps = self.state.steps
         self.intact = True  # whether the state is that of a step, and no save of it has failed
@@ -356,7 +357,7 @@ class Trainer:
             batch_size=self.local_batch_size,
             num_workers=config.num_workers,
             pin_memory=self.device.type == "cuda",
-            flip=config.flip,
+            flip=config.flips,
         )
         self.order = loader.dataset.order
         try:
@@ -653,7 +654,7 @@ class Trainer:
         estimate = estimate_memory(
             dict(model.config),
             size,
-            precision="bfloat16" if config.precision == "bf16" else "float32",
+            precision="bfloat16" if config.precision == "bfloat16" else "float32",
             gradient_checkpointing=config.gradient_checkpointing,
             two_pass=config.masking,
             optimizer=config.optimizer,

@@ -1,4 +1,6 @@
-"""The other package that is imported as `edt`."""
+"""Which package this is, and the other one that is imported as `edt`."""
+
+__version__ = "0.1.0"
 
 
 def other_edt() -> str | None:
