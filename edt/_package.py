@@ -12,6 +12,6 @@ def other_edt() -> str | None:
     except PackageNotFoundError:
         return None
     return (
-        f"edt {found}, a distance transform, is installed beside edt-kernels; both are imported as edt, so that one "
-        "hides the other: keep them in environments of their own, or pip uninstall edt"
+        f"edt {found}, a distance transform, is installed beside edt-kernels; both are imported as edt, so that "
+        "one hides the other: keep them in environments of their own, or pip uninstall edt"
     )

@@ -1,5 +1,5 @@
-"""The command line: `edt demo`, `extract`, `train`, …. A command is a function of `commands`, `info` or `tune`, and
-imports what it needs when it runs; what becomes of errors is in `errors`.
+"""The command line: `edt demo`, `extract`, `train`, …. A command is a function of `commands`, `info` or `tune`,
+and imports what it needs when it runs; what becomes of errors is in `errors`.
 """
 
 import difflib

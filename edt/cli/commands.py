@@ -19,9 +19,9 @@ class Plot:
     """Draws losses, learning rate, gradient norm, throughput and memory of runs; several over each other."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Folders of edt train."""
+    """Folders of runs of edt train."""
     output: Path | None = None
-    """Folder for the pictures; by default plots in the first run's."""
+    """The folder for the pictures. By default it is plots in the first run's."""
 
 
 def run_plot(args: list[str]) -> None:

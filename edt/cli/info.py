@@ -18,11 +18,11 @@ class Info:
     """Prints parameters, multiply-adds stage by stage, and a memory estimate."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A preset, such as EDT-XL/2, or a checkpoint's or a run's folder."""
+    """A preset, such as EDT-XL/2, or the folder of a checkpoint or a run."""
     batch_size: int = 32
-    """For the activations."""
+    """The number of images that the activations are of."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 is autocast: weights, their gradients and the residual stream stay float32."""
+    """The precision. bfloat16 is autocast: weights, their gradients and the residual stream stay float32."""
     gradient_checkpointing: bool = False
     """In training, compute each block again in the backward pass instead of keeping its activations."""
 

@@ -23,17 +23,17 @@ class Tune:
     output: Path | None = None
     """The table; by default that of this device, which needs no further setting. One that exists is continued."""
     ops: tuple[str, ...] = OPS
-    """Ops to measure."""
+    """The ops to measure."""
     models: tuple[str, ...] = ("EDT-XL/2", "EDT-B/2", "EDT-S/2")
-    """Presets whose shapes to measure, the most important first; all at 256² come before any at 512²."""
+    """The presets whose shapes to measure, the most important first. All at 256² come before any at 512²."""
     batch_size: int = 64
-    """Images."""
+    """The number of images."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Autocast's, or float32."""
+    """The dtype of autocast, or float32."""
     seconds: float | None = None
-    """After so many, no further measurement is begun; each takes up to a minute or two."""
+    """After so many seconds no further measurement is begun. Each takes up to a minute or two."""
     quick: bool = False
-    """Only candidates that differ from the static choice in one number."""
+    """Try only candidates that differ from the static choice in one number."""
 
 
 def run_tune(args: list[str]) -> int:

@@ -30,17 +30,17 @@ class AblateOptions:
     """Trains on digits with masking on and off, samples each with AMM on and off, over seeds; prints a table."""
 
     output: Path = Path("outputs/ablation")
-    """Folder of the runs, of ablation.json and table.md; what is done there is not done again."""
+    """The folder for the runs, ablation.json and table.md. What is done there is not done again."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each of weights, data order and noise."""
+    """The seeds, each of weights, data order and noise."""
     steps: int = 1800
-    """Training steps."""
+    """The number of training steps."""
     num_per_class: int = 50
-    """Images to draw of each digit, in each case."""
+    """The number of images to draw of each digit, in each case."""
     num_inference_steps: int = 100
-    """Denoising steps."""
+    """The number of denoising steps."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """cuda or cpu; by default the GPU if there is one."""
+    """The device, cuda or cpu. By default it is the GPU if there is one."""
 
     def check(self) -> None:
         """Raises ValueError for an option that cannot work."""

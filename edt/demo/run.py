@@ -54,25 +54,25 @@ class DemoOptions:
     """Trains a small EDT on real handwritten digits, draws digits with it and judges them."""
 
     output: Path = Path("outputs/demo")
-    """Folder for pictures, samples, checkpoint and report."""
+    """The folder for pictures, samples, checkpoint and report."""
     steps: int = 1800
-    """Training steps."""
+    """The number of training steps."""
     batch_size: int = 64
-    """Images a step; each takes part in the full and in the masked pass."""
+    """Images in a training step. Each takes part in the full and in the masked pass."""
     learning_rate: float = 2e-3
-    """Adan's, after a short warm-up; it falls linearly to 0."""
+    """Adan's learning rate after a short warm-up. It falls linearly to 0."""
     num_per_class: int = 50
-    """Images to draw of each digit, for each variant."""
+    """The number of images to draw of each digit, for each variant."""
     num_inference_steps: int = 100
-    """Denoising steps, evenly spaced over the 1000 of training."""
+    """Denoising steps, evenly spaced over the 1000 noise levels of training."""
     guidance_scale: float = 1.5
-    """Classifier-free guidance of the third variant."""
+    """Classifier-free guidance of the third variant; 1 is none."""
     seed: int = 0
-    """Of everything random; a run on the CPU repeats exactly on the same machine."""
+    """The seed of everything random. A run on the CPU repeats exactly on the same machine."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """cuda or cpu; by default the GPU if there is one."""
+    """The device, cuda or cpu. By default it is the GPU if there is one."""
     quick: bool = False
-    """Few steps and images, to see in seconds that everything runs; the digits will be noise."""
+    """Take few steps and images, to see in seconds that everything runs. The digits will be noise."""
 
     def check(self) -> None:
         """Raises ValueError for an option that cannot work; called before anything is spent."""

@@ -61,54 +61,54 @@ class SampleOptions:
     """
 
     checkpoint: Path
-    """A pipeline's folder, a run of edt train, one of its checkpoints, or a folder written by save_pretrained."""
+    """The folder of a pipeline, a run of edt train or one of its checkpoints, or what save_pretrained wrote."""
     labels: tuple[str, ...] = ()
-    """Classes to draw: names that the pipeline knows, numbers, or ranges such as 0-9. Where classes are named by
-    numbers, these are names."""
+    """The classes to draw: names that the pipeline knows, numbers, or ranges such as 0-9. Where classes are named by
+    numbers, these are taken for names."""
     classes: Literal["all"] | None = None
-    """Instead of --labels: every class of the model."""
+    """Instead of --labels, draw every class of the model."""
     num_per_class: int = 10
-    """Images of each class; for an unconditional model, images."""
+    """The number of images of each class, or of an unconditional model."""
     num_images: int | None = None
-    """Instead of --num-per-class: images in all, of the classes in turn."""
+    """Instead of --num-per-class, the number of images in all, of the classes in turn."""
     num_inference_steps: int = 250
     """Denoising steps, spread over the 1000 of training."""
     scheduler: Literal["ddpm", "ddim", "dpm++", "unipc", "euler"] = "ddpm"
-    """ddpm is the released one; the others need fewer steps."""
+    """The sampler. ddpm is the released one; the others need fewer steps."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 is none."""
     guidance_channels: int | None = None
-    """How many of the channels guidance acts on; by default 3, or all where there are fewer."""
+    """The number of channels that guidance acts on. By default it is 3, or all where there are fewer."""
     guidance_interval: tuple[float, float] | None = None
-    """Noise levels (low, high) between which guidance acts; by default at all, 0.01 to 157."""
+    """The noise levels, low and high, between which guidance acts. By default it acts at all, 0.01 to 157."""
     cache_interval: int | None = None
-    """Faster: of so many steps one is full, the others reuse features of it. None computes every step in full."""
+    """For speed: one of so many steps is computed in full, the others reuse features of it. By default all are full."""
     cache_schedule: Literal["uniform", "non-uniform"] = "uniform"
-    """Every so many steps, or as many steps in all, closer to each other early on."""
+    """uniform computes every so many-th step in full; non-uniform as many in all, closer to each other early on."""
     cache_reuse: Literal["deep", "encoder"] = "deep"
-    """What they reuse: all before the last stage, or the encoder."""
+    """What the other steps reuse: deep is all before the last stage, encoder is the encoder."""
     amm: bool = True
-    """Attention modulation."""
+    """Modulate attention in the blocks of --amm-blocks."""
     amm_blocks: tuple[int, ...] | None = None
-    """Blocks with attention modulation; by default those published for the model and guidance scale, or the
-    checkpoint's own."""
+    """The blocks with attention modulation. By default they are those published for the model and guidance scale, or
+    the checkpoint's own."""
     vae: str | None = None
-    """AutoencoderKL by name or folder, for latents of a checkpoint that has none; a run has that of its grids, or
-    else of its data."""
+    """The AutoencoderKL, by name or folder, for latents of a checkpoint that has none. By default a run's is that of
+    its grids, or else of its data."""
     seed: int = 0
-    """Of the noise."""
+    """The seed of the noise."""
     output: Path = Path("outputs/samples")
-    """Folder for images, samples.npz and samples.png."""
+    """The folder for images, samples.npz and samples.png."""
     overwrite: bool = False
-    """Remove what another edt sample drew into output, by its samples.json; nothing else."""
+    """Remove what another edt sample drew into --output, by its samples.json, and nothing else."""
     batch_size: int = 250
-    """Images drawn at a time."""
+    """The number of images drawn at a time."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the transformer's weights; the VAE is in float32."""
+    """The dtype of the transformer's weights. The VAE is in float32."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """cuda or cpu; by default the GPU if there is one."""
+    """The device, cuda or cpu. By default it is the GPU if there is one."""
     cuda_graph: bool = False
-    """On a GPU: replay the network's launches from CUDA graphs."""
+    """On a GPU, replay the network's launches from CUDA graphs."""
 
     def check(self) -> None:
         """Raises ValueError for an option that cannot work with any model."""

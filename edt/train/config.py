@@ -26,110 +26,114 @@ _MOST_WORKERS = 1024  # of a process, each a process itself: more are a slip of 
 @renamed(flip="flips", sample_steps="num_inference_steps", sample_guidance="guidance_scale")
 @dataclass(frozen=True)
 class TrainConfig:
-    """Trains EDT on a folder that `edt extract` wrote; goes on where a run in `output` stopped.
+    """Trains EDT on a folder that `edt extract` wrote, or goes on where the run in --output stopped.
 
-    Defaults come from --config, else from --recipe, else from the run in --output, else they are those below.
+    Defaults come from --config, else from --recipe, else from the run in --output, else they are those below. The
+    command needs pip install 'edt-kernels[train]'.
     """
 
     data: Path
-    """Folder that edt extract wrote."""
+    """The data folder that edt extract wrote."""
     output: Path = Path("outputs/train")
     """The run's folder: checkpoints, metrics, samples, config.yaml."""
     recipe: str | None = None
-    """Where defaults come from: a name such as EDT-S/2 (as published) or EDT-S/2-24GB (one GPU of 24 GB)."""
+    """Defaults come from this recipe, such as EDT-S/2 (as published) or EDT-S/2-24GB (for one GPU of 24 GB)."""
     config: Path | None = None
-    """Or a YAML file of these fields, such as the config.yaml of another run."""
+    """Defaults come from this YAML file of these options, such as the config.yaml of another run."""
 
     model: str = "EDT-S/2"
-    """Preset. Latent size, channels and number of classes are the data's."""
+    """The preset of the model. Its latent size, channels and number of classes are the data's."""
     unconditional: bool = False
-    """Ignore the labels."""
+    """Train a model without classes; the data's labels are ignored."""
     class_dropout: float = 0.1
-    """Share of labels that become the null class, for classifier-free guidance."""
+    """The share of labels that become the null class, which classifier-free guidance needs."""
     masking: bool = True
-    """Masking training: the loss of a full and of a masked pass."""
+    """Masking training: the loss is that of a full pass and of a masked one."""
     task_routing: tuple[float, float] | None = None
-    """Denoising Task Routing: (share of active channels, exponent), published 0.8 4. Off by default."""
+    """Denoising Task Routing with this share of active channels and this exponent; 0.8 4 are published. It is off by
+    default."""
     init_from: Path | None = None
-    """Fine-tuning: a checkpoint to start from, of the same sizes; classes may differ."""
+    """For fine-tuning: the checkpoint to start from. It must have the same sizes; its classes may differ."""
     replace_head: bool = True
-    """With --init-from: start with a new, zero final layer."""
+    """With --init-from, start with a new final layer, which is zero."""
 
     steps: int = 400_000
-    """Of training, in all."""
+    """Training steps in all, those of earlier calls included."""
     batch_size: int = 256
-    """Images a step, over all processes; each takes part in both passes."""
+    """Images in a step, over all processes. Each takes part in both passes."""
     gradient_accumulation_steps: int = 1
-    """Parts that a process splits its images into: less memory and the same gradient. (Not of the
-    alignment loss, which compares the images of a part.)"""
+    """The number of parts that a process splits its images into, for less memory and the same gradient. (Not the same
+    of the alignment loss, which compares the images of a part.)"""
     optimizer: Literal["adan", "adamw"] = "adan"
-    """Published: Adan."""
+    """The optimiser. Adan is the published one."""
     learning_rate: float = 1e-3
-    """At the start; published: 1e-3, XL 5e-4."""
+    """The learning rate at the start. 1e-3 is published, and 5e-4 for XL."""
     final_learning_rate: float = 5e-5
-    """From decay_steps on; it falls linearly until then."""
+    """The learning rate from --decay-steps on. It falls linearly until then."""
     decay_steps: int = 400_000
-    """See final_learning_rate."""
+    """The step from which the learning rate is the final one."""
     warmup_steps: int = 0
-    """The learning rate rises linearly over so many steps."""
+    """The learning rate rises linearly from 0 over this many steps."""
     weight_decay: float = 0.0
-    """Published: none."""
+    """The optimiser's weight decay. None is published."""
     max_grad_norm: float | None = None
-    """Gradients of a larger norm are scaled down to it. Published: none."""
+    """Gradients of a larger norm are scaled down to this. No limit is published."""
     ema_decay: float = 0.9999
-    """Of the averaged weights."""
+    """The decay of the averaged weights, for each step."""
     ema_warmup: bool = False
-    """Use the lower decay (1 + step)/(10 + step) while it is lower; for short runs."""
+    """For short runs: average with the decay (1 + step)/(10 + step) while that is lower."""
     alignment_encoder: str | None = None
-    """Alignment loss: module:factory of a frozen image encoder; the data must have its images."""
+    """For the alignment loss: module:factory of a frozen image encoder. The data must have their images."""
     alignment_weight: float = 0.5
-    """Of the alignment loss."""
+    """The weight of the alignment loss."""
     manifold_weight: float = 3.0
-    """Of the similarities between samples, within the alignment loss."""
+    """Within the alignment loss, the weight of the similarities between samples."""
 
     precision: Literal["auto", "bfloat16", "tf32", "float32"] = "auto"
-    """bf16: autocast; norms, softmax, losses and weights stay float32. auto is bf16 on a GPU, fp32 on a CPU."""
+    """How exact matrix products are. bfloat16 is autocast, in which norms, softmax, losses and weights stay float32;
+    tf32 rounds only what goes into float32 products. auto is bfloat16 on a GPU and float32 on a CPU."""
     gradient_checkpointing: bool = False
-    """Compute blocks again in backward: much less memory, a third more work."""
+    """Compute each block again in the backward pass: much less memory for a third more work."""
     compile: bool = False
-    """torch.compile; the first steps then take minutes."""
+    """Compile the model with torch.compile. The first steps then take minutes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto is a GPU if there is one."""
+    """The device. auto is the GPU if there is one."""
     seed: int = 0
-    """Of everything random."""
+    """The seed of everything random."""
     flips: bool = True
-    """Mirrored images too, where the data allow it."""
+    """Train on mirrored images too, where the data allow it."""
     num_workers: int = 2
-    """Processes that read data, for each training process."""
+    """The number of processes that read data, for each training process."""
     verify_data: bool = True
-    """Compare the data with its checksums first."""
+    """Compare the data with their checksums first."""
 
     checkpoint_every: int = 10_000
-    """Steps; also after the last step, and when interrupted."""
+    """A checkpoint is written every so many steps, after the last one, and when the run is interrupted."""
     keep_checkpoints: int = 3
-    """The newest so many are kept."""
+    """This many of the newest checkpoints are kept."""
     keep_every: int | None = None
-    """Beside them, those of steps that are multiples of this are kept for good."""
+    """Beside them, checkpoints of steps that are multiples of this are kept for good."""
     resume: str = "latest"
-    """latest: go on where the run in output stopped, if any. never: refuse where there is one. Or a checkpoint."""
+    """latest goes on where the run in --output stopped, if there is one; never refuses where there is one; the folder of
+    a checkpoint goes on from it."""
     log_every: int = 50
-    """Steps between lines of metrics.jsonl; figures are means over them."""
+    """Steps between two lines of metrics.jsonl, whose figures are means over them."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Of Accelerate: tensorboard, wandb, …; none for no tracker."""
+    """Accelerate's trackers that get the figures: tensorboard, wandb, …. Without a name after it there is none."""
     sample_every: int = 10_000
-    """Steps between grids drawn with the averaged weights; 0 for none."""
+    """Steps between two grids of images, drawn with the averaged weights; 0 draws none."""
     sample_count: int = 16
-    """Images of a grid, of classes spread evenly."""
+    """Images in a grid, of classes spread evenly."""
     num_inference_steps: int = 50
-    """Denoising steps of a grid."""
+    """Denoising steps in drawing a grid."""
     guidance_scale: float = 1.0
-    """Guidance scale of a grid; 1 is none."""
+    """Classifier-free guidance in drawing a grid; 1 is none."""
     vae: str | None = None
-    """AutoencoderKL to decode the grids with, by path or name; the data's is not fetched by itself."""
+    """The AutoencoderKL that decodes the grids, by folder or name. The data's is not fetched by itself."""
     max_skipped_steps: int = 10
-    """After so many steps in a row whose loss or gradient is not finite, training stops."""
+    """Training stops after this many steps in a row whose loss or gradient is not finite."""
     peak_tflops: float | None = None
-    """The device's dense matrix rate at this precision, for the FLOP utilisation; known for common GPUs."""
+    """The device's dense matrix rate at this precision, for the FLOP utilisation. It is known for common GPUs."""
 
     def check(self) -> None:
         """Raises ValueError for a field that cannot work; called before anything is spent."""
