@@ -89,10 +89,10 @@ def _args_of_today(kind: type, args: Sequence[str]) -> list[str]:
 
 def _in_one_line(box: str) -> str:
     """What is wrong by the box that tyro draws, in whose rows, between rules, are also a guess and the help."""
-    rows = [row.strip(" │╭╰╮╯") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    rows = [row.strip(" │|") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
     parts: list[list[str]] = [[]]
     for row in rows:
-        if "───" in row or row.startswith("─"):
+        if re.search("[─-]{8}", row) or row == "Got errors:":
             parts.append([])
         elif row:
             parts[-1].append(row)

@@ -16,7 +16,10 @@ from . import INTERRUPTED
 
 @dataclass(frozen=True)
 class Plot:
-    """Draws losses, learning rate, gradient norm, throughput and memory of runs; several over each other."""
+    """Draws losses, learning rate, gradient norm, throughput and memory of runs; several over each other.
+
+    The command needs pip install 'edt-kernels[train]'.
+    """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Folders of runs of edt train."""

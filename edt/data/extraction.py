@@ -35,7 +35,8 @@ _VAE_DIGEST = "vae_sha256"  # in a manifest's extraction, beside the options
 class ExtractOptions:
     """Turns images into a data folder for training: latents of a VAE, or pixels.
 
-    Interrupted at any point, the same command goes on from the last complete shard.
+    Interrupted at any point, the same command goes on from the last complete shard. A Hugging Face dataset needs
+    pip install 'edt-kernels[data]'.
     """
 
     source: Path
@@ -69,8 +70,7 @@ class ExtractOptions:
     split: str = "train"
     """The split of a Hugging Face dataset that has several."""
     num_classes: int | None = None
-    """The number of classes, for labels without names (numbers in a column or in .npy files). By default it is one
-    more than the highest label."""
+    """The number of classes, for labels that are numbers without names. By default the highest label and one."""
     seed: int = 0
     """The seed of the samples that --no-moments draws, one for each image and view."""
     retry_skipped: bool = False

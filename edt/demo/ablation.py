@@ -27,7 +27,10 @@ _CASE = ("seed", "masking", "amm", "class_accuracy", "spread_over_real", "freche
 @renamed(sampling_steps="num_inference_steps")
 @dataclass(frozen=True)
 class AblateOptions:
-    """Trains on digits with masking on and off, samples each with AMM on and off, over seeds; prints a table."""
+    """Trains on digits with masking on and off, samples each with AMM on and off, over seeds; prints a table.
+
+    The command needs pip install 'edt-kernels[train]'.
+    """
 
     output: Path = Path("outputs/ablation")
     """The folder for the runs, ablation.json and table.md. What is done there is not done again."""

@@ -51,7 +51,10 @@ _OPTIONS_OF_RUN = ("data", "output", "steps", "decay_steps", "batch_size", "lear
 @renamed(sampling_steps="num_inference_steps")
 @dataclass(frozen=True)
 class DemoOptions:
-    """Trains a small EDT on real handwritten digits, draws digits with it and judges them."""
+    """Trains a small EDT on real handwritten digits, draws digits with it and judges them.
+
+    The command needs pip install 'edt-kernels[train]'.
+    """
 
     output: Path = Path("outputs/demo")
     """The folder for pictures, samples, checkpoint and report."""

@@ -47,7 +47,7 @@ class EvaluateOptions:
     """Compares generated images with real ones: FID, sFID, Inception Score, precision and recall.
 
     Images are an .npz (arr_0 uint8 N×H×W×C, as edt sample and ADM write it) or a folder of images,
-    searched to any depth.
+    searched to any depth. InceptionV3 needs pip install 'edt-kernels[evaluate]'.
     """
 
     samples: Path
@@ -63,7 +63,7 @@ class EvaluateOptions:
     trust_feature_model: bool = False
     """Load the .pt2. Torch runs code that it brings, so that of a stranger may do anything."""
     output: Path | None = None
-    """A JSON file for the figures and all that they depend on. It replaces an earlier report, but no other file."""
+    """A JSON file for the figures and all they depend on. It may replace an earlier report, nothing else."""
     batch_size: int = 64
     """The number of images whose features are computed at a time; of very large ones there are fewer."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")

@@ -52,22 +52,20 @@ class ConvertOptions:
     """Turns a .pt of the released code into the folder of a pipeline; or a folder of weights into such a .pt."""
 
     checkpoint: Path
-    """A .pt of the released code, of weights or a training checkpoint; or a folder: a pipeline, what save_pretrained
-    wrote, a run of edt train or one of its checkpoints."""
+    """A .pt of the released code, of weights or a training checkpoint; or a folder: a pipeline, what
+    save_pretrained wrote, a run of edt train or one of its checkpoints."""
     output: Path
     """The folder of the pipeline; or the .pt, where --checkpoint is a folder."""
     vae: str | None = None
     """The AutoencoderKL for the pipeline, such as stabilityai/sd-vae-ft-ema or a local folder."""
     labels: Path | None = None
-    """The names of the classes for the pipeline: JSON such as {"0": "tench", ...} or ["tench", ...], or text of a name
-    a line."""
+    """The class names for the pipeline: JSON {"0": "tench", ...} or ["tench", ...], or text of a name a line."""
     weights: Literal["ema", "model"] | None = None
-    """Which weights of a training checkpoint, averaged (ema) or raw (model). By default they are ema where it has
-    them."""
+    """Which weights of a training checkpoint: averaged (ema, the default where there are) or raw (model)."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """The dtype of the model's weights. By default it is as they are stored."""
     overwrite: bool = False
-    """Replace an output that is there: a .pt of edt convert, or a folder that has only the files of an EDTPipeline."""
+    """Replace an output that is there: a .pt of edt convert, or a folder with an EDTPipeline's files alone."""
 
 
 def convert(options: ConvertOptions) -> str:

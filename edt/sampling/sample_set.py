@@ -63,8 +63,8 @@ class SampleOptions:
     checkpoint: Path
     """The folder of a pipeline, a run of edt train or one of its checkpoints, or what save_pretrained wrote."""
     labels: tuple[str, ...] = ()
-    """The classes to draw: names that the pipeline knows, numbers, or ranges such as 0-9. Where classes are named by
-    numbers, these are taken for names."""
+    """The classes to draw: names that the pipeline knows, numbers, or ranges such as 0-9. Where classes are named
+    by numbers, these are taken for names."""
     classes: Literal["all"] | None = None
     """Instead of --labels, draw every class of the model."""
     num_per_class: int = 10
@@ -82,19 +82,18 @@ class SampleOptions:
     guidance_interval: tuple[float, float] | None = None
     """The noise levels, low and high, between which guidance acts. By default it acts at all, 0.01 to 157."""
     cache_interval: int | None = None
-    """For speed: one of so many steps is computed in full, the others reuse features of it. By default all are full."""
+    """For speed: one of so many steps is computed in full, the others reuse features of it. By default all are."""
     cache_schedule: Literal["uniform", "non-uniform"] = "uniform"
-    """uniform computes every so many-th step in full; non-uniform as many in all, closer to each other early on."""
+    """Full steps are every so many-th (uniform), or as many in all, closer early on (non-uniform)."""
     cache_reuse: Literal["deep", "encoder"] = "deep"
     """What the other steps reuse: deep is all before the last stage, encoder is the encoder."""
     amm: bool = True
-    """Modulate attention in the blocks of --amm-blocks."""
+    """Modulate attention (AMM)."""
     amm_blocks: tuple[int, ...] | None = None
-    """The blocks with attention modulation. By default they are those published for the model and guidance scale, or
-    the checkpoint's own."""
+    """The blocks with AMM. By default those published for model and guidance scale, else the checkpoint's own."""
     vae: str | None = None
-    """The AutoencoderKL, by name or folder, for latents of a checkpoint that has none. By default a run's is that of
-    its grids, or else of its data."""
+    """The AutoencoderKL, by name or folder, for latents of a checkpoint that has none. By default a run's is that
+    of its grids, or else of its data."""
     seed: int = 0
     """The seed of the noise."""
     output: Path = Path("outputs/samples")
@@ -237,10 +236,14 @@ def prepare_pipeline(options: SampleOptions) -> EDTPipeline:
         raise ValueError(f"amm_{error}") from error
     if options.cache_interval is not None:
         config = {"interval": options.cache_interval, "reuse": options.cache_reuse}
-        if options.cache_schedule == "uniform":
-            pipe.transformer.enable_cache(StepCacheConfig(**config))
-        else:
-            pipe.transformer.enable_cache(StepCacheConfig.non_uniform(options.num_inference_steps, **config))
+        try:
+            if options.cache_schedule == "uniform":
+                cache = StepCacheConfig(**config)
+            else:
+                cache = StepCacheConfig.non_uniform(options.num_inference_steps, **config)
+        except ValueError as error:  # which calls it interval
+            raise ValueError(f"cache_{error}") from error
+        pipe.transformer.enable_cache(cache)
     return pipe
 
 
@@ -265,8 +268,12 @@ def _classes_of(label: str, names: dict[str, int], num_classes: int) -> list[int
         return [names[label]]
     span = re.fullmatch(r"(-?[0-9]{1,18})(?:-([0-9]{1,18}))?", label)
     if span is None:
-        known = f"or a name of one class, such as {next(iter(names))!r}" if names else "it has no names"
-        raise ValueError(f"labels has {label[:80]!r}; it must be a number, a range such as 0-9, {known}")
+        needed = "this model's classes have no names, so it must be a number, or a range such as 0-9"
+        if names:
+            needed = (
+                f"it must be a number, a range such as 0-9, or a name of one class, such as {next(iter(names))!r}"
+            )
+        raise ValueError(f"labels has {label[:80]!r}; {needed}")
     first, last = int(span[1]), int(span[2] or span[1])
     numbered = {int(name): number for name, number in names.items() if re.fullmatch("[0-9]{1,18}", name)}
     all_named = len(set(numbered.values())) == num_classes

@@ -50,8 +50,7 @@ class TrainConfig:
     masking: bool = True
     """Masking training: the loss is that of a full pass and of a masked one."""
     task_routing: tuple[float, float] | None = None
-    """Denoising Task Routing with this share of active channels and this exponent; 0.8 4 are published. It is off by
-    default."""
+    """Denoising Task Routing: share of active channels, and exponent; 0.8 4 is published. Off by default."""
     init_from: Path | None = None
     """For fine-tuning: the checkpoint to start from. It must have the same sizes; its classes may differ."""
     replace_head: bool = True
@@ -62,8 +61,7 @@ class TrainConfig:
     batch_size: int = 256
     """Images in a step, over all processes. Each takes part in both passes."""
     gradient_accumulation_steps: int = 1
-    """The number of parts that a process splits its images into, for less memory and the same gradient. (Not the same
-    of the alignment loss, which compares the images of a part.)"""
+    """Parts that a process splits its images into: less memory, the same gradient but of the alignment loss."""
     optimizer: Literal["adan", "adamw"] = "adan"
     """The optimiser. Adan is the published one."""
     learning_rate: float = 1e-3
@@ -90,8 +88,8 @@ class TrainConfig:
     """Within the alignment loss, the weight of the similarities between samples."""
 
     precision: Literal["auto", "bfloat16", "tf32", "float32"] = "auto"
-    """How exact matrix products are. bfloat16 is autocast, in which norms, softmax, losses and weights stay float32;
-    tf32 rounds only what goes into float32 products. auto is bfloat16 on a GPU and float32 on a CPU."""
+    """How exact matrix products are. bfloat16 is autocast, in which norms, softmax, losses and weights stay
+    float32; tf32 rounds only what goes into float32 products. auto is bfloat16 on a GPU and float32 on a CPU."""
     gradient_checkpointing: bool = False
     """Compute each block again in the backward pass: much less memory for a third more work."""
     compile: bool = False
@@ -114,8 +112,7 @@ class TrainConfig:
     keep_every: int | None = None
     """Beside them, checkpoints of steps that are multiples of this are kept for good."""
     resume: str = "latest"
-    """latest goes on where the run in --output stopped, if there is one; never refuses where there is one; the folder of
-    a checkpoint goes on from it."""
+    """latest goes on where --output stopped, never refuses if it could, a checkpoint's folder goes on from it."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl, whose figures are means over them."""
     trackers: tuple[str, ...] = ("tensorboard",)
