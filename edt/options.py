@@ -89,14 +89,17 @@ def _args_of_today(kind: type, args: Sequence[str]) -> list[str]:
 
 def _in_one_line(box: str) -> str:
     """What is wrong by the box that tyro draws, in whose rows, between rules, are also a guess and the help."""
-    rows = [row.strip(" │|") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    box = re.sub(r"\x1b\[[0-9;]*m", "", box)
     parts: list[list[str]] = [[]]
-    for row in rows:
+    for row in (row.strip(" │") for row in box.splitlines()):
         if re.search("[─-]{8}", row) or row == "Got errors:":
             parts.append([])
         elif row:
             parts[-1].append(row)
-    said, *others = [part for part in parts if part] or [["the options are wrong"]]
+    parts = [part for part in parts if part]
+    if not box.startswith("╭"):  # to a terminal without such letters, where the title is no part of a rule
+        parts = parts[1:]
+    said, *others = parts or [["the options are wrong"]]
     if said[0].startswith("Missing from"):
         said = ["it needs", ", ".join(re.findall(r"^--[\w-]+|^[A-Z-]+$", "\n".join(said[1:]), re.MULTILINE))]
     for part in others:
