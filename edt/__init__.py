@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from . import _former
 from ._lazy import lazy
+from ._package import __version__ as __version__
+from ._package import other_edt
 
 if TYPE_CHECKING:
     from .diffusion.cuda_graph import GraphedStep as GraphedStep
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from .runs.weights import load_released_state_dict as load_released_state_dict
     from .sampling.pipeline import EDTPipeline as EDTPipeline
 
-__getattr__, __dir__, __all__ = lazy(
+_getattr, __dir__, __all__ = lazy(
     __name__,
     diffusion=("GraphedStep", "LossSecondMomentSampler", "make_scheduler", "sample", "training_losses"),
     model=(
@@ -42,3 +44,11 @@ __getattr__, __dir__, __all__ = lazy(
     sampling=("EDTPipeline",),
 )
 _former.install()
+
+
+def __getattr__(name: str):
+    try:
+        return _getattr(name)
+    except AttributeError as error:
+        said = other_edt()  # of whose functions it may be one
+        raise AttributeError(f"{error}; {said}" if said else error, name=name, obj=error.obj) from None

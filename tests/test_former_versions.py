@@ -28,11 +28,13 @@ def former(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_run_goes_on(former):
+def test_a_run_goes_on(former, capsys):
     verify_dataset(open_dataset(former / "data"), progress=False)
     averages = edt.load_checkpoint(former / "run").state_dict()
     arguments = ["train", "--output", str(former / "run"), "--data", str(former / "data"), "--steps", "4"]
     assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert not any(name in said for name in ("precision", "flip"))  # which were called and spelt otherwise
     assert [line["step"] for line in read_metrics(former / "run" / "metrics.jsonl")] == [2, 4]
     assert [step for step, _ in list_checkpoints(former / "run" / "checkpoints")] == [4]
     assert any(

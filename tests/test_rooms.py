@@ -13,9 +13,10 @@ import edt_kernels
 
 # Floor by floor; a line may import the lines above it, and on one line nobody imports another.
 FLOORS = [
-    {"_former"},
+    {"_former", "_package"},
     {"_lazy"},
-    {"files", "devices", "options"},
+    {"files", "devices"},
+    {"options"},
     {"interrupt", "model"},
     {"diffusion", "data"},
     {"runs", "evaluation"},

@@ -47,27 +47,27 @@ class EvaluateOptions:
     """Compares generated images with real ones: FID, sFID, Inception Score, precision and recall.
 
     Images are an .npz (arr_0 uint8 N×H×W×C, as edt sample and ADM write it) or a folder of images,
-    searched to any depth.
+    searched to any depth. InceptionV3 needs pip install 'edt-kernels[evaluate]'.
     """
 
     samples: Path
     """The generated images."""
     reference: Path
-    """The real images; or an .npz of ADM's statistics (mu, sigma; mu_s, sigma_s), with or without arr_0."""
+    """The real images, or an .npz of ADM's statistics (mu, sigma; mu_s, sigma_s), with or without arr_0."""
     inception_weights: Path | None = None
-    """torch-fidelity's weights of InceptionV3; by default it downloads them."""
+    """The file of torch-fidelity's weights of InceptionV3. By default it downloads them."""
     feature_model: str | None = None
     """Instead of InceptionV3: a .pt2 file of torch.export.save, exported with a dynamic batch, that takes float
     images (B, C, H, W) in [-1, 1] to features (B, F); or the word pixels, for the pixels themselves. Gives a
     Fréchet distance, precision and recall, and downloads nothing. A .pt2 can run code that its author chose."""
     trust_feature_model: bool = False
-    """Load the .pt2: torch runs code that it brings, so that of a stranger may do anything."""
+    """Load the .pt2. Torch runs code that it brings, so that of a stranger may do anything."""
     output: Path | None = None
-    """A JSON file for the figures and all that they depend on. It may replace an earlier report, no other file."""
+    """A JSON file for the figures and all they depend on. It may replace an earlier report, nothing else."""
     batch_size: int = 64
-    """Images whose features are computed at a time; fewer of very large ones."""
+    """The number of images whose features are computed at a time; of very large ones there are fewer."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """cuda or cpu; by default the GPU if there is one."""
+    """The device, cuda or cpu. By default it is the GPU if there is one."""
 
     def check(self) -> None:
         """Raises ValueError for options that cannot work, FileNotFoundError for missing files."""

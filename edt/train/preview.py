@@ -28,8 +28,8 @@ def draw_grid(
             model,
             torch.from_numpy(labels) if num_classes else None,
             batch_size=count,
-            num_inference_steps=config.sample_steps,
-            guidance_scale=config.sample_guidance if num_classes else 1.0,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale if num_classes else 1.0,
             generator=generator,
             progress=False,
         )

@@ -28,7 +28,7 @@ def introduce(trainer, multiply_adds: int) -> None:
     estimate = estimate_memory(
         dict(model.config),
         size,
-        precision="bfloat16" if config.precision == "bf16" else "float32",
+        precision="bfloat16" if config.precision == "bfloat16" else "float32",
         gradient_checkpointing=config.gradient_checkpointing,
         two_pass=config.masking,
         optimizer=config.optimizer,

@@ -29,7 +29,7 @@ from .state import steps_of
 _WITHOUT_EFFECT = {
     "data", "output", "recipe", "config", "resume", "init_from", "replace_head", "steps", "num_workers", "device",
     "verify_data", "checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "trackers", "sample_every",
-    "sample_count", "sample_steps", "sample_guidance", "vae", "max_skipped_steps", "peak_tflops",
+    "sample_count", "num_inference_steps", "guidance_scale", "vae", "max_skipped_steps", "peak_tflops",
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from ..files.lock import open_folder, own_folder
 from ..files.text import say
 from ..interrupt import StopRequest
 from ..model.complexity import cost_table
+from ..options import today
 from ..runs.checkpoint import CHECKPOINTS, list_checkpoints, write_checkpoint
 from ..runs.folder import remember_verified, tracebacks, verify_once
 from ..runs.log import METRICS_FILE, RunLog, peak_memory, peak_operations
@@ -85,7 +86,7 @@ def train(
                 f"device is {config.device!r}; Accelerate was told {device}, here or by its environment"
             )
         if config.precision == "auto":
-            config = replace(config, precision="bf16" if device == "cuda" else "fp32")
+            config = replace(config, precision="bfloat16" if device == "cuda" else "float32")
         main, is_new = accelerator.is_main_process, not config.output.exists()
         with tf32(config.precision == "tf32"), repeatable_convolutions():
             # Nothing of the folder is read before it is this run's own; the other processes wait for the main one.
@@ -127,7 +128,7 @@ class Trainer:
             fresh = initialize_from(self.model, config.init_from, replace_head=config.replace_head)
             accelerator.print(f"weights of {config.init_from}; new are {', '.join(fresh) or 'none'}")
         alignment, self.encoder = build_alignment(config, self.model, self.dataset, self.device)
-        autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
+        autocast_dtype = torch.bfloat16 if config.precision == "bfloat16" else None
         self.objective = TrainingObjective(self.model, alignment, autocast_dtype).to(self.device).train()
         keep_schedule(self.model.device)
         self.vae = None
@@ -138,7 +139,8 @@ class Trainer:
         self.state = TrainState(self.objective, config, self.device, accelerator.is_main_process)
         self.differences = {}
         if self.resumed_from is not None:
-            then, now = self.state.load(self.resumed_from), identity(config, accelerator, self.data_digest)
+            then = today(TrainConfig, self.state.load(self.resumed_from))
+            now = identity(config, accelerator, self.data_digest)
             self.differences = {k: (then.get(k), now[k]) for k in now if then.get(k) != now[k]}
         self.saved_steps = self.state.steps
         self.intact = True  # whether the state is that of a step, and no save of it has failed
@@ -212,7 +214,7 @@ class Trainer:
             batch_size=self.local_batch_size,
             num_workers=config.num_workers,
             pin_memory=self.device.type == "cuda",
-            flip=config.flip,
+            flip=config.flips,
         )
         self.order = loader.dataset.order
         try:

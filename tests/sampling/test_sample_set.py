@@ -351,7 +351,7 @@ def test_a_checkpoint_may_move_and_its_vae_not_change(checkpoints, tmp_path, cap
         (
             "grey",
             ["--labels", "cat"],
-            "labels has 'cat'; it must be a number, a range such as 0-9, it has no names",
+            "labels has 'cat'; this model's classes have no names, so it must be a number, or a range such as 0-9",
         ),
         ("named", ["--labels", "cat"], "or a name of one class, such as 'digit 0, nought'"),
         ("grey", [], "--labels"),

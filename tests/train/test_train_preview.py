@@ -43,7 +43,7 @@ def vae(tmp_path_factory):
 )
 def test_classes_are_spread_evenly(tmp_path, num_classes, count, labels):
     model = EDTTransformer2DModel(**SMALL, num_classes=num_classes).eval()
-    config = TrainConfig(data=tmp_path, sample_count=count, sample_steps=2)
+    config = TrainConfig(data=tmp_path, sample_count=count, num_inference_steps=2)
     latents, drawn = draw_grid(model, config, keyed_generator("cpu", 0))
     assert latents.shape == (count, 4, 8, 8)
     assert drawn.tolist() == labels
@@ -54,7 +54,7 @@ def test_classes_are_spread_evenly(tmp_path, num_classes, count, labels):
 def test_latents_that_are_not_finite_end_no_training(tmp_path):
     model = EDTTransformer2DModel(**SMALL, num_classes=5).eval()
     torch.nn.init.constant_(model.final_layer.linear.bias, torch.nan)
-    config = TrainConfig(data=tmp_path, sample_count=5, sample_steps=2)
+    config = TrainConfig(data=tmp_path, sample_count=5, num_inference_steps=2)
     latents, _ = draw_grid(model, config, keyed_generator("cpu", 0))
     assert latents.isnan().all()
 
@@ -103,7 +103,7 @@ def test_a_vae_that_overflows_ends_no_training(tmp_path, vae, capsys):
     torch.nn.init.constant_(model.decoder.conv_out.bias, torch.inf)
     model.save_pretrained(tmp_path / "vae")
     data = write_moments(tmp_path / "data")
-    fields = {"steps": 2, "sample_every": 1, "sample_steps": 1, "vae": str(tmp_path / "vae")}
+    fields = {"steps": 2, "sample_every": 1, "num_inference_steps": 1, "vae": str(tmp_path / "vae")}
     train(small_config(data, tmp_path / "run", **fields))
     said = "step {}: vae makes pictures that are not finite; no grid is drawn"
     out = capsys.readouterr().out

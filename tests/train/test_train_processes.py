@@ -74,7 +74,7 @@ def whole_runs(_tiny_training, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     for fsdp in (False, True):
         said = run_to_end(small_arguments(data, folder / str(fsdp), **RUN), folder / "log", processes=2, fsdp=fsdp)
-        assert f"2 × cpu, {'FSDP2' if fsdp else 'DDP'}, fp32" in said
+        assert f"2 × cpu, {'FSDP2' if fsdp else 'DDP'}, float32" in said
     return {fsdp: folder / str(fsdp) for fsdp in (False, True)}
 
 
@@ -297,7 +297,7 @@ def test_a_loss_that_is_not_finite_in_one_process(data, tmp_path, fsdp):
 def test_sampling_and_saving_do_not_disturb(data, whole_runs, tmp_path, fsdp):
     """FSDP's root module kept the averaged weights of a grid for the step after it."""
     fields = {**RUN, "num_workers": 0, "checkpoint_every": 3, "sample_every": 2, "sample_count": 3,
-              "sample_steps": 2, "log_every": 3}  # fmt: skip
+              "num_inference_steps": 2, "log_every": 3}  # fmt: skip
     run_to_end(small_arguments(data, tmp_path / "run", **fields), tmp_path / "log", processes=2, fsdp=fsdp)
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 4
     assert differing(newest(tmp_path / "run"), newest(whole_runs[fsdp])) == []
