@@ -162,6 +162,27 @@ def test_a_set_grows(checkpoints, whole, tmp_path, capsys):
     assert "other settings (num_images)" in capsys.readouterr().err
 
 
+def test_a_small_set_grows(checkpoints, whole, tmp_path):
+    """Its images are those that a large set has under the same numbers, to the last bit."""
+    for count in (1, 3, 64):
+        draw(checkpoints / "grey", tmp_path, *SET[:2], "--num-images", count, *SET[4:])
+        assert len(pictures(tmp_path)) == count
+        assert pictures(tmp_path).items() <= pictures(whole).items()
+
+
+def test_a_set_of_an_earlier_version_goes_on(checkpoints, tmp_path, monkeypatch):
+    """Such drew fewer images at once where it had fewer, and what is drawn with others is rounded differently."""
+    draw(checkpoints / "grey", tmp_path, *FEW)
+    settings = json.loads((tmp_path / "samples.json").read_text())
+    (tmp_path / "samples.json").write_text(json.dumps({**settings, "images_per_call": 2}))
+    calls, draw_call = [], sample_set._draw
+    monkeypatch.setattr(sample_set, "_draw", lambda *args: calls.append(len(args[2])) or draw_call(*args))
+    draw(checkpoints / "grey", tmp_path, *FEW[:2], "--num-images", 7, *FEW[4:])
+    assert calls == [2, 2, 2]
+    draw(checkpoints / "grey", tmp_path, *FEW, "--seed", 1, "--overwrite")
+    assert calls == [2, 2, 2, settings["images_per_call"]]
+
+
 def test_its_folder_is_evaluated_without_its_grid(checkpoints, whole, tmp_path, capsys):
     arguments = ["--reference", str(whole / "samples.npz"), "--feature-model", "pixels", "--device", "cpu"]
     assert main(["evaluate", "--samples", str(whole), *arguments, "--output", str(tmp_path / "report.json")]) == 0
@@ -306,7 +327,7 @@ def test_a_set_takes_no_images_of_another(checkpoints, tmp_path, capsys):
     before = pictures(tmp_path)
     assert main(arguments(checkpoints / "grey", tmp_path, "--labels", 4, "--num-images", 2, "--seed", 1)) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "drawn with other settings (classes, images_per_call, num_images, seed); give another output" in message
+    assert "drawn with other settings (classes, num_images, seed); give another output" in message
     assert pictures(tmp_path) == before
     draw(checkpoints / "grey", tmp_path, "--labels", 4, "--num-images", 2, "--overwrite")
     assert len(pictures(tmp_path)) == 2
