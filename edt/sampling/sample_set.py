@@ -454,5 +454,9 @@ def _write_grid(options: SampleOptions, pipe: EDTPipeline, classes: list[int], n
     labels = np.array([classes[i % len(classes)] for i in numbers])
     title = f"AMM {'on' if pipe.transformer.config.amm_blocks else 'off'}, guidance {options.guidance_scale:g}, "
     title += f"{options.steps} steps" + ("" if options.scheduler == "ddpm" else f" of {options.scheduler}")
+    if (count := len(set(classes))) > len(set(labels)):
+        title += f"\n{len(set(labels))} of {count} classes"
+    conditional = pipe.transformer.config.num_classes > 0
+    names = {i: pipe.id2label.get(i, str(i)) for i in classes} if conditional else None
     with new_file(options.output / "samples.png") as file:
-        pictures.save_label_grid(file, images, labels, title)
+        pictures.save_samples(file, images, labels, title, names)

@@ -118,7 +118,9 @@ def test_what_is_drawn(tmp_path, monkeypatch, vae, labels, shape):
     drawn = []
     for name in ("save_label_grid", "save_mosaic"):
         save = getattr(pictures, name)
-        monkeypatch.setattr(pictures, name, lambda *a, name=name, save=save: drawn.append((name, a)) or save(*a))
+        monkeypatch.setattr(
+            pictures, name, lambda *a, name=name, save=save, **k: drawn.append((name, a)) or save(*a, **k)
+        )
     for kind, latents, folder in (
         ("pixels", torch.randn(4, 3, 8, 8), None),
         ("decoded", torch.randn(4, 4, 8, 8), vae[0]),
