@@ -52,7 +52,7 @@ class Plot:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of edt train."""
     output: Path | None = None
-    """Folder for the pictures; by default plots in the first run's."""
+    """Folder for the pictures; by default plots in the run's, of several runs outputs/plots."""
 
 
 @dataclass(frozen=True)

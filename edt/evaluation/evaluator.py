@@ -339,13 +339,13 @@ def evaluate(options: EvaluateOptions) -> dict:
             f"image_size makes the reference's images {size[0]}×{size[1]}, samples {options.samples} are "
             f"{_size(samples)}; they must be of one size"
         )
-    only_statistics = bool(statistics) and not has_images(options.reference)
     reference = None
-    if not only_statistics:
+    if not statistics or has_images(options.reference):
         reference = open_images("reference", options.reference, size, samples.shape[2])
     if options.feature_model == "pixels" and samples.shape != reference.shape:
         raise ValueError(
             f"samples are {_size(samples)}, the reference is {_size(reference)}; pixels need one shape"
+            + _crop_hint(reference)
         )
     extractor = _make_extractor(options, device)
     dimensions = INCEPTION_FEATURES
@@ -355,7 +355,7 @@ def evaluate(options: EvaluateOptions) -> dict:
     # Said before hours of work, and in the report again.
     omitted, doubts = _omitted(samples, reference, statistics), _doubts(samples, reference, statistics, dimensions)
     if options.feature_model:
-        omitted = {name: reason for name, reason in omitted.items() if name in ("precision", "recall")}
+        omitted.pop("inception_score", None)
     for line in [*(f"no {_NAMES[name]}: {reason}" for name, reason in omitted.items()), *doubts]:
         say(f"edt: {line}")
     if options.feature_model:
@@ -421,6 +421,7 @@ def _size(images: NpzImages | FolderImages) -> str:
     return "×".join(map(str, images.shape))
 
 
+@torch.inference_mode()
 def _count_features(samples, reference, extractor, batch_size: int, device: torch.device) -> int:
     """How many the extractor makes of an image, by a first batch of either set.
 
@@ -469,9 +470,13 @@ def _doubts(samples, reference, statistics, dimensions: dict[str, int]) -> list[
                 "Fréchet distances far from those of many images."
             )
     if reference is not None and samples.shape != reference.shape:
-        mend = "" if reference.kind == "npz" else ": --image-size crops a folder to the samples' size"
-        doubts.append(f"The samples are {_size(samples)}, the reference is {_size(reference)}{mend}.")
+        sizes = f"The samples are {_size(samples)}, the reference is {_size(reference)}"
+        doubts.append(f"{sizes}{_crop_hint(reference)}.")
     return doubts
+
+
+def _crop_hint(reference: NpzImages | FolderImages) -> str:
+    return "" if reference.kind == "npz" else " (--image-size crops a folder to the samples' size)"
 
 
 def _notes(samples, reference, statistics, options) -> list[str]:
