@@ -27,7 +27,7 @@ from .demo import run as demo
 from .demo.ablation import AblateOptions
 from .demo.run import DemoOptions
 from .evaluation.evaluator import EvaluateOptions, evaluate, format_report
-from .files.text import printable
+from .files.text import command, printable
 from .interrupt import stop_on_interrupt
 from .model.complexity import OPTIMIZER_BUFFERS, cost_table, estimate_memory, meta_model, sampling_multiply_adds
 from .model.presets import PRESETS
@@ -181,7 +181,7 @@ def _giga(multiply_adds: int) -> str:
 def run_demo(options: DemoOptions) -> int:
     report = demo.run_demo(options)
     output = printable(options.output)
-    draw_more = f"edt sample --checkpoint {output} --classes all"
+    draw_more = command("sample", "--checkpoint", options.output, "--classes", "all")
     if report["interrupted"]:
         print(f"\ninterrupted in {report['interrupted']}. What was trained is kept in {output}; draw from "
               f"it with\n  {draw_more}", file=sys.stderr)  # fmt: skip
@@ -290,8 +290,9 @@ def run_train(args: list[str]) -> int:
         return _INTERRUPTED
     if first:
         config = EDTTransformer2DModel.load_config(saved / "ema")
-        output, more = printable(options.output), " --classes all" if config["num_classes"] else ""
-        print(f"the run is in {output}; draw from it with\n  edt sample --checkpoint {output}{more}")
+        more = ("--classes", "all") if config["num_classes"] else ()
+        draw = command("sample", "--checkpoint", options.output, *more)
+        print(f"the run is in {printable(options.output)}; draw from it with\n  {draw}")
     return 0
 
 

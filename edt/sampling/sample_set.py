@@ -453,7 +453,9 @@ def _write_grid(options: SampleOptions, pipe: EDTPipeline, classes: list[int], n
     images = np.stack([_read(options.output, i) for i in numbers])
     labels = np.array([classes[i % len(classes)] for i in numbers])
     title = f"AMM {'on' if pipe.transformer.config.amm_blocks else 'off'}, guidance {options.guidance_scale:g}, "
-    title += f"{options.steps} steps" + ("" if options.scheduler == "ddpm" else f" of {options.scheduler}")
+    title += f"{options.steps} step{'s' * (options.steps > 1)}" + (
+        "" if options.scheduler == "ddpm" else f" of {options.scheduler}"
+    )
     if (count := len(set(classes))) > len(set(labels)):
         title += f"\n{len(set(labels))} of {count} classes"
     conditional = pipe.transformer.config.num_classes > 0

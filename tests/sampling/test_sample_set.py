@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from image_folders import run, save_images, save_vae
 from matplotlib.image import imread
-from PIL import Image
+from PIL import Image, ImageDraw
 from released import tiny_model
 from training_runs import forked, fresh, kill_all_below, run_to_end
 
@@ -226,6 +226,25 @@ def test_files(checkpoints, tmp_path, capsys):
     assert imread(tmp_path / "samples.png").std() > 0.05
     assert str(tmp_path) in capsys.readouterr().out
     assert list(pictures(tmp_path)) == ["000000.png", "000001.png", "000002.png"]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "labels", "written"),
+    [
+        ("named", ("ace", "0", 7), ["7", "digit 0, nought", "digit 1, ace"]),
+        ("named", ("deuce",), ["digit 2, deuce"]),
+        ("grey", (3,), ["class 3"]),
+        ("grey", ("0-4",), ["0", "1", "2", "3 of 5 classes"]),
+        ("unconditional", (), []),
+    ],
+)
+def test_its_grid_names_the_classes(checkpoints, tmp_path, monkeypatch, checkpoint, labels, written):
+    texts, write = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: texts.append(a[2]) or write(*a, **k))
+    monkeypatch.setattr(sample_set, "_GRID_ROWS", 3)
+    labels = ("--labels", *labels) if labels else ()
+    draw(checkpoints / checkpoint, tmp_path, *labels, "--num-per-class", 2, "--steps", 1)
+    assert sorted(texts) == sorted(["AMM on, guidance 1, 1 step", *written])
 
 
 def test_the_images_are_the_pipelines(checkpoints, tmp_path):

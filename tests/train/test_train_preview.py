@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from matplotlib.image import imread
+from PIL import ImageDraw
 from training_runs import small_config, write_moments
 
 from edt import EDTTransformer2DModel
@@ -109,6 +110,15 @@ def test_a_vae_that_overflows_ends_no_training(tmp_path, vae, capsys):
     out = capsys.readouterr().out
     assert all(said.format(step) in out for step in (1, 2))
     assert not (tmp_path / "run" / "samples").exists()
+
+
+@pytest.mark.usefixtures("_tiny_training")
+def test_the_classes_of_the_data_are_named(tmp_path, monkeypatch):
+    texts, write = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: texts.append(a[2]) or write(*a, **k))
+    fields = {"steps": 1, "sample_every": 1, "sample_steps": 1, "sample_count": 4}
+    train(small_config(write_moments(tmp_path / "data"), tmp_path / "run", **fields))
+    assert texts == ["step 1", "latents; --vae decodes", "a", "b", "c"]
 
 
 @pytest.mark.parametrize(
