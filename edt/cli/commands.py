@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from ..files.text import printable
+from ..files.text import command, printable
 from ..interrupt import stop_on_interrupt
 from ..options import parse
 from . import INTERRUPTED
@@ -24,7 +24,7 @@ class Plot:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Folders of runs of edt train."""
     output: Path | None = None
-    """The folder for the pictures. By default it is plots in the first run's."""
+    """The folder for the pictures. By default it is plots in the run's, and of several runs outputs/plots."""
 
 
 def run_plot(args: list[str]) -> None:
@@ -62,7 +62,7 @@ def run_demo(args: list[str]) -> int:
     options = parse(demo.DemoOptions, args, "edt demo")
     report = demo.run_demo(options)
     output = printable(options.output)
-    draw_more = f"edt sample --checkpoint {output} --classes all"
+    draw_more = command("sample", "--checkpoint", options.output, "--classes", "all")
     if report["interrupted"]:
         print(f"\ninterrupted in {report['interrupted']}. What was trained is kept in {output}; draw from "
               f"it with\n  {draw_more}", file=sys.stderr)  # fmt: skip
@@ -116,8 +116,9 @@ def run_train(args: list[str]) -> int:
         return INTERRUPTED
     if _speaks():
         trained = EDTTransformer2DModel.load_config(saved / "ema")
-        output, more = printable(options.output), " --classes all" if trained["num_classes"] else ""
-        print(f"the run is in {output}; draw from it with\n  edt sample --checkpoint {output}{more}")
+        more = ("--classes", "all") if trained["num_classes"] else ()
+        draw = command("sample", "--checkpoint", options.output, *more)
+        print(f"the run is in {printable(options.output)}; draw from it with\n  {draw}")
     return 0
 
 

@@ -21,8 +21,8 @@ class Tune:
     """Measures the kernels' tiles on this GPU, checks their gradients, writes the table that dispatch reads."""
 
     output: Path | None = None
-    """The table. By default it is this device's in your cache folder, where dispatch finds it without further setting;
-    any other is used where EDT_KERNELS_TILES names it. One that exists is continued."""
+    """The table. By default it is this device's in your cache folder, where dispatch finds it without further
+    setting; any other is used where EDT_KERNELS_TILES names it. One that exists is continued."""
     ops: tuple[str, ...] = OPS
     """The ops to measure."""
     models: tuple[str, ...] = ("EDT-XL/2", "EDT-B/2", "EDT-S/2")

@@ -45,7 +45,7 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
 }
 _GRID_ROWS = _GRID_COLUMNS = 20
-_TOKENS_PER_CALL = 1024  # on a CPU; more are not faster
+_TOKENS_PER_CALL = 512  # on a CPU; more are little faster, and one image takes as long as so many
 _IMAGE_NAME = re.compile(r"([0-9]{6,8})\.png")
 _MAX_IMAGES = 10_000_000  # hours before the first is drawn, on looking which are there
 
@@ -166,21 +166,22 @@ def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
         if rank == 0:
             _begin_or_go_on(options, settings)
         processes.wait_for_everyone()
-        if _differences(read_settings(options.output), settings):  # a run of training that goes on meanwhile
+        begun = read_settings(options.output)
+        if _differences(begun, settings):  # a run of training that goes on meanwhile
             raise ValueError(f"checkpoint {options.checkpoint} is not the same for all processes")
-        drawn = _draw_missing(options, pipe, classes, labels, processes, device, stop)
+        size = begun.get("images_per_call", options.batch_size)
+        drawn = _draw_missing(options, pipe, classes, labels, size, processes, device, stop)
     if num_processes > 1:
         processes.destroy_process_group()
     return drawn
 
 
-def _draw_missing(options, pipe, classes: list[int], labels: np.ndarray, processes, device, stop) -> int:
-    """This process' share of the images, and on the first the files of all of them."""
+def _draw_missing(options, pipe, classes, labels: np.ndarray, size: int, processes, device, stop) -> int:
+    """This process' share of the images, `size` at once, and on the first the files of all of them."""
     rank, num_processes, num_images = processes.process_index, processes.num_processes, len(labels)
 
     pipe.to(device)
     own = [i for i in range(rank, num_images, num_processes) if not _image_file(options.output, i).is_file()]
-    size = _images_per_call(pipe.transformer, options.batch_size, num_images, device)
     calls = [part for batch in _split(own, options.batch_size) for part in _split(batch, size)]
     graph = GraphedStep(pipe.transformer) if options.cuda_graph else False
 
@@ -326,7 +327,7 @@ def _settings(options: SampleOptions, pipe: EDTPipeline, classes: list[int], num
         "device": device.type,
     }
     if device.type == "cpu":
-        settings["images_per_call"] = _images_per_call(pipe.transformer, options.batch_size, num_images, device)
+        settings["images_per_call"] = _images_per_call(pipe.transformer)
     return json.loads(json.dumps(settings))  # as it will be read again
 
 
@@ -359,6 +360,9 @@ def _begin_or_go_on(options: SampleOptions, settings: dict) -> None:
     ours = [name for name, number in numbers.items() if number < written]
     changed = _differences(drawn_with, settings) if drawn_with else []
     replaced = changed and any(name.endswith(".png") for name in ours)
+    # A set goes on as it began: earlier versions drew small ones fewer at once.
+    if not changed and drawn_with and drawn_with.get("images_per_call") in range(1, 1025):
+        settings["images_per_call"] = drawn_with["images_per_call"]
     if replaced and not options.overwrite:
         raise ValueError(
             f"output {folder} has images drawn with other settings ({', '.join(changed)}); give another "
@@ -386,7 +390,7 @@ def _differences(drawn_with: dict, settings: dict) -> list[str]:
 
     A checkpoint may have moved, and a set may grow: its first images stay what they are.
     """
-    names = settings.keys() - {"checkpoint"}
+    names = settings.keys() - {"checkpoint", "images_per_call"}
     if drawn_with["num_images"] <= settings["num_images"]:
         names -= {"num_images"}
     return sorted(name for name in names if drawn_with.get(name) != settings[name])
@@ -396,16 +400,11 @@ def _split(items: list[int], size: int) -> list[list[int]]:
     return [items[first : first + size] for first in range(0, len(items), size)]
 
 
-def _images_per_call(model: EDTTransformer2DModel, batch_size: int, num_images: int, device: torch.device) -> int:
-    """How many images the network gets at once: on a GPU the batch.
-
-    On a CPU a number that does not depend on the batch, because the rounding of its matrix products depends on how
-    many rows they have; and no larger batch is faster there.
-    """
-    if device.type != "cpu":
-        return batch_size
+def _images_per_call(model: EDTTransformer2DModel) -> int:
+    """How many images the network gets at once on a CPU, whatever the batch and however many are asked for: the
+    rounding of its matrix products depends on how many rows they have."""
     num_tokens = math.prod(model.latent_size) // model.config.patch_size**2
-    return min(num_images, max(8, _TOKENS_PER_CALL // num_tokens))
+    return max(1, _TOKENS_PER_CALL // num_tokens)
 
 
 def _draw(pipe, options, numbers: list[int], labels: np.ndarray, device, graph, stop: StopRequest, bar) -> list:
@@ -468,6 +467,10 @@ def _write_grid(options: SampleOptions, pipe: EDTPipeline, classes: list[int], n
     labels = np.array([classes[i % len(classes)] for i in numbers])
     title = f"AMM {'on' if pipe.transformer.config.amm_blocks else 'off'}, guidance {options.guidance_scale:g}, "
     steps, scheduler = options.num_inference_steps, options.scheduler
-    title += f"{steps} steps" + ("" if scheduler == "ddpm" else f" of {scheduler}")
+    title += f"{steps} step{'s' * (steps > 1)}" + ("" if scheduler == "ddpm" else f" of {scheduler}")
+    if (count := len(set(classes))) > len(set(labels)):
+        title += f"\n{len(set(labels))} of {count} classes"
+    conditional = pipe.transformer.config.num_classes > 0
+    names = {i: pipe.id2label.get(i, str(i)) for i in classes} if conditional else None
     with new_file(options.output / "samples.png") as file:
-        pictures.save_label_grid(file, images, labels, title)
+        pictures.save_samples(file, images, labels, title, names)

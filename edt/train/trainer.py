@@ -438,7 +438,7 @@ class Trainer:
         elif self.accelerator.is_main_process:
             file = config.output / "samples" / f"step-{steps:08d}.png"
             try:
-                save_grid(file, latents, labels, f"step {steps}", self.vae)
+                save_grid(file, latents, labels, f"step {steps}", self.vae, self.dataset.class_names)
             except NotFiniteError as error:  # no reason to end a training
                 self.log.say(f"step {steps}: {error}; no grid is drawn")
 

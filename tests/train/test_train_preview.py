@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from matplotlib.image import imread
+from PIL import ImageDraw
 from training_runs import small_config, write_moments
 
 from edt import EDTTransformer2DModel
@@ -111,6 +112,15 @@ def test_a_vae_that_overflows_ends_no_training(tmp_path, vae, capsys):
     assert not (tmp_path / "run" / "samples").exists()
 
 
+@pytest.mark.usefixtures("_tiny_training")
+def test_the_classes_of_the_data_are_named(tmp_path, monkeypatch):
+    texts, write = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: texts.append(a[2]) or write(*a, **k))
+    fields = {"steps": 1, "sample_every": 1, "sample_steps": 1, "sample_count": 4}
+    train(small_config(write_moments(tmp_path / "data"), tmp_path / "run", **fields))
+    assert texts == ["step 1", "latents; --vae decodes", "a", "b", "c"]
+
+
 @pytest.mark.parametrize(
     ("labels", "shape"), [([0, 0, 1, 1], "grid"), ([0, 5, 7, 9], "mosaic"), ([0] * 4, "mosaic")]
 )
@@ -118,7 +128,9 @@ def test_what_is_drawn(tmp_path, monkeypatch, vae, labels, shape):
     drawn = []
     for name in ("save_label_grid", "save_mosaic"):
         save = getattr(pictures, name)
-        monkeypatch.setattr(pictures, name, lambda *a, name=name, save=save: drawn.append((name, a)) or save(*a))
+        monkeypatch.setattr(
+            pictures, name, lambda *a, name=name, save=save, **k: drawn.append((name, a)) or save(*a, **k)
+        )
     for kind, latents, folder in (
         ("pixels", torch.randn(4, 3, 8, 8), None),
         ("decoded", torch.randn(4, 4, 8, 8), vae[0]),
