@@ -28,27 +28,15 @@ if TYPE_CHECKING:
     from .runs.weights import load_checkpoint as load_checkpoint
     from .runs.weights import load_released_state_dict as load_released_state_dict
     from .sampling.pipeline import EDTPipeline as EDTPipeline
+else:
+    _getattr, __dir__, __all__ = lazy(__name__, __file__)
 
-_getattr, __dir__, __all__ = lazy(
-    __name__,
-    diffusion=("GraphedStep", "LossSecondMomentSampler", "make_scheduler", "sample", "training_losses"),
-    model=(
-        "AMM_PLACEMENTS",
-        "PRESETS",
-        "EDTTransformer2DModel",
-        "StepCacheConfig",
-        "load_preset",
-        "published_amm_blocks",
-    ),
-    runs=("initialize_from", "load_checkpoint", "load_released_state_dict"),
-    sampling=("EDTPipeline",),
-)
+    def __getattr__(name: str):
+        try:
+            return _getattr(name)
+        except AttributeError as error:
+            said = other_edt()  # of whose functions it may be one
+            raise AttributeError(f"{error}; {said}" if said else error, name=name, obj=error.obj) from None
+
+
 _former.install()
-
-
-def __getattr__(name: str):
-    try:
-        return _getattr(name)
-    except AttributeError as error:
-        said = other_edt()  # of whose functions it may be one
-        raise AttributeError(f"{error}; {said}" if said else error, name=name, obj=error.obj) from None

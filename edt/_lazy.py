@@ -1,19 +1,24 @@
 """Names of a package that are imported from its modules when they are first used."""
 
+import ast
 import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from ._former import former_name
 
 
-def lazy(package: str, **names: tuple[str, ...]) -> tuple[Callable, Callable, list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of a package whose module `m` has the names `names["m"]`.
+def lazy(package: str, file: str) -> tuple[Callable, Callable, list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package whose `__init__.py` is `file`: its names are what it
+    imports under `if TYPE_CHECKING`, where type checkers and editors find them too.
 
     So `edt.model.presets`, which is plain data, loads no torch, and the command line what one command needs.
     """
-    modules = {name: module for module, members in names.items() for name in members}
+    body = ast.parse(Path(file).read_text(encoding="utf-8")).body
+    lines = [line for block in body if isinstance(block, ast.If) for line in block.body]
+    modules = {name.name: line.module for line in lines if isinstance(line, ast.ImportFrom) for name in line.names}
 
     def get(name: str):
         if name in modules:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -25,7 +26,8 @@ def torch_device(name: str) -> torch.device:
 def tf32(allowed: bool) -> Iterator[None]:
     """float32 products and convolutions in TF32 within, or exactly; afterwards as they were."""
     # Not allow_tf32: to read it raises once anybody has set fp32_precision.
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    cudnn = torch.backends.cudnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)  # pyright: ignore[reportAttributeAccessIssue] - torch makes them as it is imported
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

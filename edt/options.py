@@ -62,8 +62,8 @@ def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = Non
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            options = tyro.cli(kind, args=_args_of_today(kind, args), prog=prog,
-                               **({} if default is None else {"default": default}))  # fmt: skip
+            given: dict[str, Any] = {} if default is None else {"default": default}
+            options = tyro.cli(kind, args=_args_of_today(kind, args), prog=prog, **given)
     except SystemExit as ended:
         if ended.code:
             print(f"edt: error: {_in_one_line(said.getvalue())}; see {prog} --help", file=sys.stderr)

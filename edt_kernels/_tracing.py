@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 def in_func_transform() -> bool:
     """Whether `torch.func.grad`, `vmap` or another of its transforms runs."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue] - not in torch's stubs
 
 
 def add_in_place(total: Tensor, term: Tensor) -> Tensor:

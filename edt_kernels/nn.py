@@ -68,6 +68,9 @@ class AMMAttention(HasConstants):
     Source: EDT (arXiv 2410.23788), sections 3.2 and A.3.
     """
 
+    rel_pos_bias: nn.Parameter | None
+    modulation: Tensor
+
     def __init__(
         self,
         grid: tuple[int, int],
@@ -82,13 +85,14 @@ class AMMAttention(HasConstants):
         num_extra_tokens: tuple[int, int] = (0, 0),
     ):
         super().__init__()
-        self.grid = check_grid(grid)
-        self.num_heads = _check_num_heads(num_heads)
-        self.table = _check_choice("table", table, _TABLES)
+        self.grid: tuple[int, int] = check_grid(grid)
+        self.num_heads: int = _check_num_heads(num_heads)
+        self.table: str = _check_choice("table", table, _TABLES)
         self.amm = amm
-        self.form, self.radius = form, radius
-        self.scale = check_scale(scale)
-        self.num_extra_tokens = check_extra_tokens(num_extra_tokens)
+        self.form: str = form
+        self.radius: float | None = radius
+        self.scale: float | None = check_scale(scale)
+        self.num_extra_tokens: tuple[int, int] = check_extra_tokens(num_extra_tokens)
 
         if not isinstance(rel_pos_bias, bool):
             raise TypeError(f"rel_pos_bias is a {type(rel_pos_bias).__name__}; it must be True or False")
@@ -168,10 +172,10 @@ class _Norm(nn.Module):
 
     def __init__(self, grid: tuple[int, int] | None, eps: float, out_dtype: torch.dtype | None):
         super().__init__()
-        self.grid = grid
-        self.eps = check_eps(eps)
+        self.grid: tuple[int, int] | None = grid
+        self.eps: float = check_eps(eps)
         check_out_dtype(out_dtype)
-        self.out_dtype = out_dtype
+        self.out_dtype: torch.dtype | None = out_dtype
 
     def extra_repr(self) -> str:
         parts = [] if self.grid is None else [f"grid={self.grid}"]
@@ -252,6 +256,8 @@ class TokenMerge(_Norm):
         TypeError, ValueError: for an argument that cannot work; `forward` raises what `token_merge_adaln` does.
     """
 
+    grid: tuple[int, int]
+
     def __init__(self, grid: tuple[int, int], *, eps: float = 1e-6, out_dtype: torch.dtype | None = None):
         super().__init__(check_even_grid(grid), eps, out_dtype)
 
@@ -280,6 +286,8 @@ class TokenSplitConcat(_Norm):
         TypeError, ValueError: for an argument that cannot work; `forward` raises what `token_split_concat_adaln`
             does.
     """
+
+    grid: tuple[int, int]
 
     def __init__(self, grid: tuple[int, int], *, eps: float = 1e-6):
         super().__init__(check_grid(grid), eps, None)

@@ -169,7 +169,7 @@ class _Trial:
         return _differentiate(edt_kernels, self.shape, self.inputs, self.upstream, frozen=frozen)
 
     @functools.cached_property
-    def exact_and_eager(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def exact_and_eager(self) -> tuple[dict[str, Tensor], ...]:
         return tuple(_reference(self.shape, self.inputs, self.upstream, dtype) for dtype in (torch.float64, None))
 
     def fault(self) -> str | None:
@@ -274,7 +274,7 @@ class _Search:
             "date": datetime.date.today().isoformat(),
         }
 
-    def _descend(self, start: Tiles, options: dict[str, list[Tile]]) -> Tiles:
+    def _descend(self, start: Tiles, options: dict[str, Sequence[Tile]]) -> Tiles:
         """One kernel after the other, since each is launched by itself."""
         for kernel, tiles in options.items():
             tiles = tqdm(tiles, desc=kernel, leave=False, disable=None)
@@ -352,7 +352,7 @@ class _Search:
 
 def candidates(
     pass_name: str, key: dict, heuristic: Tiles, unit: str, quick: bool = False
-) -> list[tuple[Tiles, dict[str, list[Tile]]]]:
+) -> list[tuple[Tiles, dict[str, Sequence[Tile]]]]:
     """The ways to compute a pass, dispatch's own first: where to start from, and each kernel's tiles to try.
 
     `unit` is that of `amm_attention.autograd.matrix_unit`, "fma" for float32.
@@ -376,7 +376,7 @@ def candidates(
     return ways
 
 
-def _tiles_of(pass_name: str, kernel: str, key: dict, unit: str) -> list[Tile]:
+def _tiles_of(pass_name: str, kernel: str, key: dict, unit: str) -> Sequence[Tile]:
     """What may be valid, and is not known to be wasteful or wrong."""
     op = pass_name.partition(".")[0]
     if op != "amm_attention":
@@ -511,7 +511,7 @@ def _reference(shape: Shape, inputs, upstream, dtype: torch.dtype | None) -> dic
         some = {name: t if name in _TABLES else t[share] for name, t in inputs.items()}
         parts.append(_differentiate(edt_kernels.reference, shape, some, [t[share] for t in upstream], dtype))
     summed = [f"gradient of {name}" for name in _TABLES]
-    return {
+    return {  # pyright: ignore[reportReturnType] - a sum begins with 0
         name: sum(part[name] for part in parts) if name in summed else torch.cat([part[name] for part in parts])
         for name in parts[0]
     }

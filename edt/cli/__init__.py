@@ -7,19 +7,21 @@ import importlib
 import io
 import os
 import sys
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .._lazy import lazy
 from .._package import __version__, other_edt
 from ..files.text import printable
 from .errors import is_mendable, one_line, reader_has_gone
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    info=("Info",),
-    tune=("Tune", "tune_shapes", "tuning_report"),
-)
-__all__ += ["main"]
+if TYPE_CHECKING:
+    from .info import Info as Info
+    from .tune import Tune as Tune
+    from .tune import tune_shapes as tune_shapes
+    from .tune import tuning_report as tuning_report
+else:
+    __getattr__, __dir__, __all__ = lazy(__name__, __file__)
+    __all__ += ["main"]
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 _BROKEN_PIPE = 141  # and for one whose reader has gone

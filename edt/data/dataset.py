@@ -154,7 +154,7 @@ class LatentDataset:
         places = [(parts[number], row) for number, row in zip(numbers.tolist(), rows.tolist())]
         for part, row in places:
             part.read_ahead(row, size)
-        memory = memoryview(gathered.reshape(-1)).cast("B")
+        memory = gathered.reshape(-1).data.cast("B")
         for i, (part, row) in enumerate(places):
             part.read_into(row, memory[i * size : (i + 1) * size])
         return gathered
@@ -221,9 +221,9 @@ def _files_allowed(count: int) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EMFILE:
             limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-            error.strerror += (
-                f": this process may open {limit}, and the shards need {count}; raise the limit (ulimit -n), or "
-                "extract with a larger --shard-size"
+            error.strerror = (
+                f"{error.strerror}: this process may open {limit}, and the shards need {count}; raise the limit "
+                "(ulimit -n), or extract with a larger --shard-size"
             )
         raise
 
@@ -253,7 +253,7 @@ def _read_labels(rows: _Rows) -> ndarray:
     except MemoryError as error:
         raise MemoryError(f"shard {rows.path} has {rows.count} labels") from error
     if rows.count:
-        rows.read_into(0, memoryview(labels).cast("B"))
+        rows.read_into(0, labels.data.cast("B"))
     return labels
 
 
@@ -448,7 +448,7 @@ class SampleOrder:
         _check_whole("seed", seed, 0)
         self.num_samples, self.seed = num_samples, seed
         self.flip = flip and num_views == 2
-        self._epoch, self._drawn = None, None  # the last one used: 20 ms to draw for a million items
+        self._drawn: dict[int, tuple[ndarray, ndarray]] = {}  # the last epoch: 20 ms to draw for a million items
 
     def __call__(self, positions: ndarray) -> tuple[ndarray, ndarray]:
         """(B,) positions → (B,) items and (B,) views."""
@@ -463,12 +463,12 @@ class SampleOrder:
         return indices, views
 
     def _draw(self, epoch: int) -> tuple[ndarray, ndarray]:
-        if epoch != self._epoch:
+        if epoch not in self._drawn:
             random = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
             permutation = random.permutation(self.num_samples)
             views = random.integers(2, size=self.num_samples, dtype=np.uint8)
-            self._epoch, self._drawn = epoch, (permutation, views)
-        return self._drawn
+            self._drawn = {epoch: (permutation, views)}
+        return self._drawn[epoch]
 
 
 class _Batches(Dataset):
@@ -539,6 +539,7 @@ def ignore_interrupts(worker: int) -> None:
 def _end_with_parent() -> None:
     """By its SIGTERM multiprocessing ends workers at exit, and waits for them for ever, where a variable or an
     error's traceback still holds the loader."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+    parent = multiprocessing.parent_process()
+    while parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -166,9 +166,8 @@ def _extract(
     begun = _begun(folder, source, settings)
     done = {
         shard.file: shard
-        for shard in (begun.shards if begun else ())
+        for shard in (begun.shards if begun and begun.count > 0 else ())  # of none, all are tried again
         if all((folder / file).is_file() for file in shard.files)
-        and begun.count > 0  # of images none of which could be read, all are tried again
         and not (options.retry_skipped and shard.skipped["count"])
     }
     count = -(-len(source.names) // options.shard_size)
@@ -203,9 +202,10 @@ def _saying_what_is_kept(folder: Path, done: dict[str, Shard], count: int) -> It
     try:
         yield
     except Exception as error:
-        system = isinstance(error, OSError) and error.errno is not None
-        full = system and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = f"{error.strerror} ({error.filename or folder})" if system else str(error) or type(error).__name__
+        what, full = str(error) or type(error).__name__, False
+        if isinstance(error, OSError) and error.errno is not None:
+            what = f"{error.strerror} ({error.filename or folder})"
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         said = (
             f"{what}: {len(done)} of {count} shards are complete and kept; {'make room' if full else 'mend this'} "
             "and run the same command again"
@@ -350,7 +350,7 @@ def _plan(options: ExtractOptions, source, settings: dict, vae) -> Manifest:
 
 def _check_is_the_same_vae(options: ExtractOptions, begun: Manifest | None, vae) -> None:
     """Raises ValueError for another VAE than the shards so far are of; of older folders that cannot be told."""
-    then = begun and begun.extraction.get(_VAE_DIGEST)
+    then = begun and begun.extraction and begun.extraction.get(_VAE_DIGEST)
     if then and then != (now := weights_digest(vae)):
         raise ValueError(
             f"output {options.output} was begun with another VAE than vae {options.vae!r} is now: its weights, "
@@ -364,7 +364,7 @@ def load_vae(options: ExtractOptions):
     if options.vae is None:
         return None
     vae = load_autoencoder(options.vae, options.vae_subfolder, getattr(torch, options.encode_dtype))
-    return vae.to(torch_device(options.device))
+    return vae.to(torch_device(options.device))  # pyright: ignore[reportArgumentType] - diffusers' own hint
 
 
 def _finished(folder: Path, manifest: Manifest, done: dict[str, Shard]) -> Manifest:
@@ -375,7 +375,8 @@ def _finished(folder: Path, manifest: Manifest, done: dict[str, Shard]) -> Manif
             f"none of {manifest.skipped['count']} images could be read; the first is {first['path']}: "
             f"{first['reason']}"
         )
-    if manifest.extraction["source"] == ReleasedFeatures.kind and manifest.extraction["num_classes"] is None:
+    made = manifest.extraction or {}
+    if made.get("source") == ReleasedFeatures.kind and made["num_classes"] is None:
         labels = (np.load(folder / shard.labels) for shard in manifest.shards if shard.count)
         count = 1 + max(int(part.max()) for part in labels)
         manifest = replace(manifest, num_classes=count, class_names=number_names(count))
@@ -423,7 +424,7 @@ def _portable(error: Exception, name: str) -> Exception:
 
 
 def _collate(
-    entries: list[tuple | Exception],
+    entries: list[Any],  # tuples, or an Exception
 ) -> tuple[list[int], Tensor | None, ndarray, list[tuple[int, str]]] | Exception:
     """Indices, arrays and labels of what could be read; indices and reasons of what could not. Or an error."""
     for entry in entries:
@@ -498,7 +499,7 @@ def encode(vae, images: Tensor, indices: list[int], manifest: Manifest, names: S
         if manifest.moments:
             views.append(torch.cat([mean, std], dim=1))
         else:
-            seed = manifest.extraction["seed"]
+            seed = manifest.extraction["seed"]  # pyright: ignore[reportOptionalSubscript] - never of a manifest in work
             noise = [
                 np.random.default_rng([seed, index, view]).standard_normal(mean.shape[1:], np.float32)
                 for index in indices

@@ -142,7 +142,7 @@ def _enlarged(image: ndarray, scale: int) -> Image.Image:
 
 
 @cache
-def _font() -> ImageFont.FreeTypeFont:
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Matplotlib's, which has most alphabets; without it Pillow's, which has ASCII."""
     try:
         from matplotlib import get_data_path

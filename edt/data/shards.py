@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy import ndarray
@@ -166,7 +166,7 @@ class Manifest:
         return arrays
 
 
-def _check(name: str, value: object, kind: type, least: int | None = None, most: int | None = None) -> None:
+def _check(name: str, value: Any, kind: type, least: int | None = None, most: int | None = None) -> None:
     if type(value) is not kind:  # a bool is no number here
         raise TypeError(f"{name} is {shown(value)}; it must be of type {kind.__name__}")
     if (least is not None and value < least) or (most is not None and value > most):
@@ -175,7 +175,7 @@ def _check(name: str, value: object, kind: type, least: int | None = None, most:
         )
 
 
-def _check_skipped(skipped: object) -> None:
+def _check_skipped(skipped: Any) -> None:
     _check("skipped", skipped, dict)
     if set(skipped) != {"count", "files"} or not isinstance(skipped["files"], list):
         raise ValueError(f"skipped has {', '.join(map(repr, skipped))}; it must have a count and a list of files")
@@ -233,7 +233,7 @@ def sum_skipped(parts: Iterable[dict]) -> dict:
     return {"count": sum(part["count"] for part in parts), "files": files[:_LISTED]}
 
 
-def parse_npy_header(file: BinaryIO, size: int) -> tuple[np.dtype, tuple[int, ...], str, int]:
+def parse_npy_header(file: IO[bytes], size: int) -> tuple[np.dtype, tuple[int, ...], Literal["F", "C"], int]:
     """Dtype, shape, order ("C" or "F") and beginning of the array in an .npy file of so many bytes.
 
     Raises:
@@ -286,7 +286,7 @@ class ArrayWriter:
                 f"rows of {self.path.name} are {rows.dtype} {rows.shape[1:]}; the shard has "
                 f"{self.dtype} {self.row_shape}"
             )
-        self.file.write(np.ascontiguousarray(rows))
+        self.file.write(np.ascontiguousarray(rows).data)
         self.count += len(rows)
 
     def sync(self) -> None:

@@ -174,10 +174,9 @@ class HubDataset:
 
     def load(self, index: int) -> tuple[ndarray, int]:
         entry = self.dataset[index][self.image_column]
-        content = None if entry is None else entry["bytes"]
-        if content is None and (entry is None or not entry["path"]):
+        if entry is None or (entry["bytes"] is None and not entry["path"]):
             raise UnreadableError("has no image")
-        content = read_file(entry["path"]) if content is None else content
+        content = read_file(entry["path"]) if entry["bytes"] is None else entry["bytes"]
         return decode(content, self.size, self.channels), int(self.labels[index])
 
 

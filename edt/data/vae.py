@@ -2,9 +2,10 @@
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edt_kernels._checks import shown
 
@@ -12,8 +13,13 @@ from ..files.errors import named_errors
 from ..files.text import read_json
 from ..model.presets import is_number
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
-def load_autoencoder(vae: str, subfolder: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+
+def load_autoencoder(
+    vae: str, subfolder: str | None = None, dtype: torch.dtype = torch.float32
+) -> "AutoencoderKL":
     """The AutoencoderKL of a name or a folder, or of a folder within, on the CPU.
 
     Raises:
@@ -26,7 +32,7 @@ def load_autoencoder(vae: str, subfolder: str | None = None, dtype: torch.dtype 
         read_json(config, "vae", dict)  # diffusers says of a list that it cannot connect to the Hub
     named = f"vae is {vae!r}" + (f" (subfolder {subfolder!r})" if subfolder else "")
     with named_errors(f"{named}, which", "cannot be loaded"):
-        autoencoder, loading = AutoencoderKL.from_pretrained(
+        autoencoder, loading = AutoencoderKL.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues] - a pair
             vae, subfolder=subfolder, torch_dtype=dtype, output_loading_info=True
         )
     if missing := loading["missing_keys"]:
@@ -37,14 +43,14 @@ def load_autoencoder(vae: str, subfolder: str | None = None, dtype: torch.dtype 
     return autoencoder.eval().requires_grad_(False)
 
 
-def load_decoder(vae: str, channels: int, subfolder: str | None = None) -> nn.Module:
+def load_decoder(vae: str, channels: int, subfolder: str | None = None) -> "AutoencoderKL":
     """`load_autoencoder`, for latents of so many channels; ValueError where it has others."""
     decoder = load_autoencoder(vae, subfolder)
     check_latent_channels(decoder, vae, channels)
     return decoder
 
 
-def _check_scaling(vae: nn.Module, named: str) -> None:
+def _check_scaling(vae: Any, named: str) -> None:
     scaling, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None)
     if not is_number(scaling) or not scaling:
         raise ValueError(f"{named}, with a scaling_factor of {shown(scaling)}; it must be finite and not 0")
@@ -52,7 +58,7 @@ def _check_scaling(vae: nn.Module, named: str) -> None:
         raise ValueError(f"{named}, with a shift_factor of {shown(shift)}; it must be finite, or None")
 
 
-def weights_digest(vae: nn.Module) -> str:
+def weights_digest(vae: Any) -> str:
     """SHA-256 of the weights as they are in memory, and of the scaling: what latents are, whatever its name."""
     digest = hashlib.sha256(repr((vae.config.scaling_factor, vae.config.shift_factor or 0.0)).encode())
     for name, tensor in sorted(vae.state_dict().items()):
@@ -61,7 +67,7 @@ def weights_digest(vae: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_latent_channels(vae: nn.Module, name: str, channels: int) -> None:
+def check_latent_channels(vae: Any, name: str, channels: int) -> None:
     _check_scaling(vae, f"vae is {name!r}")
     if vae.config.latent_channels != channels:
         raise ValueError(
@@ -69,7 +75,7 @@ def check_latent_channels(vae: nn.Module, name: str, channels: int) -> None:
         )
 
 
-def decode(latents: Tensor, vae: nn.Module) -> Tensor:
+def decode(latents: Tensor, vae: Any) -> Tensor:
     """decoder(latents / scaling_factor + shift_factor): latents (B, C, H, W) as the diffusion has them → pictures
     (B, 3, f·H, f·W) on the scale −1 to 1, in the VAE's dtype."""
     shift = getattr(vae.config, "shift_factor", None) or 0.0

@@ -2,17 +2,15 @@
 masking on and off.
 """
 
+from typing import TYPE_CHECKING
+
 from .._lazy import lazy
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    run=(
-        "DemoOptions",
-        "run_demo",
-    ),
-    judge=("Judge",),
-    ablation=(
-        "AblateOptions",
-        "ablate",
-    ),
-)
+if TYPE_CHECKING:
+    from .ablation import AblateOptions as AblateOptions
+    from .ablation import ablate as ablate
+    from .judge import Judge as Judge
+    from .run import DemoOptions as DemoOptions
+    from .run import run_demo as run_demo
+else:
+    __getattr__, __dir__, __all__ = lazy(__name__, __file__)

@@ -1,6 +1,6 @@
 """Denoising steps as replays of CUDA graphs: one launch for the host where the model needs hundreds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 
 import torch
@@ -18,11 +18,11 @@ class _Captured:
     latents: Tensor
     timestep: Tensor
     class_labels: Tensor | None
-    full: torch.cuda.CUDAGraph | None = None
-    full_output: Tensor | None = None
+    full: torch.cuda.CUDAGraph = field(init=False)
+    full_output: Tensor = field(init=False)
     features: Features = NOTHING
-    cached: torch.cuda.CUDAGraph | None = None
-    cached_output: Tensor | None = None
+    cached: torch.cuda.CUDAGraph = field(init=False)  # with a step cache
+    cached_output: Tensor = field(init=False)
 
 
 class GraphedStep:
@@ -90,7 +90,7 @@ class GraphedStep:
         captured.latents.copy_(latents)
         # A copy from the host would wait for the GPU.
         captured.timestep.fill_(timestep.reshape(()) if isinstance(timestep, Tensor) else timestep)
-        if class_labels is not None:
+        if captured.class_labels is not None and class_labels is not None:
             captured.class_labels.copy_(class_labels)
         if cache is not None and cache.begin_step(captured) is not NOTHING:
             captured.cached.replay()

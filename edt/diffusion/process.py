@@ -2,6 +2,7 @@
 
 import math
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import DDPMScheduler
@@ -11,6 +12,9 @@ from edt_kernels._checks import shown
 
 from ..model.presets import NUM_TRAIN_TIMESTEPS, is_number
 from ..options import check_count
+
+if TYPE_CHECKING:
+    from ..model.transformer import EDTTransformer2DModel
 
 BETA_START, BETA_END = 1e-4, 2e-2
 MAX_SNR_WEIGHT = 5.0
@@ -361,7 +365,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, guidance_cha
 
 
 def predict(
-    model,
+    model: "EDTTransformer2DModel",
     latents: Tensor,
     timestep: Tensor | float,
     class_labels: Tensor | None = None,
@@ -395,5 +399,5 @@ def predict(
         given = tuple(class_labels.shape) if isinstance(class_labels, Tensor) else type(class_labels).__name__
         raise TypeError(f"class_labels is {given}; it must be a tensor of shape (B,)")
     labels = torch.cat([class_labels, torch.full_like(class_labels, model.config.num_classes)])
-    both = model(latents.repeat(2, 1, 1, 1), timestep, labels).sample
-    return guide(*both.chunk(2), guidance_scale, guidance_channels)
+    conditional, unconditional = model(latents.repeat(2, 1, 1, 1), timestep, labels).sample.chunk(2)
+    return guide(conditional, unconditional, guidance_scale, guidance_channels)

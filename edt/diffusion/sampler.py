@@ -1,10 +1,11 @@
-"""Drawing latents from a model."""
+"""Drawing latents from a model. A scheduler is any `SchedulerMixin`, which declares nothing of what all have."""
 
 import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import DDIMParallelScheduler, DDIMScheduler, DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
@@ -38,7 +39,7 @@ _BEGINNING = 500  # the noise of a timestep from here on is as good as pure
 _ROUNDING = 1.01  # of a timestep, which schedulers that begin with noise levels round or cut off
 
 
-def check_scheduler(scheduler: SchedulerMixin, config, clipping: bool = False) -> None:
+def check_scheduler(scheduler: Any, config, clipping: bool = False) -> None:
     """Raises ValueError or TypeError for a scheduler that does not fit the model of this configuration.
 
     Args:
@@ -47,7 +48,7 @@ def check_scheduler(scheduler: SchedulerMixin, config, clipping: bool = False) -
     name = type(scheduler).__name__
     if not isinstance(scheduler, SchedulerMixin):
         raise TypeError(f"scheduler is a {name}; it must be a scheduler of diffusers")
-    settings = scheduler.config
+    settings = scheduler.config  # pyright: ignore[reportAttributeAccessIssue] - declared by none, but had by all
     fits = f"take {name}.from_config(edt.make_scheduler().config)"
     if name in _UNFIT:
         raise ValueError(f"scheduler is {name}, which {_UNFIT[name]}; take DPMSolverMultistepScheduler, or DDPM's")
@@ -75,7 +76,7 @@ def check_scheduler(scheduler: SchedulerMixin, config, clipping: bool = False) -
             )
 
 
-def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+def set_timesteps(scheduler: Any, num_inference_steps: int) -> None:
     """A scheduler's list of timesteps, which must lead from pure noise to none.
 
     The spacing "linspace", which a configuration made from the released scheduler's has, is kept for that one:
@@ -104,7 +105,7 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     )
 
 
-def _leads_to_the_image(scheduler: SchedulerMixin, num_inference_steps: int) -> bool:
+def _leads_to_the_image(scheduler: Any, num_inference_steps: int) -> bool:
     """Whether the list begins in noise, falls to 0 or above, and its noise levels are those of its timesteps."""
     timesteps = scheduler.timesteps.double()
     whole = len(timesteps) == (num_inference_steps if scheduler.order == 1 else 2 * num_inference_steps - 1)
@@ -121,7 +122,7 @@ def _leads_to_the_image(scheduler: SchedulerMixin, num_inference_steps: int) -> 
 
 
 @contextmanager
-def _settings(scheduler: SchedulerMixin, **settings) -> Iterator[None]:
+def _settings(scheduler: Any, **settings) -> Iterator[None]:
     """These settings for a while; who makes another scheduler of the configuration needs its own."""
     before = {name: scheduler.config[name] for name in settings if name in scheduler.config}
     scheduler.register_to_config(**{name: settings[name] for name in before})
@@ -132,7 +133,7 @@ def _settings(scheduler: SchedulerMixin, **settings) -> Iterator[None]:
 
 
 def scheduler_step(
-    scheduler: SchedulerMixin,
+    scheduler: Any,
     output: Tensor,
     timestep: Tensor,
     latents: Tensor,
@@ -143,7 +144,8 @@ def scheduler_step(
     output = output.float()
     if not takes_learned_variance(scheduler):
         output = output[:, : latents.shape[1]]
-    randomness = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    move = scheduler.step
+    randomness = {"generator": generator} if "generator" in inspect.signature(move).parameters else {}
     settings = {}
     if not isinstance(scheduler, ANCESTRAL):
         # DPM-Solver would split the variance off again, after 3 channels.
@@ -152,16 +154,16 @@ def scheduler_step(
         # It steps to timestep − num_train_timesteps // num_inference_steps, which is not the next one of its list.
         following = scheduler.timesteps[scheduler.timesteps < timestep]
         step = timestep - (following[0] if len(following) else -1)
-        settings["num_train_timesteps"] = int(step) * scheduler.num_inference_steps
+        settings["num_train_timesteps"] = int(step) * scheduler.num_inference_steps  # pyright: ignore[reportOperatorIssue] - set
     with _settings(scheduler, **settings):
-        return scheduler.step(output, timestep, latents, **randomness).prev_sample
+        return move(output, timestep, latents, **randomness).prev_sample
 
 
-def takes_learned_variance(scheduler: SchedulerMixin) -> bool:
+def takes_learned_variance(scheduler: Any) -> bool:
     return isinstance(scheduler, ANCESTRAL) and scheduler.variance_type == "learned_range"
 
 
-def noise_level(scheduler: SchedulerMixin, timestep: Tensor) -> float:
+def noise_level(scheduler: Any, timestep: Tensor) -> float:
     """σ = √((1 − ᾱ_t)/ᾱ_t): 0.01 at the first of EDT's 1000 timesteps, 157 at the last."""
     alpha = scheduler.alphas_cumprod[round(float(timestep))].item()
     return math.sqrt((1 - alpha) / alpha)
@@ -271,6 +273,7 @@ def sample(
             raise ValueError(f"batch_size is {batch_size} for {len(class_labels)} class_labels; leave it out")
         batch_size = len(class_labels)
     noise_device = generator.device if generator is not None else device
+    assert batch_size is not None  # one of the two was given
     shape = (batch_size, config.in_channels, *model.latent_size)
     latents = torch.randn(shape, generator=generator, device=noise_device).to(device)
     scheduler = make_scheduler(num_inference_steps)

@@ -333,7 +333,7 @@ def evaluate(options: EvaluateOptions) -> dict:
                 f"reference {options.reference} has {kind} statistics of {len(gaussian.mean)} features; "
                 f"InceptionV3 has {INCEPTION_FEATURES[kind]}"
             )
-    size = options.image_size and (options.image_size[0], options.image_size[-1])
+    size = (options.image_size[0], options.image_size[-1]) if options.image_size else None
     if size and samples.shape[:2] != size:
         raise ValueError(
             f"image_size makes the reference's images {size[0]}×{size[1]}, samples {options.samples} are "
@@ -342,7 +342,7 @@ def evaluate(options: EvaluateOptions) -> dict:
     reference = None
     if not statistics or has_images(options.reference):
         reference = open_images("reference", options.reference, size, samples.shape[2])
-    if options.feature_model == "pixels" and samples.shape != reference.shape:
+    if options.feature_model == "pixels" and reference is not None and samples.shape != reference.shape:
         raise ValueError(
             f"samples are {_size(samples)}, the reference is {_size(reference)}; pixels need one shape"
             + _crop_hint(reference)
@@ -372,7 +372,7 @@ def evaluate(options: EvaluateOptions) -> dict:
         if metric in omitted:
             continue
         given = kind in statistics
-        other = statistics[kind] if given else real.gaussians[kind]
+        other = statistics[kind] if given else real.gaussians[kind]  # pyright: ignore[reportOptionalMemberAccess] - has images then
         other = Gaussian(other.mean.to(device), other.covariance.to(device))
         try:
             value = frechet_distance(drawn.gaussians[kind], other)
@@ -384,7 +384,8 @@ def evaluate(options: EvaluateOptions) -> dict:
         value, deviation = drawn.inception_score
         metrics["inception_score"] = {"value": value, "deviation": deviation, "splits": SPLITS, "shuffled": True}
     if "precision" not in omitted:
-        pair = precision_recall(drawn.pool.to(device), real.pool.to(device), neighbours=NEIGHBOURS, progress=True)
+        pools = drawn.pool.to(device), real.pool.to(device)  # pyright: ignore[reportOptionalMemberAccess] - there then
+        pair = precision_recall(*pools, neighbours=NEIGHBOURS, progress=True)
         for metric, value in zip(("precision", "recall"), pair):
             metrics[metric] = {"value": value, "neighbours": NEIGHBOURS}
 

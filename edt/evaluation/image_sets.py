@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class NpzImages:
             stream.seek(first)
             for start in range(0, self.count, batch_size):
                 batch = np.empty((min(batch_size, self.count - start), *self.shape), np.uint8)
-                if stream.readinto(batch.reshape(-1)) < batch.nbytes:
+                if stream.readinto(batch.reshape(-1)) < batch.nbytes:  # pyright: ignore[reportAttributeAccessIssue] - it has
                     raise EOFError(f"arr_0 ends before {self.count} images")
                 yield batch
 
@@ -116,7 +117,7 @@ class FolderImages:
     def name(self, number: int) -> str:
         return str(self.files[number])
 
-    def _load(self, file: Path, decode: bool = True) -> ndarray | None:
+    def _load(self, file: Path, decode: bool = True) -> Any:
         with named_errors(file), Image.open(file) as image:
             H, W, C = self.shape
             if self.size is None and (image.height, image.width) != (H, W):
@@ -170,7 +171,9 @@ def open_images(
     """
     with named_errors(f"{name} {path}"):
         if not has_images(path):
-            raise ValueError(f"there is no arr_0, uint8 (N, H, W, C), in it, but {', '.join(_members(path))}")
+            raise ValueError(
+                f"there is no arr_0, uint8 (N, H, W, C), in it, but {', '.join(_members(path) or ())}"
+            )
         images = FolderImages(path, size, channels) if path.is_dir() else NpzImages(path)
         if images.count < 2:
             raise ValueError("there is one image in it; at least 2 are needed")

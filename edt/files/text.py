@@ -8,6 +8,7 @@ import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 _MARKS = (  # the longer first: UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -47,7 +48,7 @@ def read_text(path: Path, what: str) -> str:
     return text
 
 
-def read_json(path: Path, what: str, kind: type | None = None) -> object:
+def read_json(path: Path, what: str, kind: type | None = None) -> Any:
     """The value of a JSON file, of the type `kind` (dict or list) where one is named.
 
     Raises:
@@ -61,7 +62,7 @@ def read_json(path: Path, what: str, kind: type | None = None) -> object:
     return value
 
 
-def parse_json(text: str, path: Path, what: str) -> object:
+def parse_json(text: str, path: Path, what: str) -> Any:
     """`read_json` of a file whose text is read already."""
     try:
         return json.loads(text)

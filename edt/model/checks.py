@@ -180,7 +180,7 @@ def _check_timestep(timestep, hidden_states: Tensor) -> None:
     if not isinstance(timestep, Tensor):
         if not isinstance(timestep, Real) or isinstance(timestep, bool):
             raise TypeError(f"timestep is a {type(timestep).__name__}; it must be a tensor or a number")
-        if not (is_number(timestep) and abs(timestep) < 2**63):  # float32 holds it, and int64
+        if not (is_number(timestep) and abs(timestep) < 2**63):  # pyright: ignore[reportOperatorIssue] - float32 holds it, and int64
             raise ValueError(f"timestep is {shown(timestep)}; it must be finite, and below 2⁶³")
         return
     if timestep.dtype == torch.bool or timestep.is_complex():

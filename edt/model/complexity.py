@@ -9,6 +9,7 @@ from ..options import check_count, shown
 from .presets import DEFAULTS, PRESETS
 
 if TYPE_CHECKING:
+    from .layers import Stage
     from .step_cache import StepCacheConfig
     from .transformer import EDTTransformer2DModel
 
@@ -237,7 +238,7 @@ def estimate_memory(
     )
 
 
-def block_grid(stage) -> tuple[int, int]:
+def block_grid(stage: "Stage") -> tuple[int, int]:
     return stage.blocks[0].attn.attention.grid
 
 

@@ -1,6 +1,8 @@
 """The layers of EDT. They own the projections; what is fused between them is a module of `edt_kernels.nn`."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -28,6 +30,8 @@ def sincos_position_embedding(channels: int, grid: tuple[int, int]) -> Tensor:
 
 class PositionEmbedding(HasConstants):
     """Adds the fixed sin-cos table of a grid."""
+
+    table: Tensor
 
     def __init__(self, channels: int, grid: tuple[int, int]):
         super().__init__()
@@ -247,10 +251,9 @@ class TokenSplitConcat(nn.Module):
         Returns:
             The tokens (B, 4N, C'), and `expand`'s output.
         """
-        if expanded is None:
-            expanded = self.expand(x)
+        tokens: Tensor = self.expand(x) if expanded is None else expanded
         shift, scale = self.modulation(cond).unbind(1)
-        return self.position(self.fuse(self.split(expanded, skip, shift, scale)), skip.dtype), expanded
+        return self.position(self.fuse(self.split(tokens, skip, shift, scale)), skip.dtype), tokens
 
 
 class FinalLayer(nn.Module):
@@ -278,6 +281,9 @@ class Stage(nn.Module):
 
     `mid_block`: the block before which dropped tokens are replaced in the masked pass, None for no such block.
     """
+
+    blocks: Any  # an nn.ModuleList, which does not say of what
+    _gradient_checkpointing_func: Callable  # diffusers sets it
 
     def __init__(
         self,
@@ -318,7 +324,7 @@ class Stage(nn.Module):
         normed = passing = None
         for i, block in enumerate(self.blocks):
             if i == mid_block:
-                x = torch.where(mid_keep.unsqueeze(-1), x, replacement.to(x.dtype))
+                x = torch.where(mid_keep.unsqueeze(-1), x, replacement.to(x.dtype))  # pyright: ignore[reportOptionalMemberAccess] - mid_block is None then
             if routing is not None:
                 passing, x = x.masked_fill(routing, 0), x.masked_fill(~routing, 0)
             if checkpointing:  # each block by itself: a norm handed on would be kept beside x
@@ -326,6 +332,6 @@ class Stage(nn.Module):
             else:
                 last = routing is not None or i + 1 in (len(self.blocks), mid_block)
                 x, normed = block(x, modulations[i], normed, None if last else modulations[i + 1])
-            if routing is not None:
+            if passing is not None:
                 x = x + passing
         return x

@@ -101,8 +101,8 @@ class StepCacheConfig:
         count = -(-num_steps // interval)
         power = _FIRST_POWER
         while power > 1:
-            ends = [complex(end) ** (1 / power) for end in (-center, num_steps - center)]
-            offsets = (np.linspace(*ends, count + 1) ** power).real.astype(int)
+            first, last = (complex(end) ** (1 / power) for end in (-center, num_steps - center))
+            offsets = (np.linspace(first, last, count + 1) ** power).real.astype(int)
             steps = (0, *(center + int(offset) for offset in np.unique(offsets)[1:-1]))
             if len(steps) == count:
                 return cls(full_steps=steps, num_steps=num_steps, reuse=reuse)
@@ -125,7 +125,7 @@ class StepCacheConfig:
         return cls(full_steps=full, num_steps=num_steps, reuse="encoder")
 
     def is_full(self, step: int) -> bool:
-        return step % self.interval == 0 if self.interval is not None else step in self.full_steps
+        return step % self.interval == 0 if self.interval is not None else step in (self.full_steps or ())
 
 
 class Features(NamedTuple):
@@ -150,7 +150,7 @@ class StepCache:
         """The next step is the first, and nothing is stored."""
         self.step, self.features, self.inputs = 0, NOTHING, None
 
-    @torch.compiler.disable  # a graph of its own for each step number would be compiled
+    @torch.compiler.disable()  # a graph of its own for each step number would be compiled
     def begin_step(self, inputs: object) -> Features:
         """Counts a step and returns what it reuses, `NOTHING` for a full one.
 
@@ -167,7 +167,7 @@ class StepCache:
         self.step += 1
         return self.features
 
-    def store(self, middle: Tensor | None, skip: Tensor | None, expanded: Tensor) -> None:
+    def store(self, middle: Tensor | None, skip: Tensor | None, expanded: Tensor | None) -> None:
         """Keeps what later steps reuse."""
         deep = self.config.reuse == "deep"
         self.features = Features(expanded=expanded) if deep else Features(middle, skip)

@@ -7,6 +7,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -96,6 +97,13 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
     # numbers are the members of the first three.
     _group_offload_block_modules = ("stages", "merges", "splits", *map(str, range(NUM_STAGES)))
     _skip_layerwise_casting_patterns = ("patch_embedding", "final_layer")
+    config: Any  # a FrozenDict, whose entries are attributes; diffusers says dict
+    stages: Any  # as `Stage.blocks`
+    merges: Any
+    splits: Any
+    if TYPE_CHECKING:  # diffusers' has torch's type, by functools.wraps, in which no checker finds its self
+
+        def to(self, *args, **kwargs) -> Self: ...
 
     @register_to_config
     def __init__(
@@ -168,27 +176,27 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def load_config(cls, *args, **kwargs):
+    def load_config(cls, *args, **kwargs) -> Any:
         """A folder's config.json without `auto_map`, which is no argument of the model."""
         loaded = super().load_config(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).pop("auto_map", None)
         return loaded
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args, **kwargs) -> Self:
         """As any diffusers model's; weights that `ignore_mismatched_sizes` leaves out get initial values."""
         if not kwargs.get("ignore_mismatched_sizes"):
             return super().from_pretrained(*args, **kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("device_map") is None:
             kwargs.setdefault("low_cpu_mem_usage", False)  # which would leave them on meta
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # pyright: ignore[reportGeneralTypeIssues] - a pair
         if info["mismatched_keys"]:  # diffusers says "newly initialized", of uninitialised memory
             initial = cls.from_config(model.config)
             with torch.no_grad():
                 for name, *_ in info["mismatched_keys"]:
-                    model.get_parameter(name).copy_(initial.get_parameter(name))
-        return (model, info) if with_info else model
+                    model.get_parameter(name).copy_(initial.get_parameter(name))  # pyright: ignore[reportAttributeAccessIssue] - no pair
+        return (model, info) if with_info else model  # pyright: ignore[reportReturnType] - as diffusers does
 
     def set_amm_blocks(self, blocks: tuple[int, ...]) -> None:
         """Places AMM in these blocks, 0-based over all stages; () switches it off. Kept by `save_pretrained`."""
@@ -296,8 +304,8 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         """
         check_inputs(self, hidden_states, timestep, class_labels, keep_masks, label_drops)
         middle, skip, expanded = self._reused_features(hidden_states, keep_masks, return_hidden)
-        keep_masks = [None] * NUM_MERGES if keep_masks is None else list(keep_masks)
-        mid_keep = keep_masks.pop(0) if len(keep_masks) > NUM_MERGES else None
+        masks = [None] * NUM_MERGES if keep_masks is None else list(keep_masks)
+        mid_keep = masks.pop(0) if len(masks) > NUM_MERGES else None
 
         stream_dtype = hidden_states.dtype
         if enabled_autocast_dtype(hidden_states) is not None:  # which is for products; sums of blocks stay exact
@@ -311,9 +319,9 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         if middle is None and expanded is None:
             positions = None if mid_keep is None else self.position.constant_on("table", x.device)
             x = self.stages[0](x, cond, mid_keep, replacement=positions, routing=routing[0])
-            skip = x = self.merges[0](x, cond, keep_masks[0])  # (B, N/4, C1)
+            skip = x = self.merges[0](x, cond, masks[0])  # (B, N/4, C1)
             x = self.stages[1](x, cond, routing=routing[1])
-            x = self.merges[1](x, cond, keep_masks[1])  # (B, N/16, C2)
+            x = self.merges[1](x, cond, masks[1])  # (B, N/16, C2)
             middle = self.stages[2](x, cond, routing=routing[2])
         if expanded is None:
             x, _ = self.splits[0](middle, skip, cond)  # (B, N/4, C3)
@@ -326,7 +334,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
 
         sample = self.final_layer(x, cond)
         if return_hidden:
-            return EDTOutput(sample=sample, hidden=middle) if return_dict else (sample, middle)
+            return EDTOutput(sample=sample, hidden=middle) if return_dict else (sample, middle)  # pyright: ignore[reportReturnType] - computed: no cache
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def enable_cache(self, config: StepCacheConfig) -> None:

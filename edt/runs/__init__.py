@@ -2,20 +2,18 @@
 weights that are read from them.
 """
 
+from typing import TYPE_CHECKING
+
 from .._lazy import lazy
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    checkpoint=(
-        "latest_checkpoint",
-        "list_checkpoints",
-        "verify_checkpoint",
-    ),
-    log=("read_metrics",),
-    plots=("plot_runs",),
-    weights=(
-        "initialize_from",
-        "load_checkpoint",
-        "load_released_state_dict",
-    ),
-)
+if TYPE_CHECKING:
+    from .checkpoint import latest_checkpoint as latest_checkpoint
+    from .checkpoint import list_checkpoints as list_checkpoints
+    from .checkpoint import verify_checkpoint as verify_checkpoint
+    from .log import read_metrics as read_metrics
+    from .plots import plot_runs as plot_runs
+    from .weights import initialize_from as initialize_from
+    from .weights import load_checkpoint as load_checkpoint
+    from .weights import load_released_state_dict as load_released_state_dict
+else:
+    __getattr__, __dir__, __all__ = lazy(__name__, __file__)

@@ -70,9 +70,10 @@ class RunLog:
             keep_lines_until(self.file, first_step)
         self.shown = self.main and sys.stderr is not None and sys.stdout is not None
         with self._display():
+            # Of a bar in a file each state stays.
+            seconds = 0.1 if sys.stderr is not None and sys.stderr.isatty() else 10
             self.bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", disable=not self.shown,
-                            # Of a bar in a file each state stays.
-                            mininterval=0.1 if self.shown and sys.stderr.isatty() else 10)  # fmt: skip
+                            mininterval=seconds)  # fmt: skip
 
     @contextmanager
     def _display(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -167,7 +168,7 @@ def _line(ax: Axes, steps: ndarray, values: ndarray, number: int, label: str, no
     if width > 1:
         ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
         label += f", mean of {width} lines"
-    style = {"marker": "." if len(values) < 30 else None}
+    style: dict[str, Any] = {"marker": "." if len(values) < 30 else None}
     style["linestyle"] = "-" if noisy else _DASHES[number % len(_DASHES)]
     ax.plot(steps, running_mean(values, width), color=colour, linewidth=1.6, label=label, **style)
 

@@ -195,7 +195,7 @@ def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:
     if not str(kind).endswith(name):  # FSDP puts its own before it
         raise ValueError(f"checkpoint {folder} is of a {kind}; it must be of an {name}")
     with named_errors(f"checkpoint {folder}", "is damaged, or has weights or a config that do not fit"):
-        model, loading = EDTTransformer2DModel.from_pretrained(
+        model, loading = EDTTransformer2DModel.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues] - a pair
             folder,
             local_files_only=True,
             use_safetensors=True,

@@ -2,20 +2,16 @@
 pipelines and back (`edt convert`).
 """
 
+from typing import TYPE_CHECKING
+
 from .._lazy import lazy
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    pipeline=(
-        "EDTPipeline",
-        "load_pipeline",
-    ),
-    sample_set=(
-        "SampleOptions",
-        "draw_samples",
-    ),
-    conversion=(
-        "ConvertOptions",
-        "convert",
-    ),
-)
+if TYPE_CHECKING:
+    from .conversion import ConvertOptions as ConvertOptions
+    from .conversion import convert as convert
+    from .pipeline import EDTPipeline as EDTPipeline
+    from .pipeline import load_pipeline as load_pipeline
+    from .sample_set import SampleOptions as SampleOptions
+    from .sample_set import draw_samples as draw_samples
+else:
+    __getattr__, __dir__, __all__ = lazy(__name__, __file__)

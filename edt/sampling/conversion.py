@@ -170,10 +170,10 @@ def read_released_file(
     found = few(content)
     named = [name for name in (_AVERAGED, _RAW) if isinstance(content.get(name), dict)]
     if named:
-        weights = weights or named[0]
-        if weights not in named:
-            raise ValueError(f"checkpoint {file} has no {weights} weights; it has {found}")
-        content = content[weights]
+        chosen = weights or named[0]
+        if chosen not in named:
+            raise ValueError(f"checkpoint {file} has no {chosen} weights; it has {found}")
+        content = content[chosen]
     elif weights is not None:
         raise ValueError(f"checkpoint {file} has one set of weights, not {weights}; leave out --weights")
     if not (content and all(map(_is_weight, content.items()))):
@@ -343,7 +343,7 @@ def read_labels(file: Path, num_classes: int) -> dict[int, str]:
     return {i: names[str(i)] for i in range(num_classes)}
 
 
-def _stored_dtypes(folder: Path) -> set[torch.dtype]:
+def _stored_dtypes(folder: Path) -> set:
     names = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:

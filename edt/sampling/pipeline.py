@@ -68,6 +68,7 @@ class EDTPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]  # noqa: RUF012 (diffusers' own type)
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+    progress_bar: Callable  # what diffusers' is, is not known to a checker
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class EDTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.id2label = _check_names(id2label, config.num_classes)
         self.register_to_config(id2label=self.id2label)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        factor = 2 ** (len(vae.config["block_out_channels"]) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
 
     @property
@@ -205,7 +206,7 @@ class EDTPipeline(DiffusionPipeline):
                 images = self.image_processor.postprocess(self._pictures(latents), output_type=output_type)
         finally:  # after an exception too: features and offloaded models are let go
             self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)  # pyright: ignore[reportArgumentType] - or latents
 
     def _stepper(self, cuda_graph: bool | GraphedStep) -> Callable[..., Tensor]:
         if isinstance(cuda_graph, GraphedStep):

@@ -2,15 +2,15 @@
 (`state`), the losses with masking and alignment (`objective`, `alignment`).
 """
 
+from typing import TYPE_CHECKING
+
 from .._lazy import lazy
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    config=(
-        "RECIPES",
-        "TrainConfig",
-        "load_config",
-    ),
-    trainer=("train",),
-    alignment=("AlignmentLoss",),
-)
+if TYPE_CHECKING:
+    from .alignment import AlignmentLoss as AlignmentLoss
+    from .config import RECIPES as RECIPES
+    from .config import TrainConfig as TrainConfig
+    from .config import load_config as load_config
+    from .trainer import train as train
+else:
+    __getattr__, __dir__, __all__ = lazy(__name__, __file__)

@@ -3,6 +3,7 @@ loss."""
 
 import importlib
 import math
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
@@ -44,6 +45,8 @@ class AlignmentLoss(HasConstants):
     would drive the similarities apart and is taken for a misprint.
     """
 
+    upsampling: Tensor
+
     def __init__(
         self,
         hidden_channels: int,
@@ -70,9 +73,10 @@ class AlignmentLoss(HasConstants):
             nn.SiLU(),
             nn.Linear(mlp_channels, feature_channels),
         )
-        for layer in self.mlp[::2]:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
         # As a matrix, because the gradient of F.interpolate on a GPU adds atomically and does not repeat bitwise.
         self.register_constant("upsampling", _bilinear(tuple(hidden_grid), tuple(feature_grid)))
 
@@ -177,7 +181,7 @@ def encode(encoder: nn.Module, images: Tensor) -> Tensor:
     return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
 
 
-def feature_grid(num_tokens: int, image_size: tuple[int, int]) -> tuple[int, int]:
+def feature_grid(num_tokens: int, image_size: Sequence[int]) -> tuple[int, int]:
     """(H', W') of an encoder's tokens: of the image's proportions, H'·W' = num_tokens.
 
     Raises:
@@ -199,7 +203,7 @@ def _similarities(tokens: Tensor) -> Tensor:
     return flat @ flat.T / tokens.shape[1]
 
 
-def _bilinear(grid: tuple[int, int], out_grid: tuple[int, int]) -> Tensor:
+def _bilinear(grid: tuple[int, ...], out_grid: tuple[int, ...]) -> Tensor:
     """Bilinear interpolation of an H×W grid to H'×W', pixels as areas: (H'·W', H·W), times tokens in rows."""
     basis = torch.eye(math.prod(grid), device="cpu").unflatten(1, grid).unsqueeze(1)  # each token's 1 among zeros
     return F.interpolate(basis, size=out_grid, mode="bilinear", align_corners=False).flatten(1).T.contiguous()
@@ -225,5 +229,5 @@ def _check_grids(**grids) -> None:
 
 def _check_weights(**weights) -> None:
     for name, weight in weights.items():
-        if not (isinstance(weight, Real) and math.isfinite(weight) and weight >= 0):
+        if not (isinstance(weight, Real) and math.isfinite(weight) and not weight < 0):
             raise ValueError(f"{name} is {weight!r}; it must be a finite number, 0 or more")

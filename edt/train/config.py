@@ -191,7 +191,7 @@ class TrainConfig:
 
     def absolute(self) -> "TrainConfig":
         """With paths that are the same from any folder: a run may be started again from another."""
-        paths = {name: value.absolute() for name, value in vars(self).items() if isinstance(value, Path)}
+        paths: dict = {name: value.absolute() for name, value in vars(self).items() if isinstance(value, Path)}
         if self.vae is not None and Path(self.vae).exists():  # else it is a name
             paths["vae"] = str(Path(self.vae).absolute())
         return replace(self, **paths)
@@ -289,7 +289,9 @@ def _typed(path: Path, name: str, value, hint):
             return tuple(_typed(path, name, item, kind) for item, kind in zip(value, kinds))
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if hint is float and type(value) in (int, float, str):  # YAML takes 1e-4, without a point, for text
+    if (
+        hint is float and isinstance(value, int | float | str) and not isinstance(value, bool)
+    ):  # YAML takes 1e-4, without a point, for text
         with suppress(ValueError, OverflowError):
             return float(value)
     if hint is not float and fits(value, hint):

@@ -50,9 +50,9 @@ def draw(
     batch_size, passes = len(latents), 2 if masking else 1
     timestep, weight = timestep_sampler.sample(batch_size, generator)
     noise = torch.randn(passes, *latents.shape, generator=generator, device=generator.device)
-    label_drops = None
-    if model.config.num_classes > 0:
-        label_drops = model.draw_label_drops(passes * batch_size, generator).unflatten(0, (passes, -1))
+    label_drops = model.draw_label_drops(passes * batch_size, generator)
+    if label_drops is not None:
+        label_drops = label_drops.unflatten(0, (passes, -1))
     keep_masks = model.draw_keep_masks(batch_size, generator) if masking else None
     return Draws(noise, timestep, weight, label_drops, keep_masks)
 

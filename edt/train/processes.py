@@ -4,12 +4,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, is_initialized
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from .config import TrainConfig
@@ -65,12 +64,10 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
             raise RuntimeError(f"another process of the run has failed: {fault}")
     if error is not None:
         raise error
-    return result
+    return result  # pyright: ignore[reportReturnType] - None where there is an error
 
 
-def distribute(
-    objective: TrainingObjective, config: TrainConfig, accelerator: Accelerator, sharded: bool
-) -> nn.Module:
+def distribute(objective: TrainingObjective, config: TrainConfig, accelerator: Accelerator, sharded: bool) -> Any:
     """The objective as steps call it: itself, compiled, within DDP, or its parts sharded by FSDP2."""
     model, processes = objective.model, accelerator.num_processes
     if config.gradient_checkpointing:

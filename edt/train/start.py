@@ -5,11 +5,12 @@ from collections.abc import Iterable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from edt_kernels._backend import select_backend
 
@@ -97,7 +98,7 @@ def build_model(config: TrainConfig, dataset: LatentDataset) -> EDTTransformer2D
 
 def build_alignment(
     config: TrainConfig, model: EDTTransformer2DModel, dataset: LatentDataset, device: torch.device
-) -> tuple[AlignmentLoss | None, nn.Module | None]:
+) -> tuple[AlignmentLoss | None, Any]:
     """The alignment loss and its frozen encoder; None, None without."""
     if config.alignment_encoder is None:
         return None, None

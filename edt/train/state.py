@@ -1,9 +1,10 @@
 """What a training run holds and saves: weights, optimiser, averaged weights, timestep sampler, position."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -62,7 +63,7 @@ class TrainState:
         self.timestep_sampler = LossSecondMomentSampler(device=device)
         self.steps = self.samples_seen = self.skipped_steps = self.skipped_in_a_row = 0
 
-    def _of_model(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _of_model(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Those of the network, under its own names."""
         ours = (name for name in tensors if name.startswith(_MODEL_PREFIX))
         return {name.removeprefix(_MODEL_PREFIX): tensors[name] for name in ours}
@@ -156,7 +157,7 @@ class TrainState:
         heads = {name: p for name, p in parameters.items() if not name.startswith(_MODEL_PREFIX)}
         yield "training.safetensors", others | self._whole(heads, {name: self.shards[name] for name in heads})
 
-    def _whole(self, parameters: dict[str, Tensor], shards: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _whole(self, parameters: Mapping[str, Any], shards: Mapping[str, Any]) -> dict[str, Tensor]:
         """Shards → whole tensors on the CPU of the main process; all take part."""
         whole = {}
         for name, value in shards.items():
@@ -242,7 +243,7 @@ class TrainState:
                     f"checkpoint {folder} has {name} {then.get(name)}; this run's model has {now[name]}"
                 )
 
-    def _check_fit(self, folder: Path, weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+    def _check_fit(self, folder: Path, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
         for name, parameter in parameters.items():
             given = tuple(weights[name].shape) if name in weights else "nothing"
             if given != tuple(parameter.shape):
@@ -295,6 +296,6 @@ def names_not_finite(state: TrainState) -> list[str]:
     return [name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all()]
 
 
-def _local(tensor: Tensor | None) -> Tensor | None:
+def _local(tensor: Any) -> Any:
     """The plain tensor that this process holds of a DTensor, sharing its storage; any other tensor itself."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -91,10 +91,10 @@ def train(
         with tf32(config.precision == "tf32"), repeatable_convolutions():
             # Nothing of the folder is read before it is this run's own; the other processes wait for the main one.
             lock = together(accelerator, lambda: open_folder(config.output) if main else None)
-            with own_folder(lock, config.output, is_new) if main else nullcontext():
+            with own_folder(lock, config.output, is_new) if lock is not None else nullcontext():
                 if config_again is not None:
                     together(accelerator, lambda: _check_unchanged(given, config_again()))
-                return Trainer(config, accelerator, StopRequest() if stop is None else stop).run()
+                return Trainer(config, accelerator, StopRequest() if stop is None else stop).run()  # pyright: ignore[reportReturnType] - each run ends with one
 
 
 def _check_unchanged(given: TrainConfig, again: TrainConfig) -> None:
@@ -145,7 +145,7 @@ class Trainer:
         self.saved_steps = self.state.steps
         self.intact = True  # whether the state is that of a step, and no save of it has failed
         self.unread: Exception | None = None  # why this process could not read its next batch
-        self.log: RunLog | None = None
+        self.log: Any = None  # a RunLog, from `run` on
         self.verified = None
         if config.verify_data:  # last, as it may take minutes
             self.verified = together(accelerator, self._verify)
@@ -154,8 +154,6 @@ class Trainer:
         if self.accelerator.is_local_main_process:
             progress = self.accelerator.is_main_process and sys.stderr is not None
             return verify_once(self.dataset, self.config.output, progress=progress)
-
-    # Building
 
     # Training
 
@@ -216,7 +214,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
             flip=config.flips,
         )
-        self.order = loader.dataset.order
+        self.order = loader.dataset.order  # pyright: ignore[reportAttributeAccessIssue] - of make_loader
         try:
             return self._steps(iter(loader))
         except FloatingPointError:
@@ -238,7 +236,7 @@ class Trainer:
                 f"without, and {METRICS_FILE} has the same figures"
             ) from error
 
-    def _steps(self, batches: Iterator[dict[str, Tensor]]) -> Path:
+    def _steps(self, batches: Iterator[dict[str, Tensor]]) -> Path | None:
         config, state = self.config, self.state
         first_step, saved = state.steps, self.resumed_from
         batch = together(self.accelerator, lambda: self._read(batches, None))  # no step could tell the others
@@ -351,7 +349,7 @@ class Trainer:
         state.steps += 1
         state.samples_seen += config.batch_size
         self.intact = True
-        figures = dict(zip(("full_loss", "masked_loss"), means))
+        figures: dict = dict(zip(("full_loss", "masked_loss"), means))
         if self.encoder is not None:
             figures["alignment_loss"] = alignment
         return {**figures, "gradient_norm": norm, "learning_rate": learning_rate,

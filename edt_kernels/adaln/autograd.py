@@ -34,7 +34,7 @@ def _backward(grad_out, x, scale, mean, rstd):
 
 
 def _fake_forward(x, shift, scale, eps, out_dtype):
-    return empty_normed(x, *x.shape[1:], out_dtype)
+    return empty_normed(x, x.shape[1], x.shape[2], out_dtype)
 
 
 def _fake_backward(grad_out, x, scale, mean, rstd):
@@ -67,7 +67,7 @@ define_op(
 define_gradient("adaln", _save_for_backward, _differentiate)
 
 
-def adaln(x, shift, scale, eps, out_dtype) -> Tensor:
+def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype | None) -> Tensor:
     """`edt_kernels.adaln` by the kernels; the arguments are checked."""
     refuse_forward_mode("adaln", x, shift, scale)
     return torch.ops.edt_kernels.adaln(x, shift, scale, eps, out_dtype)[0]

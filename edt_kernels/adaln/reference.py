@@ -21,6 +21,8 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
     return add_in_place(normed * gain, shift)  # addcmul would multiply once more per gradient
 
 
-def adaln(x, shift, scale, *, eps=1e-6, out_dtype=None) -> Tensor:
+def adaln(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """LN(x)·(1+scale)+shift: x (B, N, C), shift and scale (B, C) → (B, N, C)."""
     return layer_norm_modulate(x, shift, scale, eps).to(out_dtype or default_out_dtype(x))

@@ -25,7 +25,14 @@ _MAX_HEAD_DIM = 128
 _MAX_TABLE = 2**26  # entries: 4096×4096 tokens; made in float64, they take up to 3 GB
 
 
-def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=None) -> Tensor:
+def amm_table(
+    grid: tuple[int, int],
+    *,
+    form: str = "exp_cos",
+    radius: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """m[Δy, Δx] = ½·exp(cos(f·d)) (`"exp_cos"`) or 1.3·cos(f·d) (`"cos"`) for d ≤ radius, else 0.
 
     d is the Euclidean distance of two tokens of an H×W grid in token steps, f = π/(2·d_max) with d_max the
@@ -129,18 +136,17 @@ def amm_attention(
     if rel_pos_bias is not None:
         _check_table("rel_pos_bias", rel_pos_bias, [(offsets[0] * offsets[1], heads)], q)
     scale = check_scale(scale)
-    if scale is None:
-        scale = head_dim**-0.5
+    factor = head_dim**-0.5 if scale is None else scale
 
     if select_backend(q=q) == "reference":
         return reference.amm_attention(
             q, k, v,
-            grid=grid, modulation=modulation, rel_pos_bias=rel_pos_bias, scale=scale,
+            grid=grid, modulation=modulation, rel_pos_bias=rel_pos_bias, scale=factor,
             num_extra_tokens=num_extra_tokens,
         )  # fmt: skip
     if head_dim > _MAX_HEAD_DIM:
         raise ValueError(f"q has a head dim of {head_dim}; the Triton kernels take up to {_MAX_HEAD_DIM}")
-    return autograd.amm_attention(q, k, v, grid, modulation, rel_pos_bias, float(scale), num_extra_tokens)
+    return autograd.amm_attention(q, k, v, grid, modulation, rel_pos_bias, float(factor), num_extra_tokens)
 
 
 def _is_autocast(tensor) -> bool:

@@ -338,7 +338,8 @@ def _backward(
         for needed in (needs_bias, needs_modulation)
     )
     if q.numel() == 0:
-        grad_bias.zero_(), grad_modulation.zero_()
+        grad_bias.zero_()
+        grad_modulation.zero_()
     else:
         p = _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale)
         with on_device_of(q):
@@ -479,7 +480,16 @@ define_op(
 define_gradient("amm_attention", _save_for_backward, _differentiate)
 
 
-def amm_attention(q, k, v, grid, modulation, rel_pos_bias, scale, num_extra_tokens) -> Tensor:
+def amm_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int],
+    modulation: Tensor | None,
+    rel_pos_bias: Tensor | None,
+    scale: float,
+    num_extra_tokens: tuple[int, int],
+) -> Tensor:
     """`edt_kernels.amm_attention` by the kernels; the arguments are checked."""
     refuse_forward_mode("amm_attention", q, k, v, modulation, rel_pos_bias)
     out, _ = torch.ops.edt_kernels.amm_attention(

@@ -10,7 +10,14 @@ from torch.nn import functional as F
 from .._tracing import add_in_place, in_func_transform
 
 
-def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=None) -> Tensor:
+def amm_table(
+    grid: tuple[int, int],
+    *,
+    form: str = "exp_cos",
+    radius: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """See `edt_kernels.amm_table`."""
     H, W = grid
     dy = torch.arange(1 - H, H, dtype=torch.float64, device=device)[:, None]
@@ -23,7 +30,9 @@ def amm_table(grid, *, form="exp_cos", radius=None, dtype=torch.float32, device=
     return torch.where(squared_distance <= squared_radius, gain, 0.0).to(dtype)
 
 
-def expand_offset_table(table: Tensor, grid, num_extra_tokens, fill: float) -> Tensor:
+def expand_offset_table(
+    table: Tensor, grid: tuple[int, int], num_extra_tokens: tuple[int, int], fill: float
+) -> Tensor:
     """(…, 2H−1, 2W−1) indexed by (Δy, Δx) → (…, N, N) indexed by (query token, key token).
 
     Pairs with a token outside the grid get `fill`.
@@ -39,11 +48,19 @@ def expand_offset_table(table: Tensor, grid, num_extra_tokens, fill: float) -> T
 
 
 def amm_attention(
-    q, k, v, *, grid, modulation=None, rel_pos_bias=None, scale=None, num_extra_tokens=(0, 0)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: tuple[int, int],
+    modulation: Tensor | None = None,
+    rel_pos_bias: Tensor | None = None,
+    scale: float | None = None,
+    num_extra_tokens: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """See `edt_kernels.amm_attention`."""
     H, W = grid
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, heads, N, D)
     is_plain, bias = _is_plain_inference(q, modulation, rel_pos_bias), None
     if rel_pos_bias is not None:
@@ -52,8 +69,8 @@ def amm_attention(
         bias = expand_offset_table(table, grid, num_extra_tokens, fill=0.0).unsqueeze(0)
 
     if is_plain:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
-    logits = (q * scale) @ k.transpose(-1, -2)  # (B, heads, N, N)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=factor).transpose(1, 2)
+    logits = (q * factor) @ k.transpose(-1, -2)  # (B, heads, N, N)
     accumulate = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(accumulate)
     if bias is not None:

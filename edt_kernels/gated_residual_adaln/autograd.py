@@ -45,7 +45,7 @@ def _launch_backward(grad_x_out, grad_out, x_out, y, gate, scale, mean, rstd, gr
 
 def _forward(x, y, gate, shift, scale, eps, out_dtype):
     x, y, gate, shift, scale = map(dense_rows, (x, y, gate, shift, scale))
-    x_out, normed = x.new_empty(x.shape), empty_normed(x, *x.shape[1:], out_dtype)
+    x_out, normed = x.new_empty(x.shape), empty_normed(x, x.shape[1], x.shape[2], out_dtype)
     _launch_forward(x, y, gate, shift, scale, eps, x_out, *normed)
     return x_out, *normed
 
@@ -71,7 +71,7 @@ def _residual_backward(grad_x_out, y, gate):
 
 
 def _fake_forward(x, y, gate, shift, scale, eps, out_dtype):
-    return x.new_empty(x.shape), *empty_normed(x, *x.shape[1:], out_dtype)
+    return x.new_empty(x.shape), *empty_normed(x, x.shape[1], x.shape[2], out_dtype)
 
 
 def _fake_backward(grad_x_out, grad_out, x_out, y, gate, scale, mean, rstd):
@@ -140,13 +140,15 @@ define_op(
 define_gradient("gated_residual", _save_residual_for_backward, _differentiate_residual)
 
 
-def gated_residual_adaln(x, y, gate, shift, scale, eps, out_dtype) -> tuple[Tensor, Tensor]:
+def gated_residual_adaln(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     """`edt_kernels.gated_residual_adaln` by the kernels; the arguments are checked."""
     refuse_forward_mode("gated_residual_adaln", x, y, gate, shift, scale)
     return torch.ops.edt_kernels.gated_residual_adaln(x, y, gate, shift, scale, eps, out_dtype)[:2]
 
 
-def gated_residual(x, y, gate) -> Tensor:
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """`edt_kernels.gated_residual` by the kernels; the arguments are checked."""
     refuse_forward_mode("gated_residual", x, y, gate)
     return torch.ops.edt_kernels.gated_residual(x, y, gate)

@@ -82,7 +82,15 @@ define_op(
 define_gradient("token_merge_adaln", _save_for_backward, _differentiate)
 
 
-def token_merge_adaln(x, shift, scale, keep, grid, eps, out_dtype) -> Tensor:
+def token_merge_adaln(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    keep: Tensor | None,
+    grid: tuple[int, int],
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
     """`edt_kernels.token_merge_adaln` by the kernels; the arguments are checked."""
     refuse_forward_mode("token_merge_adaln", x, shift, scale)
     return torch.ops.edt_kernels.token_merge_adaln(x, shift, scale, keep, *grid, eps, out_dtype)[0]

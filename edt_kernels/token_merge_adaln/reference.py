@@ -1,5 +1,6 @@
 """What `token_merge_adaln` is, in plain torch."""
 
+import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
@@ -9,7 +10,16 @@ from ..adaln.reference import adaln
 _MERGE = "b (h r w s) c -> b (h w) (s r c)"
 
 
-def token_merge_adaln(x, shift, scale, *, grid, keep=None, eps=1e-6, out_dtype=None) -> Tensor:
+def token_merge_adaln(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    grid: tuple[int, int],
+    keep: Tensor | None = None,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """LN over the four channels-concatenated neighbours, modulated: x (B, N, C), shift and scale (B, 4C),
     keep (B, N) bool zeroes the C-slices of dropped tokens afterwards → (B, N/4, 4C)."""
     H, W = grid

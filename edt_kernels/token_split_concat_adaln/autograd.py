@@ -76,7 +76,15 @@ define_op(
 define_gradient("token_split_concat_adaln", _save_for_backward, _differentiate)
 
 
-def token_split_concat_adaln(x, skip, shift, scale, grid, eps, out_dtype) -> Tensor:
+def token_split_concat_adaln(
+    x: Tensor,
+    skip: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    grid: tuple[int, int],
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
     """`edt_kernels.token_split_concat_adaln` by the kernels; the arguments are checked."""
     refuse_forward_mode("token_split_concat_adaln", x, skip, shift, scale)
     return torch.ops.edt_kernels.token_split_concat_adaln(x, skip, shift, scale, *grid, eps, out_dtype)[0]

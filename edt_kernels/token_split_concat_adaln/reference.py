@@ -7,7 +7,9 @@ from torch import Tensor
 from ..adaln.reference import adaln, default_out_dtype
 
 
-def token_split_concat_adaln(x, skip, shift, scale, *, grid, eps=1e-6) -> Tensor:
+def token_split_concat_adaln(
+    x: Tensor, skip: Tensor, shift: Tensor, scale: Tensor, *, grid: tuple[int, int], eps: float = 1e-6
+) -> Tensor:
     """LN over [pixel shuffle of x, skip], modulated: x (B, N, 4C'), skip (B, 4N, C'), shift and scale
     (B, 2C') → (B, 4N, 2C'). `grid` is x's; channel (2·p1+p2)·C'+c of token (y, x) goes to (2y+p1, 2x+p2)."""
     H, W = grid

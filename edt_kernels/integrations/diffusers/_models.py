@@ -1,5 +1,7 @@
 """Which models are supported, and where their blocks are."""
 
+from typing import Any
+
 from diffusers import (
     DiTTransformer2DModel,
     FluxTransformer2DModel,
@@ -7,12 +9,11 @@ from diffusers import (
     SD3Transformer2DModel,
 )
 from diffusers.utils.torch_utils import is_compiled_module
-from torch import nn
 
 _MODELS = (DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel)
 
 
-def supported(model) -> nn.Module:
+def supported(model: Any) -> Any:
     """The model, out of `torch.compile`'s wrapper: what is compiled sees the change and compiles again."""
     model = model._orig_mod if is_compiled_module(model) else model
     if not isinstance(model, _MODELS):
@@ -21,6 +22,6 @@ def supported(model) -> nn.Module:
     return model
 
 
-def blocks_of(model) -> list[nn.Module]:
+def blocks_of(model) -> list[Any]:
     """Flux's double blocks come first, then its single ones."""
     return [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())]

@@ -6,6 +6,7 @@ So parameters, hooks and submodules stay, and what goes by a class's name, such 
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
@@ -20,7 +21,7 @@ from ...gated_residual_adaln import gated_residual_adaln
 from ._models import blocks_of, supported
 
 
-def fuse_adaln(model) -> None:
+def fuse_adaln(model: nn.Module) -> None:
     """LN(x)·(1+scale)+shift by `adaln`, x + gate·y by `gated_residual`, both by `gated_residual_adaln`, in place.
 
     Outputs and gradients are the model's up to rounding: the ops compute in float32 and round once. Fused are the
@@ -57,7 +58,7 @@ def fuse_adaln(model) -> None:
         _change_class(module, _FUSED[type(module)])
 
 
-def unfuse_adaln(model) -> None:
+def unfuse_adaln(model: nn.Module) -> None:
     """Undoes `fuse_adaln`: the model is what it was, bit for bit.
 
     Raises:
@@ -201,7 +202,7 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
         attention_mask=None,
         encoder_hidden_states=None,
         encoder_attention_mask=None,
-        timestep=None,
+        timestep: Any = None,
         cross_attention_kwargs=None,
         class_labels=None,
         added_cond_kwargs=None,
@@ -244,7 +245,7 @@ class JointTransformerBlock(attention.JointTransformerBlock):
         if self.use_dual_attention:
             normed_dual, gate_dual = dual
             x = _residual(x, y, gate)
-            y, gate = self.attn2(hidden_states=normed_dual, **kwargs), gate_dual
+            y, gate = self.attn2(hidden_states=normed_dual, **kwargs), gate_dual  # pyright: ignore[reportOptionalCall] - dual
         x, normed = _residual_norm(x, y, gate, shift_mlp, scale_mlp, self.norm2)
         x = _residual(x, _feed_forward(self, self.ff, normed), gate_mlp)
 
@@ -304,15 +305,15 @@ def _clip_float16(x) -> Tensor:
 
 
 _BLOCKS = {
-    cls.__base__: cls
+    cls.__mro__[1]: cls
     for cls in (BasicTransformerBlock, JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
 }
 _NORMS = {
-    cls.__base__: cls
+    cls.__mro__[1]: cls
     for cls in (AdaLayerNormZero, AdaLayerNormZeroSingle, SD35AdaLayerNormZeroX, AdaLayerNormContinuous)
 }
 _FUSED = _BLOCKS | _NORMS
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+_PLAIN: dict[type, type] = {fused: plain for plain, fused in _FUSED.items()}
 
 for _plain, _fused in _BLOCKS.items():  # diffusers' caching hooks look blocks up by class
     TransformerBlockRegistry.register(_fused, dataclasses.replace(TransformerBlockRegistry.get(_plain)))

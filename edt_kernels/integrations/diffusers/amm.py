@@ -3,6 +3,8 @@
 import inspect
 import math
 import weakref
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import (
@@ -23,7 +25,13 @@ from ._models import blocks_of, supported
 _PRESETS = {"dit-xl": (15, 17, 19, 22, 24), "dit-s": (8, 10)}
 
 
-def apply_amm(model, blocks, grid=None, form="exp_cos", radius=None) -> None:
+def apply_amm(
+    model: nn.Module,
+    blocks: Iterable[int] | str,
+    grid: tuple[int, int] | None = None,
+    form: str = "exp_cos",
+    radius: float | None = None,
+) -> None:
     """softmax(q·kᵀ·D^−½) ⊙ m[Δ] · v by `edt_kernels.amm_attention` in the chosen blocks' attention, in place.
 
     m is `amm_table`'s for pairs of image tokens, 1 for pairs with a text token. It applies in training and in
@@ -75,7 +83,7 @@ def apply_amm(model, blocks, grid=None, form="exp_cos", radius=None) -> None:
     _Guard(grid, replacements).install(model)
 
 
-def remove_amm(model) -> None:
+def remove_amm(model: nn.Module) -> None:
     """Puts back the attention processors that `apply_amm` replaced: the model is what it was, bit for bit.
 
     Processors that were set over AMM since stay.
@@ -105,7 +113,7 @@ class _Guard:
     def __init__(self, grid, replacements):
         self.grid = grid
         self.replacements = replacements  # (block's number, attention, AMM's processor)
-        self.hook = None
+        self.hook: Any = None  # what install gets
         self.img_ids_place = None  # among the model's positional arguments
         self.last_img_ids = None
 
@@ -193,7 +201,7 @@ def _default_grid(model) -> tuple[int, int]:
     return side, side
 
 
-def _image_attentions(block) -> list[nn.Module]:
+def _image_attentions(block) -> list[Any]:
     """DiT's and PixArt's block has attn1, whose attn2 is to the text; the others' attn and, in SD3.5, attn2."""
     if hasattr(block, "attn1"):
         return [block.attn1]
@@ -225,7 +233,9 @@ class _AMMProcessor(HasConstants):
     no buffer.
     """
 
-    def __init__(self, replaced=None, grid=None, table=None):
+    grid: tuple[int, int]
+
+    def __init__(self, replaced=None, grid: Any = None, table: Any = None):
         if replaced is None:
             raise ValueError(
                 "AMM is in place, whose attention processors cannot be made anew, as loading an IP adapter does: "
@@ -298,7 +308,7 @@ class AMMFluxAttnProcessor(_AMMProcessor):
             q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, (q, k, v), strict=True))
         if image_rotary_emb is not None:
             q, k = (apply_rotary_emb(each, image_rotary_emb, sequence_dim=1) for each in (q, k))
-        num_text = q.shape[1] - num_image
+        num_text = v.shape[1] - num_image
         out = self.attend(q, k, v, (num_text, 0))
         if single:
             return out
