@@ -178,7 +178,7 @@ def write_committed(results_root: Path, *readmes: Path) -> int:
     Raises:
         ValueError: for a marker in a README that has no end or is not known.
     """
-    spans = {readme: _spans(readme) for readme in readmes}
+    spans = {readme: found for readme in readmes if (found := _spans(readme))}  # others are left alone
     committed = _committed(results_root)
     devices = {}
     for folder in sorted(path for path in results_root.iterdir() if path.is_dir()):
