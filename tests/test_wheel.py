@@ -102,12 +102,14 @@ def test_the_wheel(tmp_path):
     programs = make_environment(tmp_path / "environment", wheel)
     python, edt = programs / "python", programs / "edt"
     run(python, "-c", USE, cwd=tmp_path)
+    version = wheel.name.split("-")[1]
+    assert run(edt, "--version", cwd=tmp_path).strip().endswith(version)
     assert "EDT-S/2" in run(edt, "info", "EDT-S/2", cwd=tmp_path)
-    run(edt, "sample", "--checkpoint", "model", "--output", "images", "--num-images", "2", "--steps", "2",
+    run(edt, "sample", "--checkpoint", "model", "--output", "images", "--labels", "3", "--steps", "2",
         cwd=tmp_path)  # fmt: skip
     assert len(list((tmp_path / "images").glob("**/*.png"))) >= 2
     needs_train = "pip install 'edt-kernels[train]'"
     assert needs_train in run(edt, "train", "--data", "data", "--output", "run", cwd=tmp_path, status=2)
-    assert needs_train in run(python, "-m", "edt.train", "--help", cwd=tmp_path, status=2)
+    assert "edt-kernels[train]" in run(python, "-m", "edt.train", "--help", cwd=tmp_path)
     judged = run(edt, "evaluate", "--samples", "images", "--reference", "images", cwd=tmp_path, status=2)
     assert "pip install 'edt-kernels[evaluate]'" in judged
