@@ -19,7 +19,7 @@ _LINE, _MARGIN, _TEXT, _TEXT_HEIGHT = 4, 8, 13, 18  # pixels, as all that follow
 _LONGEST_NAME = 280  # beside a row
 _NARROWEST = 400  # a page, for its title
 _SMALLEST, _LARGEST = 40, 128  # side to enlarge images to, by how many there are
-_WIDEST = 800  # a row of enlarged images
+_LONGEST = 800  # a row or column of enlarged images
 
 
 def save_samples(
@@ -100,7 +100,8 @@ def _page(
         feet: names below each column.
     """
     H, W = next(cell.shape[:2] for cell in cells if cell is not None)
-    scale = max(-(-_SMALLEST // max(H, W)), min(_LARGEST // max(H, W), _WIDEST // (columns * W)), 1)
+    longest = max(columns * W, -(-len(cells) // columns) * H)
+    scale = max(-(-_SMALLEST // max(H, W)), min(_LARGEST // max(H, W), _LONGEST // longest))
     H, W = H * scale, W * scale
     across, down = W + _LINE, H + _LINE + (_LINE + _TEXT_HEIGHT if captions else 0)
     rows = [_shortened(row, _LONGEST_NAME) for row in rows]

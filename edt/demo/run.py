@@ -348,9 +348,11 @@ def format_report(report: dict) -> str:
     for name, images, accuracy, spread, worst, copies, distance in rows:
         lines.append(f"{name:<{width}}  {images:>6}  {accuracy:>8.1%}  {spread:>6.2f}  {worst:>11.2f}  "
                      f"{copies:>6}  {distance:>8.3f}")  # fmt: skip
+    quick = ["", "quick: trained and sampled in too few steps for digits; leave out --quick to see some"]
     return "\n".join([
         "",
         *lines,
+        *(quick if report["options"]["quick"] else []),
         "",
         "accuracy: under a classifier fitted to real training digits · spread: per-class pixel deviation over the",
         "real one · copies: of training images · distance: median, to the nearest training image",
