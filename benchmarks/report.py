@@ -28,7 +28,8 @@ _README_CASES = 2  # of a suite
 _HOW_TO_READ = """\
 Ours in ms: the median (20 % to 80 % quantile) of the device's time, from CUDA graphs; with an e, between events or
 calls, with the host's share; with a q, by the few repetitions of --quick. Others: how many times as long as ours
-they take, by the same clock. Nothing that is wrong is timed."""
+they take, by the same clock. Nothing that is wrong is timed. MFU: the model's operations over the time, as a share
+of the rate of products: of its own by themselves, in the same dtype, and of large ones, the fastest."""
 
 
 def read_folder(folder: Path, only: set[Path] | None = None) -> dict[str, Results]:

@@ -195,6 +195,29 @@ def test_turns_are_counted_and_reversed():
     assert timings.keys() == {"a", "b"}
 
 
+def test_the_fastest_of_several_products_is_the_ceiling(monkeypatch):
+    """A product of 512³ takes 1 ms, others 100, and a copy of 128 MiB 200."""
+
+    def fast_ms(call, device, budget):
+        if not hasattr(call, "args"):
+            return 200.0
+        x, weight = call.args
+        assert call().shape == (len(x), len(weight))
+        return 1.0 if x.shape == (512, 512) else 100.0
+
+    monkeypatch.setattr(measure, "_fast_ms", fast_ms)
+    found = measure.measure_ceilings(CPU, torch.float32, SHORT)
+    assert found.operations_per_second == pytest.approx(2 * 512**3 * 1e3)
+    assert found.copy_bytes_per_second == pytest.approx(2 * 2**27 * 5)
+
+
+def test_a_busy_moment_does_not_lower_a_ceiling(monkeypatch):
+    """Of calls that take 9, 2 and 7 s the fastest counts."""
+    clock = iter([0, 9, 10, 12, 20, 27])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    assert measure._fast_ms(lambda: None, CPU, Budget(warmup=0, repeat=0, rounds=3)) == 2000
+
+
 def test_floor_is_the_longer_of_bytes_and_operations():
     ceilings = Ceilings(copy_bytes_per_second=2e12, operations_per_second=5e14, matrix_dtype="bfloat16")
     assert ceilings.floor_ms(4_000_000, 0) == pytest.approx(0.002)

@@ -177,6 +177,14 @@ def test_page_of_a_cpu_says_so_and_nothing_is_drawn_without_data(tmp_path):
     assert [path.name for path in empty.iterdir()] == ["report.json"]
 
 
+def test_no_share_is_above_what_can_be():
+    ours = sample.model_rows("model", "EDT-S/2", 4)[0]
+    assert "50.0% MFU" in tables.ours_cells(ours)[2]
+    ours.extra["model_flop_utilisation"] = 1.57
+    images, share, *_ = tables.ours_cells(ours)[2].split(", ")
+    assert (images, share) == ("40 images/s", "MFU over a ceiling that was measured too low")
+
+
 def test_a_wrong_or_missing_row_never_is_a_number():
     rows = sample.norm_rows()
     rows[0] = sample.without_times(rows[0], "wrong", "x: 3 times the error allowed")
