@@ -40,11 +40,13 @@ test-rest: $(READY)
 # Every kernel at all shapes for all targets, compiled unless benchmarks/results/static has it as it is now; fails on a
 # spill, a narrow load and the like.
 static: $(READY)
-	$(BIN)/python -m benchmarks.static --faults
+	$(BIN)/python -m benchmarks static --faults
 
-# Everything against what one would use instead, on the GPU or the CPU; results and a page in benchmarks/results.
+# Everything against what one would use instead, on the GPU or the CPU; results and a page in outputs/benchmarks. To
+# commit them: make bench RESULTS=benchmarks/results
+RESULTS := outputs/benchmarks
 bench: $(READY)
-	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks all --quick  # waking threads would be most of a small op's time
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks all --quick --results $(RESULTS)  # waking threads would be most of a small op's time
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ as in EDT. What the peers do is in `attention_peers.py`.
 """
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -174,3 +175,9 @@ def cases(suite: str, device: torch.device, dtypes: list[str], quick: bool) -> l
             layer, batch_size, sweep = _token_sweep((32, 32))
             found.append(AttentionCase(layer, batch_size, dtype, backward=False, sweep=sweep))
     return list(dict.fromkeys(found))
+
+
+if __name__ == "__main__":
+    from .__main__ import main as command
+
+    sys.exit(command(["attention", *sys.argv[1:]]))

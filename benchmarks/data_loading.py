@@ -1,6 +1,6 @@
 """How many latents a second the loader gives, and that its memory does not grow.
 
-    python -m benchmarks.data_loading --latents 50000 --workers 2
+    python -m benchmarks data_loading --latents 50000 --workers 2
 
 Writes random latents of ImageNet's size (moments of 4×32×32 in float16, both views: 32 KiB an image, of which an
 epoch reads 16 KiB) into a temporary folder and reads two epochs through `edt.data.make_loader`: the first from
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -23,9 +24,11 @@ import torch
 
 from edt.data.dataset import make_loader, number_names, open_dataset
 from edt.data.shards import MANIFEST, Manifest, ShardWriter, write_manifest
+from edt.options import check_count
 
-from .results import RESULTS
+from .results import add_output
 
+FILE = Path("cpu", "data_loading.json")  # in the folder of results
 _ROWS = 500  # written at a time
 
 
@@ -109,9 +112,9 @@ def measure(folder: Path, *, workers: int, batch_size: int) -> dict:
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.data_loading",
+        prog="python -m benchmarks data_loading",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -120,8 +123,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--shard-size", type=int, default=16_384)
     parser.add_argument("--folder", type=Path, help="for the temporary data, on the disk to measure")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / "data_loading.json")
+    add_output(parser, "file")
     options = parser.parse_args(arguments)
+    for name in ("batch_size", "shard_size"):
+        check_count(name, getattr(options, name))
+    if options.workers < 0:
+        raise ValueError(f"workers is {options.workers}; it must be at least 0")
     if options.latents < 2 * options.batch_size:
         parser.error(f"--latents is {options.latents}; it must be at least two batches")
     temporary = Path(tempfile.mkdtemp(prefix="data-loading-", dir=options.folder))
@@ -138,9 +145,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{rates}, {options.workers} workers; first epoch, from disk: {result['latents_per_second_from_disk']}")
     for when, memory in result["anonymous_memory_bytes"].items():
         print(f"anonymous memory, {when:6}: " + ", ".join(f"{k} {v / 2**20:.1f} MiB" for k, v in memory.items()))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    path = options.out or options.results / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    from .__main__ import main as command
+
+    sys.exit(command(["data_loading", *sys.argv[1:]]))

@@ -1,6 +1,6 @@
 """All that needs a GPU, in one command that keeps to its time: tests, quick benchmarks, loss curves, tiles.
 
-    python -m benchmarks.gpu_suite [--out DIR] [--minutes 9] [--only GROUP …] [--commit HASH] [--pack]
+    python -m benchmarks gpu_suite [--out DIR] [--minutes 9] [--only GROUP …] [--commit HASH] [--pack]
 
 Each part is a process with a deadline; one that crashes or is late ends alone, and what it wrote is kept. Time
 that a part leaves goes to the next. DIR/suite.json says what ran; it is written after every part. The exit status
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -81,7 +82,7 @@ def plan(groups: list[str], out: Path, has_xdist: bool) -> list[Part]:
         command = [sys.executable, "-m", "edt", "tune", "--quick", "--seconds", "{seconds}"]
         command += ["--output", str(out / "tiles.json")]
         parts.append(Part("edt tune", "tune", command, GROUP_SECONDS["tune"]))
-    report = [sys.executable, "-m", "benchmarks.report", str(out)]
+    report = [sys.executable, "-m", "benchmarks", "report", str(out)]
     return [*parts, Part("report", "summary", report, _SUMMARY_SECONDS)]
 
 
@@ -230,7 +231,7 @@ def pack(out: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu_suite", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "gpu_suite", help="folder for all output")
     parser.add_argument("--minutes", type=float, default=9, help="for everything")
@@ -239,6 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pack", action="store_true", help="put everything into DIR/gpu_suite.zip too")
     parser.add_argument("--dry-run", action="store_true", help="print commands and deadlines")
     options = parser.parse_args(arguments)
+    if not 0 < options.minutes < math.inf:
+        raise ValueError(f"minutes is {options.minutes}; it must be a finite number above 0")
     out, seconds = options.out.resolve(), 60 * options.minutes
     missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
     parts = plan(options.only, out, "xdist" not in missing)
@@ -256,7 +259,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(f"{gpu.stdout.strip()}; missing: {', '.join(missing) or 'nothing'}; output: {out}", flush=True)
     state = {"gpu": gpu.stdout.strip(), "minutes": options.minutes, "commit": options.commit, "missing": missing}
-    state = run(parts, seconds, out, state, {"EDT_BENCHMARK_COMMIT": options.commit} if options.commit else {})
+    variables = {"EDT_BENCHMARK_COMMIT": options.commit} if options.commit else {}
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part that runs is ended too
+    try:
+        state = run(parts, seconds, out, state, variables)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     summary = out / "summary.txt"
     print(summary.read_text(encoding="utf-8", errors="replace") if summary.exists() else "no time for a report")
     found = failures(state)
@@ -267,5 +275,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part that runs is ended too
-    sys.exit(main())
+    from .__main__ import main as command
+
+    sys.exit(command(["gpu_suite", *sys.argv[1:]]))

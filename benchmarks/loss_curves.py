@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,9 +31,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edt.model.presets import PRESETS
-from edt_kernels._tiles import device_slug
+from edt.options import check_count
 
-from .results import RESULTS, environment
+from .results import add_output, environment, output_folder
 
 NAME = "loss_curves"  # of the JSON and the PNG
 WINDOW = 100
@@ -66,13 +67,27 @@ def verdict(ours: list[float], reference: list[float], float32: list[float]) -> 
     return {"difference": difference, "noise": noise, "within_bf16_noise": within, "reason": reason}
 
 
-def run(options: argparse.Namespace) -> int:
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks loss_curves", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--model", default="EDT-S/2", help="a preset")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=64, help="images a step")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: without kernels, as a test"
+    )
+    add_output(parser)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
     """Trains, stores after each run, and returns the exit status: 1 for ours outside of the noise, or where a loss
     or gradient of any run is not finite.
 
     Raises:
         ValueError: without a GPU or what training needs, or for arguments that it cannot take.
     """
+    options = build_parser().parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "loss_curves needs a GPU, and torch sees none here; --device cpu tests it without kernels"
@@ -80,14 +95,13 @@ def run(options: argparse.Namespace) -> int:
     if options.model not in PRESETS:
         raise ValueError(f"model is {options.model!r}; it must be one of {', '.join(PRESETS)}")
     for name in ("steps", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} is {getattr(options, name)}; it must be at least 1")
+        check_count(name, getattr(options, name))
     try:
         import edt.train.trainer  # noqa: F401
     except ImportError as error:
         raise ValueError(f"loss_curves needs pip install 'edt-kernels[train]': {error}") from error
     where = environment(torch.device(options.device))
-    folder = options.out or RESULTS / device_slug(where["device"])
+    folder = output_folder(options, where["device"])
     folder.mkdir(parents=True, exist_ok=True)
     found = {"environment": where, "model": options.model, "steps": options.steps,
              "batch_size": options.batch_size, "seconds": {}, "losses": {}}  # fmt: skip
@@ -221,3 +235,9 @@ def draw(found: dict):
     device = "CPU: ours is the reference path" if device == "cpu" else device
     figure.suptitle(f"{found['model']}, batch {found['batch_size']}, {device}\n{found['reason']}", fontsize=11)
     return figure
+
+
+if __name__ == "__main__":
+    from .__main__ import main as command
+
+    sys.exit(command(["loss_curves", *sys.argv[1:]]))

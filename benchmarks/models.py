@@ -12,7 +12,8 @@ sample  ‖latents − exact‖ after a few steps from the same noise, with the 
 Outside of training the weights of products are in autocast's dtype beforehand, for all alike: eager code would
 cast them once in each context of autocast, compiled code in each call.
 
-Model FLOP utilisation is the case's operations (`ModelCase`) over its time and the measured rate of products.
+Model FLOP utilisation is the case's operations (`ModelCase`) over its time and the rate of its own products: the
+fastest of those of its MLPs, measured by themselves in the case's dtype, and of the large ones of the ceilings.
 Sampling is timed over all of a case's steps. `first_call_seconds` is of the first check, in training without the
 optimiser; compiled code that an earlier run left on disk shortens it.
 """
@@ -22,6 +23,7 @@ import gc
 import math
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -207,14 +209,37 @@ def _distance(result: Tensor, exact: Tensor) -> float:
 class Given:
     """What the implementations of a case share, made when the first of them needs it."""
 
-    def __init__(self, case: ModelCase, device: torch.device):
-        self.case, self.device = case, device
+    def __init__(
+        self,
+        case: ModelCase,
+        device: torch.device,
+        ceilings: Ceilings | None = None,
+        budget: Budget = measure.QUICK,
+    ):
+        self.case, self.device, self.ceilings, self.budget = case, device, ceilings, budget
 
     @cached_property
-    def multiply_adds(self) -> int:
+    def parts(self) -> list:
         from edt.model.complexity import cost_table
 
-        return sum(part.multiply_adds for part in cost_table(build_ours(self.case)))
+        return cost_table(build_ours(self.case))
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(part.multiply_adds for part in self.parts)
+
+    @cached_property
+    def matrix_rate(self) -> float:
+        """Operations each second of the fastest products."""
+        case, ratio = self.case, build_ours(self.case).config.mlp_ratio
+        samples = case.batch_size * (2 if case.steps else 1)  # guidance
+        shapes = {(samples * math.prod(part.grid), part.channels, int(ratio * part.channels))
+                  for part in self.parts if part.blocks}  # fmt: skip
+        shapes |= {(rows, hidden, channels) for rows, channels, hidden in shapes}
+        with tf32(False):
+            rate = measure.product_rate(shapes, self.device, getattr(torch, case.dtype), self.budget)
+        same = self.ceilings.matrix_dtype == case.dtype
+        return max(rate, self.ceilings.operations_per_second) if same else rate
 
     @cached_property
     def batch(self) -> Batch:
@@ -251,19 +276,19 @@ def measure_case(
 ) -> Iterator[Row]:
     """A row for each implementation that applies. On a GPU one after the other, each alone in its memory; on a CPU
     in turns."""
-    given = Given(case, device)
+    given = Given(case, device, ceilings, budget)
     rows, waiting = [], {}
     for implementation in implementations:
         if not implementation.applies(case, device):
             continue
         row = Row(suite, case.name, case.work, case.dtype, case.shape, implementation.name, implementation.role)
         with recorded(row), _failures_named(), implementation.settings():
-            call = _measure(row, implementation, given, ceilings, budget)
+            call = _measure(row, implementation, given, budget)
             if call is not None:
                 waiting[row.implementation] = call
         if device.type == "cuda":
             _free()
-            yield _with_rates(row, case, ceilings)
+            yield _with_rates(row, case)
         else:
             rows.append(row)
     timings = measure.time_in_turn(waiting, budget) if waiting else {}
@@ -271,27 +296,29 @@ def measure_case(
     _free()
     for row in rows:
         row.ms = timings.get(row.implementation)
-        yield _with_rates(row, case, ceilings)
+        yield _with_rates(row, case)
 
 
-def _with_rates(row: Row, case: ModelCase, ceilings: Ceilings) -> Row:
+def _with_rates(row: Row, case: ModelCase) -> Row:
     if row.ms:
         seconds = row.ms.median / 1e3
         row.extra["images_per_second"] = case.batch_size / seconds
-        row.extra["model_flop_utilisation"] = row.operations / seconds / ceilings.operations_per_second
+        rate = row.extra["matrix_operations_per_second"]
+        row.extra["model_flop_utilisation"] = row.operations / seconds / rate
         if case.steps:
             row.extra["ms_per_step"] = row.ms.median / case.steps
     return row
 
 
 def _measure(
-    row: Row, implementation: Implementation, given: Given, ceilings: Ceilings, budget: Budget
+    row: Row, implementation: Implementation, given: Given, budget: Budget
 ) -> Callable[[], object] | None:
     """Fills the row, on a GPU with times. On a CPU returns what is to be timed."""
     row.extra["multiply_adds"] = given.multiply_adds
     row.operations = given.case.operations(given.multiply_adds)
+    row.extra["matrix_operations_per_second"] = given.matrix_rate
     if given.device.type == "cuda":
-        row.floor_ms = 1e3 * row.operations / ceilings.operations_per_second
+        row.floor_ms = 1e3 * row.operations / given.matrix_rate
     checked = checked_workload(row, implementation, given)
     if checked is None:
         return None
@@ -382,3 +409,9 @@ def _failures_named() -> Iterator[None]:
         if any(text in str(error) for text in ("out of memory", "ALLOC_FAILED")):
             raise UnavailableError(" ".join(str(error).split())[:300], "out of memory") from error
         raise
+
+
+if __name__ == "__main__":
+    from .__main__ import main as command
+
+    sys.exit(command(["models", *sys.argv[1:]]))

@@ -5,6 +5,7 @@ trains under autocast. The peers normalise in float32 in all of them, as autocas
 """
 
 import math
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -280,3 +281,9 @@ def cases(suite: str, device: torch.device, dtypes: list[str], quick: bool) -> l
                     case = NormCase(op, layer, batch_size, dtype, backward=True, has_keep=suite == "merge")
                     found += [case, replace(case, backward=False, has_keep=False)]
     return found
+
+
+if __name__ == "__main__":
+    from .__main__ import main as command
+
+    sys.exit(command(["norms", *sys.argv[1:]]))

@@ -1,10 +1,13 @@
-"""Pages of results: what one device's folder holds, and README's tables.
+"""Pages of results: what one device's folder holds, and the tables in the READMEs.
 
-python -m benchmarks.report FOLDER    prints a line for each case and writes the folder's page and pictures
+python -m benchmarks report           the pages and pictures of committed results, and the READMEs' tables
+python -m benchmarks report FOLDER    prints a line for each case and writes the folder's page and pictures
 """
 
+import argparse
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from . import targets
-from .results import SUITES, Results, load
+from .results import RESULTS, SUITES, Results, load
 from .tables import case_table, fastest_peer, markdown, ours_cells, suite_table, targets_table
 from .targets import groups, ours_of
 
@@ -25,7 +28,8 @@ _README_CASES = 2  # of a suite
 _HOW_TO_READ = """\
 Ours in ms: the median (20 % to 80 % quantile) of the device's time, from CUDA graphs; with an e, between events or
 calls, with the host's share; with a q, by the few repetitions of --quick. Others: how many times as long as ours
-they take, by the same clock. Nothing that is wrong is timed."""
+they take, by the same clock. Nothing that is wrong is timed. MFU: the model's operations over the time, as a share
+of the rate of products: of its own by themselves, in the same dtype, and of large ones, the fastest."""
 
 
 def read_folder(folder: Path, only: set[Path] | None = None) -> dict[str, Results]:
@@ -103,8 +107,8 @@ def _environment(results: Results) -> str:
     return text
 
 
-def _readme_table(devices: dict[str, dict[str, Results]], name: str) -> str:
-    """Medians of the first cases of each suite; of a CPU all is said to be of one."""
+def _readme_table(devices: dict[Path, dict[str, Results]], name: str, page: Path) -> str:
+    """Medians of the first cases of each suite; of a CPU all is said to be of one. Links lead from the page."""
     on_cpu, lines, sources = name == "cpu", [], []
     for folder, suites in devices.items():
         here = {
@@ -127,7 +131,8 @@ def _readme_table(devices: dict[str, dict[str, Results]], name: str) -> str:
                 f"{r.environment['device']}, {r.environment['date']}, commit {str(r.environment['commit'])[:12]}"
                 for r in here.values()
             )
-            sources.append(f"[{'; '.join(found)}](benchmarks/results/{folder}/report.md)")
+            link = Path(os.path.relpath(folder / "report.md", page.parent)).as_posix()
+            sources.append(f"[{'; '.join(found)}]({link})")
     if not lines:
         return NOT_YET if not on_cpu else "Not yet measured with `python -m benchmarks`."
     if on_cpu:
@@ -148,7 +153,7 @@ def _measured(module: str, results_root: Path, committed: set[Path]) -> str:
     benchmark = importlib.import_module(f".{module}", __package__)
     path = results_root / benchmark.FILE
     if path.resolve() not in committed:
-        return f"Not yet measured with `python -m benchmarks.{module}`."
+        return f"Not yet measured with `python -m benchmarks {module}`."
     return benchmark.format_table(json.loads(path.read_text()))
 
 
@@ -168,14 +173,13 @@ def _committed(folder: Path) -> set[Path]:
     return tracked - {(top / line[3:]).resolve() for line in status}
 
 
-def write_committed(results_root: Path, readme: Path) -> int:
-    """The pages of all devices and README's tables, of committed results alone. Returns the exit status.
+def write_committed(results_root: Path, *readmes: Path) -> int:
+    """The pages of all devices and the READMEs' tables, of committed results alone. Returns the exit status.
 
     Raises:
-        ValueError: for a marker in the README that has no end or is not known.
+        ValueError: for a marker in a README that has no end or is not known.
     """
-    text = readme.read_text()
-    spans = _spans(text)
+    spans = {readme: found for readme in readmes if (found := _spans(readme))}  # others are left alone
     committed = _committed(results_root)
     devices = {}
     for folder in sorted(path for path in results_root.iterdir() if path.is_dir()):
@@ -183,42 +187,73 @@ def write_committed(results_root: Path, readme: Path) -> int:
             if path.stem in SUITES and path.resolve() not in committed:
                 print(f"benchmarks: skipped: {path} is not committed as it is")
         if suites := read_folder(folder, committed):
-            devices[folder.name] = suites
+            devices[folder] = suites
             _write(folder, suites)
     tables = {
         "ablation": _ablation,
         "step-cache": partial(_measured, "step_cache"),
         "schedulers": partial(_measured, "schedulers"),
     }
-    for name, (start, end) in sorted(spans.items(), key=lambda item: -item[1][0]):
-        table = tables[name](results_root, committed) if name in tables else _readme_table(devices, name)
-        text = f"{text[:start]}\n{table}\n{text[end:]}"
-    readme.write_text(text)
+    for readme, found in spans.items():
+        text = readme.read_text()
+        for name, (start, end) in sorted(found.items(), key=lambda item: -item[1][0]):
+            if name in tables:
+                table = tables[name](results_root, committed)
+            else:
+                table = _readme_table(devices, name, readme)
+            text = f"{text[:start]}\n{table}\n{text[end:]}"
+        readme.write_text(text)
     return 0
 
 
-def _spans(text: str) -> dict[str, tuple[int, int]]:
+def _spans(readme: Path) -> dict[str, tuple[int, int]]:
     """Of what is between the markers, by name."""
     found, opened = {}, None
-    for match in _MARKER.finditer(text):
+    for match in _MARKER.finditer(readme.read_text()):
         closing, name = match.groups()
         if name not in _NAMES:
-            raise ValueError(f"README has the marker {match.group()}; names are {', '.join(_NAMES)}")
+            raise ValueError(f"{readme} has the marker {match.group()}; names are {', '.join(_NAMES)}")
         if closing != ("/" if opened else "") or (opened and opened[0] != name) or name in found:
-            raise ValueError(f"README's marker {match.group()} is out of place: each has a start and an end, once")
+            raise ValueError(
+                f"{readme}: the marker {match.group()} is out of place: each has a start and an end, once"
+            )
         if closing:
             found[name], opened = (opened[1], match.start()), None
         else:
             opened = name, match.end()
     if opened:
-        raise ValueError(f"README's marker <!-- benchmarks:{opened[0]} --> has no end")
+        raise ValueError(f"{readme}: the marker <!-- benchmarks:{opened[0]} --> has no end")
     return found
 
 
-if __name__ == "__main__":
-    loaded = read_folder(Path(sys.argv[1]))
-    print("\n".join(f"{suite}: {_environment(results)}" for suite, results in loaded.items()))
-    print(case_table(loaded), flush=True)
-    if text := _loss_curves(Path(sys.argv[1])):
+def main(arguments: list[str]) -> int:
+    """Returns the exit status.
+
+    Raises:
+        ValueError: for arguments that it cannot take.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("folder", nargs="?", type=Path, help="of one device's results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of folders of committed results")
+    root = RESULTS.parents[1]
+    readmes = [root / "README.md", *sorted(root.glob("*/README.md"))]
+    parser.add_argument("--readme", nargs="+", type=Path, default=readmes, metavar="PAGE", help="default: all")
+    options = parser.parse_args(arguments)
+    if options.folder is None:
+        return write_committed(options.results, *options.readme)
+    if not options.folder.is_dir():
+        raise ValueError(f"folder is {options.folder}, which is no folder")
+    suites = read_folder(options.folder)
+    print("\n".join(f"{suite}: {_environment(results)}" for suite, results in suites.items()))
+    print(case_table(suites), flush=True)
+    if text := _loss_curves(options.folder):
         print(text, flush=True)
-    _write(Path(sys.argv[1]), loaded)
+    _write(options.folder, suites)
+    return 0
+
+
+if __name__ == "__main__":
+    from .__main__ import main as command
+
+    sys.exit(command(["report", *sys.argv[1:]]))

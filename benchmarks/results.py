@@ -1,5 +1,6 @@
 """What was measured, where, and how it is kept: one JSON and one CSV file a suite, in a folder a device."""
 
+import argparse
 import csv
 import json
 import math
@@ -14,9 +15,12 @@ from pathlib import Path
 
 import torch
 
+from edt_kernels._tiles import device_slug
+
 from .measure import Ceilings, Timing
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"  # the committed ones, a folder a device
+OUTPUTS = Path("outputs", "benchmarks")  # those of whoever measures, likewise
 SUITES = ("attention", "adaln", "merge", "split", "model", "train", "sample")
 # What became of an implementation. Times are there for "ok" alone.
 STATUSES = ("ok", "wrong", "missing", "unsupported", "out of memory", "failed")
@@ -108,6 +112,22 @@ class Results:
             writer.writeheader()
             writer.writerows(flat)
         os.replace(folder / f"{suite}.csv.part", folder / f"{suite}.csv")
+
+
+def add_output(parser: argparse.ArgumentParser, what: str = "folder") -> None:
+    """Options for where results go."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--out", type=Path, help=f"{what} for the results")
+    either.add_argument(
+        "--results",
+        type=Path,
+        default=OUTPUTS,
+        help=f"folder with a folder for each device's results, such as benchmarks/results; default: {OUTPUTS}",
+    )
+
+
+def output_folder(options: argparse.Namespace, device: str) -> Path:
+    return options.out or options.results / device_slug(device)
 
 
 def load(path: Path) -> Results:

@@ -1,6 +1,6 @@
 """What other schedulers make of few steps: digits drawn by `edt.EDTPipeline`, judged.
 
-    python -m benchmarks.schedulers --checkpoint outputs/demo
+    python -m benchmarks schedulers --checkpoint outputs/demo
 
 Draws the same digits from the same noise with each scheduler and number of steps, with the checkpoint of `edt
 demo` as it is: AMM in its blocks, no guidance. They are judged by a classifier of real digits, their spread over
@@ -8,6 +8,7 @@ that of real ones, and the Fréchet distance of pixels to held-out digits.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import diffusers
@@ -21,7 +22,7 @@ from edt.files.outputs import write_json
 from edt.sampling.pipeline import EDTPipeline, load_pipeline
 from edt.sampling.sample_set import SCHEDULERS
 
-from .results import RESULTS, environment
+from .results import add_output, environment
 from .tables import markdown
 
 FILE = Path("cpu", "schedulers.json")  # in the folder of results
@@ -64,16 +65,16 @@ def format_table(report: dict) -> str:
     ])  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.schedulers",
+        prog="python -m benchmarks schedulers",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder that edt demo wrote")
     parser.add_argument("--num-images", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / FILE)
+    add_output(parser, "file")
     options = parser.parse_args(arguments)
     if options.num_images < 2 * NUM_CLASSES:
         parser.error(f"--num-images is {options.num_images}; a spread needs {2 * NUM_CLASSES}, two of each class")
@@ -85,9 +86,12 @@ def main(arguments: list[str] | None = None) -> None:
         "rows": measure(load_pipeline(options.checkpoint), **settings),
     }
     print(format_table(report))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.out, report)
+    path = options.out or options.results / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, report)
 
 
 if __name__ == "__main__":
-    main()
+    from .__main__ import main as command
+
+    sys.exit(command(["schedulers", *sys.argv[1:]]))

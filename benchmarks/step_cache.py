@@ -1,6 +1,6 @@
 """What step caching saves and what it costs: digits drawn with cached steps, timed and judged.
 
-    python -m benchmarks.step_cache --checkpoint outputs/demo
+    python -m benchmarks step_cache --checkpoint outputs/demo
 
 Draws the same digits from the same noise with each schedule, on the CPU, with the checkpoint of `edt demo` as it
 is: AMM in its blocks, no guidance. The schedules take turns at each small batch, so that what else the machine
@@ -11,6 +11,7 @@ digits.
 
 import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from edt.data.digits import NUM_CLASSES, from_uint8, load_split_digits, to_uint8
 from edt.demo.judge import Judge
 from edt.files.outputs import write_json
 from edt.model.complexity import sampling_multiply_adds
+from edt.options import check_count
 
-from .results import RESULTS, environment
+from .results import add_output, environment
 from .tables import markdown
 
 FILE = Path("cpu", "step_cache.json")  # in the folder of results
@@ -117,9 +119,9 @@ def format_table(report: dict) -> str:
     ])  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_cache",
+        prog="python -m benchmarks step_cache",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -128,18 +130,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--num-steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / FILE)
+    add_output(parser, "file")
     options = parser.parse_args(arguments)
     if options.num_images < 2 * NUM_CLASSES:
         parser.error(f"--num-images is {options.num_images}; a spread needs {2 * NUM_CLASSES}, two of each class")
+    for name in ("batch_size", "num_steps"):
+        check_count(name, getattr(options, name))
     model = edt.load_checkpoint(options.checkpoint)
     settings = {name: getattr(options, name) for name in ("num_images", "batch_size", "num_steps", "seed")}
     found = environment(torch.device("cpu"))
     report = {"environment": found, "settings": settings, **measure(model, **settings)}
     print(format_table(report))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.out, report)
+    path = options.out or options.results / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, report)
 
 
 if __name__ == "__main__":
-    main()
+    from .__main__ import main as command
+
+    sys.exit(command(["step_cache", *sys.argv[1:]]))

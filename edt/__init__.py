@@ -7,7 +7,10 @@ Each folder imports those to its left. Names are imported when they are first us
 
 from typing import TYPE_CHECKING
 
+from . import _former
 from ._lazy import lazy
+from ._package import __version__ as __version__
+from ._package import other_edt
 
 if TYPE_CHECKING:
     from .diffusion.cuda_graph import GraphedStep as GraphedStep
@@ -26,4 +29,14 @@ if TYPE_CHECKING:
     from .runs.weights import load_released_state_dict as load_released_state_dict
     from .sampling.pipeline import EDTPipeline as EDTPipeline
 else:
-    __getattr__, __dir__, __all__ = lazy(__name__, __file__)
+    _getattr, __dir__, __all__ = lazy(__name__, __file__)
+
+    def __getattr__(name: str):
+        try:
+            return _getattr(name)
+        except AttributeError as error:
+            said = other_edt()  # of whose functions it may be one
+            raise AttributeError(f"{error}; {said}" if said else error, name=name, obj=error.obj) from None
+
+
+_former.install()

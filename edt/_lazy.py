@@ -2,9 +2,12 @@
 
 import ast
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from ._former import former_name
 
 
 def lazy(package: str, file: str) -> tuple[Callable, Callable, list[str]]:
@@ -18,9 +21,14 @@ def lazy(package: str, file: str) -> tuple[Callable, Callable, list[str]]:
     modules = {name.name: line.module for line in lines if isinstance(line, ast.ImportFrom) for name in line.names}
 
     def get(name: str):
-        if name not in modules:
+        if name in modules:
+            value = getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
+        elif name.startswith("__"):
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
+        elif importlib.util.find_spec(f"{package}.{name}") is not None:
+            return importlib.import_module(f"{package}.{name}")
+        else:
+            value = former_name(package, name)
         setattr(sys.modules[package], name, value)
         return value
 

@@ -11,6 +11,7 @@ from .gated_residual_adaln import gated_residual_adaln
 from .token_merge_adaln import token_merge_adaln
 from .token_split_concat_adaln import token_split_concat_adaln
 
+__version__ = "0.1.0"
 __all__ = [
     "adaln",
     "amm_attention",

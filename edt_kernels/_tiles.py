@@ -1,20 +1,30 @@
 """The tiles of launches: the measured ones where a table has them, else each op's own choice.
 
-A table is a JSON file that `edt tune` wrote on one device: `edt_kernels/tiles/<device>.json`, or whatever file the
-environment variable EDT_KERNELS_TILES names instead. Its entries are found by equality of all of their key; what
-has no entry is left to the op. CPU tensors take no table but one that the variable names, of whichever device.
+A table is a JSON file that `edt tune` wrote on one device. The first of these is read, alone:
+
+- the file that the environment variable EDT_KERNELS_TILES names; an error if it cannot be used;
+- `edt-kernels/tiles/<device>.json` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache), where `edt tune` puts
+  it; a warning says why one is passed over: broken, or of another device, Triton or version of the kernels;
+- `edt_kernels/tiles/<device>.json`, as shipped.
+
+Its entries are found by equality of all of their key; what has no entry is left to the op. CPU tensors take no
+table but one that the variable names, of whichever device.
 """
 
 import functools
+import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+
+from . import _backend
 
 VARIABLE = "EDT_KERNELS_TILES"
 
@@ -111,16 +121,47 @@ def table_of(device: torch.device) -> Mapping[tuple, Tiles]:
 @functools.lru_cache  # reading is cheap, but every launch asks
 def _table_of(file: str, device: torch.device) -> Mapping[tuple, Tiles]:
     name = device_name(device)
-    path = Path(file) if file else shipped_table(name)
-    if not file and not path.is_file():
-        return {}
-    content = read_table(path)
-    _require(
-        name in ("cpu", content["device"]),
-        f"{path} was measured on {content['device']!r}; this is {name!r}: set {VARIABLE} to a table of it, which "
-        "edt tune --output FILE writes, or unset it",
-    )
-    return parse_entries(content["entries"])
+    if file:
+        content = read_table(Path(file))
+        _require(
+            name in ("cpu", content["device"]),
+            f"{file} was measured on {content['device']!r}; this is {name!r}: set {VARIABLE} to a table of it, "
+            "which edt tune --output FILE writes, or unset it",
+        )
+        here = {key: value for key, value in conditions(content["device"]).items() if key in content}
+        if difference := _difference(content, here):
+            warnings.warn(f"{file} {difference}; edt tune --output FILE measures anew", stacklevel=2)
+        return parse_entries(content["entries"])
+    path = user_table(name)
+    if path and os.path.isfile(path):  # unlike Path.is_file, also where the folder may not be read
+        try:
+            content = read_table(path)
+            difference = _difference(content, conditions(name))
+            _require(not difference, f"{path} {difference}")
+            return parse_entries(content["entries"])
+        except (OSError, ValueError) as error:
+            warnings.warn(f"measured tiles are not used: {error}; delete it and run edt tune", stacklevel=2)
+    path = shipped_table(name)
+    return parse_entries(read_table(path)["entries"]) if path.is_file() else {}
+
+
+def conditions(name: str) -> dict[str, str | None]:
+    """What measured tiles are right and fast for, beside the release of torch: the device, Triton, the kernels."""
+    return {"device": name, "triton": getattr(_backend.triton, "__version__", None), "kernels": _kernels()}
+
+
+@functools.cache
+def _kernels() -> str:
+    """Of the sources of all kernels."""
+    sources = (path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
+    code = b"".join(source for source in sources if b"\n@triton.jit" in source)
+    return hashlib.sha256(code).hexdigest()[:16]
+
+
+def _difference(content: dict, here: dict) -> str:
+    """What a table was measured with that is not as here, in words; nothing where all is."""
+    there = {key: content.get(key) for key, value in here.items() if content.get(key) != value}
+    return f"was measured with {there}; this is { {key: here[key] for key in there} }" if there else ""
 
 
 def device_name(device: torch.device) -> str:
@@ -132,8 +173,16 @@ def device_slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def user_table(name: str) -> Path | None:
+    """Where `edt tune` puts the table of a device; None for a user without a home."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):  # which its specification says to ignore
+        cache = os.path.expanduser("~/.cache")
+    return Path(cache, "edt-kernels", "tiles", f"{device_slug(name)}.json") if os.path.isabs(cache) else None
+
+
 def shipped_table(name: str) -> Path:
-    """Where the table of a device lies."""
+    """Where the table of a device lies that the package brings."""
     return Path(__file__).parent / "tiles" / f"{device_slug(name)}.json"
 
 

@@ -1,6 +1,7 @@
 """Measures which tiles are right and fast on a GPU; writes the table that dispatch reads (`edt_kernels._tiles`).
 
-    tune(shapes, Path("table.json"))    # or `edt tune`; then EDT_KERNELS_TILES=table.json
+    tune(shapes)                        # or `edt tune`: into the user's cache folder, where dispatch looks for it
+    tune(shapes, Path("table.json"))    # then EDT_KERNELS_TILES=table.json
 
 What dispatch asks the table for when an op runs at a shape is what is measured: each pass of the op at its key. A
 candidate is compiled; held, output and all gradients, to the error budget of `edt_kernels.testing` against
@@ -18,6 +19,7 @@ import secrets
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -82,7 +84,7 @@ def tune(
 
     Args:
         shapes: what to measure, the most important first.
-        output: the table, by default what dispatch reads on this device: `edt_kernels/tiles/<device>.json`.
+        output: the table, by default the one in the user's cache folder that dispatch reads on this device.
         seconds: after so many no further measurement is begun; each takes up to a minute or two.
         quick: only candidates that differ from the static choice in one number.
         margin: how much faster than the static choice, as a share of its time, another tile has to be.
@@ -93,7 +95,8 @@ def tune(
     Raises:
         RuntimeError: without a GPU, or if a candidate crashed it. That candidate is recorded in the table: another
             run goes on without it.
-        ValueError: for an output that is another device's, another torch's or another Triton's table.
+        ValueError: for an output that cannot be written, or is a table of another device, torch, Triton or version
+            of the kernels; before anything is measured.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("tune needs a CUDA or ROCm GPU; torch finds none here")
@@ -105,8 +108,11 @@ def tune(
 
 
 def default_output() -> Path:
-    """The table that dispatch reads on the current GPU."""
-    return _tiles.shipped_table(torch.cuda.get_device_name())
+    """The table in the user's cache folder that dispatch reads on the current GPU."""
+    path = _tiles.user_table(torch.cuda.get_device_name())
+    if path is None:
+        raise ValueError("output is not given, and this user has no home folder for it: name a file")
+    return path
 
 
 def tune_on(
@@ -569,8 +575,13 @@ def _to_json(tiles: Tiles) -> dict[str, dict[str, int]]:
 
 
 def _open_table(path: Path, device: torch.device) -> dict:
-    """A table's content to go on with, or an empty one."""
-    here = {"device": _tiles.device_name(device), "torch": torch.__version__, "triton": triton.__version__}
+    """A table's content to go on with, or an empty one, once it is sure that it can be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(f"output is {path}, which cannot be written: {error.strerror}") from error
+    here = {**_tiles.conditions(_tiles.device_name(device)), "torch": torch.__version__}
     if not path.exists():
         return {**here, "entries": [], "faults": []}
     table = _tiles.read_table(path)
@@ -588,7 +599,6 @@ def _write_table(path: Path, table: dict) -> None:
     for name in ("entries", "faults"):
         rows = ",\n".join(json.dumps(row) for row in table[name])
         lines.append(f'"{name}": [\n{rows}\n]' if rows else f'"{name}": []')
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{secrets.token_hex(8)}.edt-half")  # a name that nobody else has
     try:
         new.write_text("{\n" + ",\n".join(lines) + "\n}\n")

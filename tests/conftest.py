@@ -1,5 +1,6 @@
 import fcntl
 import os
+import tempfile
 
 # One thread here and in all that is started: workers are the parallelism, and sums in another order differ in the
 # last bit. Before torch is imported: MKL's products may otherwise differ from those of a process that began so.
@@ -19,6 +20,10 @@ if not torch.cuda.is_available():
     with FakeTensorMode():  # pretends that there are GPUs
         pass
 torch.ones(1, requires_grad=True).backward()
+
+if torch.cuda.is_available():  # where dispatch would read tiles from the cache of whoever runs the tests
+    _cache = tempfile.TemporaryDirectory(prefix="edt-tests-")
+    os.environ["XDG_CACHE_HOME"] = _cache.name
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -1,12 +1,20 @@
+import json
 import os
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+import torch
 
-from edt import EDTTransformer2DModel, cli, load_preset
+import edt
+import edt_kernels
+from edt import EDTTransformer2DModel, load_preset
 from edt.cli import main
+from edt.model.complexity import estimate_memory
 
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 SMALL = {
     "hidden_sizes": (16, 16, 16, 16, 16),
     "num_attention_heads": (2, 2, 2, 2, 2),
@@ -122,24 +130,150 @@ def test_unknown_command_and_help(capsys):
 
 
 @pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("paint\x1b", r"there is no command paint\x1b; see edt --help"),
+        ("trian --data x", "there is no command trian (perhaps train); see edt --help"),
+        ("--verbose", "there is no option --verbose; see edt --help"),
+        ("sample", "it needs --checkpoint; see edt sample --help"),
+        ("info", "it needs MODEL; see edt info --help"),
+        (
+            "sample --checkpoint x --sed 3",
+            "Unrecognized options: --sed, 3 (perhaps --seed); see edt sample --help",
+        ),
+        ("sample --checkpoint x --steps", "Missing value for argument '--num-inference-steps'"),
+        ("sample --checkpoint x --guidance-interval 1", "Error parsing --guidance-interval: no type matching"),
+        ("info EDT-S/2 --precision half", "invalid choice 'half' for argument '--precision'"),
+        ("train --data x --steps many", "Error parsing --steps: invalid literal for int()"),
+    ],
+)
+def test_usage_errors_are_one_line_that_says_where_help_is(capsys, args, said):
+    with pytest.raises(SystemExit) as ended:
+        main(args.split(" "))
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"edt: error: {said}")
+    command = args.split()[0]
+    assert line.endswith(f"; see edt {command} --help" if command in ("sample", "info", "train") else " --help")
+    assert "[bold]" not in line
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"edt-kernels {edt.__version__}\n"
+    assert edt.__version__ == edt_kernels.__version__ == PROJECT["version"]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["info", "EDT-S/2"], ["train", "--help"]])
+def test_what_loads_no_torch(args):
+    """Importing it takes longer than all else that these do."""
+    code = f"""
+import sys
+from edt.cli import main
+try:
+    main({args})
+except SystemExit as ended:
+    assert ended.code == 0
+print(*({{"torch", "diffusers", "numpy", "edt_kernels"}} & sys.modules.keys()), file=sys.stderr)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (ended.stderr.strip(), bool(ended.stdout)) == ("", True)
+
+
+_BASE_INSTALL = """
+import sys
+from edt.cli.errors import _EXTRAS
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        brought = {*_EXTRAS, "torchvision", "scipy", "pandas", "pytest", "hypothesis"}
+        return None if name.partition(".")[0] in brought else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+import edt
+from edt.cli import main
+assert all(getattr(edt, name) is not None for name in edt.__all__)
+checkpoint, output = sys.argv[1:]
+draw = ["sample", "--checkpoint", checkpoint, "--output", output, "--labels", "3", "--num-per-class", "1"]
+assert main([*draw, "--num-inference-steps", "1"]) == 0
+assert main(["info", "EDT-S/2"]) == 0
+print("these fail:", file=sys.stderr)
+for args in (["train", "--data", "x"], ["plot", "x"], ["demo", "--output", output], ["ablate"]):
+    assert main(args) == 2, args
+"""
+
+
+def test_a_base_install(checkpoints, tmp_path):
+    """Without what the extras bring, edt's names and commands work; those that need an extra name it."""
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", _BASE_INSTALL, str(checkpoints / "digits"), str(output)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert {path.name for path in output.iterdir()} >= {"samples.npz", "samples.png", "images"}
+    lines = ended.stderr.partition("these fail:\n")[2].splitlines()
+    assert len(lines) == 4
+    for line, name in zip(lines, ("train", "plot", "demo", "ablate")):
+        assert line.startswith(f"edt: error: {name} needs pip install 'edt-kernels[train]', which brings ")
+
+
+def test_every_extra_that_is_named_brings_the_module():
+    """And what the extras bring is known by its modules."""
+    from edt.cli.errors import _EXTRAS
+
+    extras = PROJECT["optional-dependencies"]
+    names = {"scikit-learn": "sklearn"}
+    for extra in ("train", "data", "evaluate"):
+        packages = [package.split(">")[0] for package in extras[extra]]
+        brought = {names.get(package, package.replace("-", "_")) for package in packages}
+        assert brought == {module for module, of in _EXTRAS.items() if of == extra}
+
+
+def test_the_other_edt(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "edt-3.1.2.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: edt\nVersion: 3.1.2\n")
+    with pytest.raises(AttributeError, match=r"^module 'edt' has no attribute 'edtsq'$"):
+        _ = edt.edtsq
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(AttributeError, match=r"no attribute 'edtsq'; edt 3\.1\.2, a distance transform, is insta"):
+        _ = edt.edtsq
+    assert main(["info", "EDT-S/2"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "edt: edt 3.1.2, a distance transform, is installed beside edt-kernels; both are imported"
+    )
+
+
+@pytest.mark.parametrize(
     ("error", "said"),
     [
         (ValueError("a is\n1\x1b[31m"), r"edt: error: a is 1\x1b[31m"),
         (OverflowError("int too large"), "edt: error: int too large"),
         (MemoryError(), "edt: error: out of memory"),
-        (KeyError("shape"), r"edt: error: KeyError: 'shape' (test_cli.py:"),
+        (TypeError("a is 'x'; it must be an integer"), "edt: error: a is 'x'; it must be an integer"),
         (RuntimeError(), "edt: error: RuntimeError:  (test_cli.py:"),
-        (RecursionError("deep"), "edt: error: deep"),
+        (json.JSONDecodeError("no JSON", "", 0), "edt: error: no JSON: line 1"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "edt: error: CUDA out of memory"),
+        (subprocess.SubprocessError("odd"), "edt: error: SubprocessError: odd (test_cli.py:"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), "edt: error: No module named 'x'"),
         (BrokenPipeError(32, "of a worker"), "edt: error: of a worker"),
         (PermissionError(13, "Permission denied", "a\nb"), "edt: error: a b: Permission denied"),
         (OSError(36, "File name too long", "x" * 5000), f"edt: error: {'x' * 1000} … {'x' * 980}"),
     ],
 )
-def test_any_error_is_one_line(monkeypatch, capsys, error, said):
-    def fail(options):
+def test_an_error_that_a_user_can_mend_is_one_line(monkeypatch, capsys, error, said):
+    def fail(args):
         raise error
 
-    monkeypatch.setitem(cli._COMMANDS, "info", (cli.Info, fail))
+    monkeypatch.setattr("edt.cli.info.run_info", fail)
     assert main(["info", "EDT-S/2"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
@@ -148,6 +282,67 @@ def test_any_error_is_one_line(monkeypatch, capsys, error, said):
     monkeypatch.setenv("EDT_TRACEBACK", "1")
     with pytest.raises(type(error)):
         main(["info", "EDT-S/2"])
+
+
+@pytest.mark.parametrize(
+    ("fail", "said"),
+    [
+        (lambda: estimate_memory({}, "two"), "batch_size is 'two'; it must be an integer"),
+        (lambda: torch.empty(2**50), "allocate memory"),
+        (lambda: os.stat("/nowhere"), "/nowhere: No such file or directory"),
+    ],
+)
+def test_checks_and_the_machine_speak_in_one_line(monkeypatch, capsys, fail, said):
+    monkeypatch.setattr("edt.cli.info.run_info", lambda args: fail())
+    assert main(["info", "EDT-S/2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("fail", "kind"),
+    [
+        (lambda: {}["shape"], KeyError),
+        (lambda: [][0], IndexError),
+        (lambda: None.shape, AttributeError),
+        (lambda: 1 / 0, ZeroDivisionError),
+        (lambda: len(3), TypeError),
+        (lambda: estimate_memory({}, 1, batch=2), TypeError),
+        (lambda: torch.ones(2) @ torch.ones(3), RuntimeError),
+        (lambda: exec("from edt.model import nothing"), ImportError),
+        (lambda: exec("assert False"), AssertionError),
+        (lambda: exec("raise NotImplementedError"), NotImplementedError),
+    ],
+)
+def test_a_bug_keeps_its_traceback(monkeypatch, capsys, fail, kind):
+    monkeypatch.setattr("edt.cli.info.run_info", lambda args: fail())
+    with pytest.raises(kind):
+        main(["info", "EDT-S/2"])
+    assert capsys.readouterr().err == ""
+
+
+def test_former_names_go_on_with_the_same_images(checkpoints, tmp_path, capsys):
+    """`--steps` and what samples.json calls it are those of the first version."""
+    common = ["sample", "--checkpoint", str(checkpoints / "digits"), "--output", str(tmp_path), "--labels", "3"]
+    assert main([*common, "--num-per-class", "1", "--steps", "1"]) == 0
+    image = (tmp_path / "images" / "000000.png").stat()
+    assert json.loads((tmp_path / "samples.json").read_text())["steps"] == 1
+    assert main([*common, "--num-per-class", "1", "--num-inference-steps=1", "--dtype=fp32"]) == 0
+    assert (tmp_path / "images" / "000000.png").stat() == image
+    assert main([*common, "--num-per-class", "1", "--num-inference-steps", "2"]) == 2
+    assert "drawn with other settings (steps)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--cache-interval", "20000"], "cache_interval is 20000; it must be 1 to 10000"),
+        (["--cache-interval", "1", "--cache-schedule", "non-uniform"], "cache_interval is 1; around center"),
+    ],
+)
+def test_errors_of_the_cache_name_its_option(checkpoints, tmp_path, capsys, args, said):
+    assert run_sample(checkpoints / "digits", tmp_path / "out", "--labels", "3", *args) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_reader_that_has_gone_and_a_terminal_of_another_encoding(tmp_path):

@@ -1,6 +1,10 @@
-"""What version 0.1 left is read by today's code: a run goes on, its weights and a pipeline load."""
+"""What version 0.1 left is read by today's code: a run goes on, its weights and a pipeline load; and its modules'
+names are found."""
 
+import importlib
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,11 +28,13 @@ def former(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_run_goes_on(former):
+def test_a_run_goes_on(former, capsys):
     verify_dataset(open_dataset(former / "data"), progress=False)
     averages = edt.load_checkpoint(former / "run").state_dict()
     arguments = ["train", "--output", str(former / "run"), "--data", str(former / "data"), "--steps", "4"]
     assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert not any(name in said for name in ("precision", "flip"))  # which were called and spelt otherwise
     assert [line["step"] for line in read_metrics(former / "run" / "metrics.jsonl")] == [2, 4]
     assert [step for step, _ in list_checkpoints(former / "run" / "checkpoints")] == [4]
     assert any(
@@ -37,6 +43,7 @@ def test_a_run_goes_on(former):
 
 
 @pytest.mark.parametrize("of_the_folder", [False, True], ids=["EDTPipeline", "trust_remote_code"])
+@pytest.mark.filterwarnings("ignore:edt:DeprecationWarning")
 def test_a_pipeline_draws(former, of_the_folder):
     if of_the_folder:
         pipe = DiffusionPipeline.from_pretrained(former / "pipeline", trust_remote_code=True)
@@ -46,3 +53,33 @@ def test_a_pipeline_draws(former, of_the_folder):
     averages = edt.load_checkpoint(former / "run").state_dict()
     for name, value in pipe.transformer.state_dict().items():
         assert torch.equal(value, averages[name]), name
+
+
+NAMES = [line.split(": ") for line in (FIXTURES / "version_0.1" / "names.txt").read_text().splitlines()]
+
+
+@pytest.mark.filterwarnings("ignore:edt:DeprecationWarning")
+@pytest.mark.parametrize(("module", "names"), NAMES, ids=[module for module, _ in NAMES])
+def test_its_names_are_found(module, names):
+    """All public names of its modules, none of which was a folder."""
+    former = importlib.import_module(f"edt.{module}")
+    assert [name for name in names.split() if not hasattr(former, name)] == []
+
+
+def test_a_module_is_today_s_and_says_so():
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    import edt.config
+    from edt.sampling import check_scheduler
+import edt.diffusion.sampler, edt.model.presets
+assert edt.config is edt.model.presets and edt.config.__spec__.name == "edt.model.presets"
+assert check_scheduler is edt.diffusion.sampler.check_scheduler
+print(*(warning.message for warning in told if "edt" in str(warning.message)), sep="\\n")
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines() == [
+        "edt.config is edt.model.presets now",
+        "edt.sampling.check_scheduler is in edt.diffusion.sampler now",
+    ]

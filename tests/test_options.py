@@ -11,9 +11,10 @@ from edt.demo.ablation import AblateOptions, ablate
 from edt.demo.run import DemoOptions, run_demo
 from edt.evaluation.evaluator import EvaluateOptions, evaluate
 from edt.interrupt import StopRequest
-from edt.options import check_types
+from edt.options import check_types, parse, today
 from edt.sampling.conversion import ConvertOptions, convert
 from edt.sampling.sample_set import SampleOptions, draw_samples
+from edt.train import config as train_config
 from edt.train.config import TrainConfig, load_config
 
 OPTIONS = {
@@ -44,7 +45,7 @@ WRONG = [
     ("sample", "labels", "tench", r"tuple\[str, \.\.\.\]"),
     ("sample", "labels", (3,), r"tuple\[str, \.\.\.\]"),
     ("sample", "guidance_interval", (0.1,), r"tuple\[float, float\] or None"),
-    ("sample", "steps", None, "int"),
+    ("sample", "num_inference_steps", None, "int"),
 ]
 
 
@@ -82,3 +83,42 @@ def test_a_config_of_other_types_that_fit_is_saved(tmp_path):
     config.save(tmp_path / "config.yaml")
     saved = load_config(tmp_path / "config.yaml")
     assert (saved.learning_rate, saved.trackers, saved.task_routing) == (0.1, ("wandb",), (0.5, 1.0))
+
+
+def test_former_names_in_python():
+    options = SampleOptions(Path(), steps=3)
+    assert (options.num_inference_steps, options.steps) == (3, 3)
+    assert replace(options, steps=4) == SampleOptions(Path(), num_inference_steps=4)
+    assert replace(options, seed=1).steps == 3
+    assert DemoOptions(sampling_steps=5).num_inference_steps == AblateOptions(sampling_steps=5).sampling_steps == 5
+    config = TrainConfig(Path(), flip=False, sample_steps=2, sample_guidance=3.0, precision="bf16")
+    assert config == TrainConfig(
+        Path(), flips=False, num_inference_steps=2, guidance_scale=3.0, precision="bfloat16"
+    )
+    with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
+        SampleOptions(Path(), step=3)
+
+
+def test_former_names_on_the_command_line():
+    args = "--data x --no-flip --sample_steps 7 --sample-guidance=2 --precision fp32"
+    config = TrainConfig(Path("x"), flips=False, num_inference_steps=7, guidance_scale=2.0, precision="float32")
+    assert train_config.parse(args.split()) == config
+    args = ["--checkpoint", "fp16", "--output", "o", "--dtype=fp16"]  # of values only those of a precision
+    assert parse(ConvertOptions, args, "edt convert") == ConvertOptions(Path("fp16"), Path("o"), dtype="float16")
+
+
+def test_former_names_in_a_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("data: x\nflip: false\nsample_steps: 2\nsample_guidance: 3\nprecision: fp32\n")
+    config = TrainConfig(Path("x"), flips=False, num_inference_steps=2, guidance_scale=3.0, precision="float32")
+    assert load_config(file) == config
+    config.save(file)
+    assert "num_inference_steps: 2" in file.read_text()
+    file.write_text("data: x\nflip: false\nflips: false\n")
+    with pytest.raises(ValueError, match="has a field under its name of today and a former one; give it once"):
+        load_config(file)
+
+
+def test_what_has_no_former_name_is_as_it_was():
+    values = {"flip": 1, "precision": ["fp32"], "vae": "fp32"}
+    assert today(DemoOptions, values) == values

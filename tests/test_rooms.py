@@ -13,14 +13,16 @@ import edt_kernels
 
 # Floor by floor; a line may import the lines above it, and on one line nobody imports another.
 FLOORS = [
+    {"_former", "_package"},
     {"_lazy"},
-    {"files", "devices", "options"},
+    {"files", "devices"},
+    {"options"},
     {"interrupt", "model"},
     {"diffusion", "data"},
     {"runs", "evaluation"},
     {"train"},
     {"sampling"},
-    {"demo", "pipeline"},
+    {"demo"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -35,7 +35,8 @@ _VAE_DIGEST = "vae_sha256"  # in a manifest's extraction, beside the options
 class ExtractOptions:
     """Turns images into a data folder for training: latents of a VAE, or pixels.
 
-    Interrupted at any point, the same command goes on from the last complete shard.
+    Interrupted at any point, the same command goes on from the last complete shard. A Hugging Face dataset needs
+    pip install 'edt-kernels[data]'.
     """
 
     source: Path
@@ -44,44 +45,44 @@ class ExtractOptions:
     output: Path
     """The data folder to make."""
     vae: str | None = None
-    """AutoencoderKL, such as stabilityai/sd-vae-ft-ema or a local folder; without it, pixels are stored."""
+    """The AutoencoderKL, such as stabilityai/sd-vae-ft-ema or a local folder. Without it, pixels are stored."""
     vae_subfolder: str | None = None
-    """Where it is inside --vae, such as vae for a whole pipeline."""
+    """The sub-folder of --vae that it is in, such as vae of a whole pipeline."""
     image_size: tuple[int, ...] = (256,)
-    """Of the images, scaled and cropped to it: one number, or height and width."""
+    """The size that images are scaled and cropped to: one number, or height and width."""
     channels: Literal[1, 3] = 3
-    """1 is grey."""
+    """The channels of the images; 1 is grey."""
     flips: bool = True
-    """Latents of the mirrored images too; for pixels, that training may mirror them."""
+    """Store latents of the mirrored images too; of pixels, that training may mirror them."""
     moments: bool = True
-    """Mean and deviation of the VAE's posterior, for a new sample at each reading; else one sample, for good."""
+    """Store the VAE's mean and deviation, for a new sample at each reading; else one sample for good."""
     store_images: bool = False
-    """The images too, beside their latents, for training that looks at both."""
+    """Store the images too, beside their latents, for training that looks at both."""
     encode_dtype: Literal["float32", "bfloat16"] = "float32"
-    """The VAE's; bfloat16 is faster and coarser."""
+    """The dtype of the VAE. bfloat16 is faster and coarser."""
     npy_labels: Path | None = None
     """The released code's folder of .npy labels; --source is then its folder of features, which are scaled and of
     one view, whatever the other options say."""
     image_column: str = "image"
-    """Of a Hugging Face dataset."""
+    """The column of images in a Hugging Face dataset."""
     label_column: str | None = "label"
-    """Of a Hugging Face dataset; None for no classes."""
+    """The column of labels in a Hugging Face dataset; None stands for no classes."""
     split: str = "train"
-    """Of a Hugging Face dataset that has several."""
+    """The split of a Hugging Face dataset that has several."""
     num_classes: int | None = None
-    """For labels without names (numbers in a column or in .npy files); by default the highest label and one."""
+    """The number of classes, for labels that are numbers without names. By default the highest label and one."""
     seed: int = 0
-    """Of the samples that --no-moments draws, one for each image and view."""
+    """The seed of the samples that --no-moments draws, one for each image and view."""
     retry_skipped: bool = False
-    """Of a folder that is there: make the shards again of which images could not be read."""
+    """In a folder that is there, make those shards again of which images could not be read."""
     shard_size: int = 16384
-    """Images a shard; what an interruption can cost."""
+    """Images in a shard. That is what an interruption can cost."""
     batch_size: int = 32
-    """Images encoded at a time."""
+    """The number of images encoded at a time."""
     num_workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 8))
-    """Processes that read and decode images; 0 does it in between."""
+    """The number of processes that read and decode images; with 0, the main process does it in between."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """cuda or cpu, for the VAE; by default the GPU if there is one."""
+    """The device of the VAE, cuda or cpu. By default it is the GPU if there is one."""
 
     @property
     def size(self) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """What masking training and AMM do, measured on real digits: the small counterpart of the paper's ablations."""
 
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..files.lock import open_folder
 from ..files.outputs import write_json
 from ..files.text import read_json
 from ..interrupt import StopRequest
-from ..options import check_types
+from ..options import check_types, renamed
 from ..runs.log import METRICS_FILE, read_metrics
 from ..runs.weights import load_checkpoint
 from ..train.trainer import train
@@ -24,22 +24,26 @@ _REPORT, _TABLE = "ablation.json", "table.md"
 _CASE = ("seed", "masking", "amm", "class_accuracy", "spread_over_real", "frechet_distance", "full_loss")
 
 
+@renamed(sampling_steps="num_inference_steps")
 @dataclass(frozen=True)
 class AblateOptions:
-    """Trains on digits with masking on and off, samples each with AMM on and off, over seeds; prints a table."""
+    """Trains on digits with masking on and off, samples each with AMM on and off, over seeds; prints a table.
+
+    The command needs pip install 'edt-kernels[train]'.
+    """
 
     output: Path = Path("outputs/ablation")
-    """Folder of the runs, of ablation.json and table.md; what is done there is not done again."""
+    """The folder for the runs, ablation.json and table.md. What is done there is not done again."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each of weights, data order and noise."""
+    """The seeds, each of weights, data order and noise."""
     steps: int = 1800
-    """Training steps."""
+    """The number of training steps."""
     num_per_class: int = 50
-    """Images to draw of each digit, in each case."""
-    sampling_steps: int = 100
-    """Denoising steps."""
+    """The number of images to draw of each digit, in each case."""
+    num_inference_steps: int = 100
+    """The number of denoising steps."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """cuda or cpu; by default the GPU if there is one."""
+    """The device, cuda or cpu. By default it is the GPU if there is one."""
 
     def check(self) -> None:
         """Raises ValueError for an option that cannot work."""
@@ -54,7 +58,7 @@ class AblateOptions:
             output=self.output,
             steps=self.steps,
             num_per_class=self.num_per_class,
-            sampling_steps=self.sampling_steps,
+            num_inference_steps=self.num_inference_steps,
             seed=seed,
             device=self.device,
         )
@@ -73,8 +77,10 @@ def ablate(options: AblateOptions, stop: StopRequest) -> dict:
 
 def _ablate(options: AblateOptions, stop: StopRequest) -> dict:
     file = options.output / _REPORT
-    settings = {
-        name: value for name, value in asdict(options).items() if name not in ("output", "seeds", "device")
+    settings = {  # under these names since the first version
+        "steps": options.steps,
+        "num_per_class": options.num_per_class,
+        "sampling_steps": options.num_inference_steps,
     }
     report = _read_report(options.output) or {"settings": settings, "cases": []}
     if report["settings"] != settings:

@@ -27,7 +27,7 @@ from ..files.text import read_json
 from ..interrupt import StopRequest, stop_on_interrupt
 from ..model.presets import NUM_TRAIN_TIMESTEPS, PRESETS
 from ..model.transformer import EDTTransformer2DModel
-from ..options import check_types
+from ..options import check_types, renamed
 from ..runs.checkpoint import CHECKPOINTS, list_checkpoints
 from ..runs.log import METRICS_FILE, read_metrics
 from ..runs.plots import plot_runs
@@ -48,30 +48,34 @@ _OPTIONS_OF_RUN = ("data", "output", "steps", "decay_steps", "batch_size", "lear
                    "checkpoint_every", "precision")  # fmt: skip
 
 
+@renamed(sampling_steps="num_inference_steps")
 @dataclass(frozen=True)
 class DemoOptions:
-    """Trains a small EDT on real handwritten digits, draws digits with it and judges them."""
+    """Trains a small EDT on real handwritten digits, draws digits with it and judges them.
+
+    The command needs pip install 'edt-kernels[train]'.
+    """
 
     output: Path = Path("outputs/demo")
-    """Folder for pictures, samples, checkpoint and report."""
+    """The folder for pictures, samples, checkpoint and report."""
     steps: int = 1800
-    """Training steps."""
+    """The number of training steps."""
     batch_size: int = 64
-    """Images a step; each takes part in the full and in the masked pass."""
+    """Images in a training step. Each takes part in the full and in the masked pass."""
     learning_rate: float = 2e-3
-    """Adan's, after a short warm-up; it falls linearly to 0."""
+    """Adan's learning rate after a short warm-up. It falls linearly to 0."""
     num_per_class: int = 50
-    """Images to draw of each digit, for each variant."""
-    sampling_steps: int = 100
-    """Denoising steps, evenly spaced over the 1000 of training."""
+    """The number of images to draw of each digit, for each variant."""
+    num_inference_steps: int = 100
+    """Denoising steps, evenly spaced over the 1000 noise levels of training."""
     guidance_scale: float = 1.5
-    """Classifier-free guidance of the third variant."""
+    """Classifier-free guidance of the third variant; 1 is none."""
     seed: int = 0
-    """Of everything random; a run on the CPU repeats exactly on the same machine."""
+    """The seed of everything random. A run on the CPU repeats exactly on the same machine."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """cuda or cpu; by default the GPU if there is one."""
+    """The device, cuda or cpu. By default it is the GPU if there is one."""
     quick: bool = False
-    """Few steps and images, to see in seconds that everything runs; the digits will be noise."""
+    """Take few steps and images, to see in seconds that everything runs. The digits will be noise."""
 
     def check(self) -> None:
         """Raises ValueError for an option that cannot work; called before anything is spent."""
@@ -86,8 +90,10 @@ class DemoOptions:
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be 0 to 2**63 - 1")
-        if not 1 <= self.sampling_steps <= NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"sampling_steps is {self.sampling_steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}")
+        if not 1 <= self.num_inference_steps <= NUM_TRAIN_TIMESTEPS:
+            raise ValueError(
+                f"num_inference_steps is {self.num_inference_steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}"
+            )
         if not 0 < self.learning_rate <= 1e6:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive, and at most 1e6")
         check_guidance_scale(self.guidance_scale)
@@ -187,10 +193,10 @@ def draw(
     """
     model.set_amm_blocks(PRESETS[PRESET]["amm_blocks"] if variant.amm else ())
     firsts = np.unique(labels, return_index=True)[1]
-    shown = set(np.linspace(0, options.sampling_steps - 1, _STRIP_FRAMES).round().astype(int))
-    timesteps = make_scheduler(options.sampling_steps).timesteps.tolist()
+    shown = set(np.linspace(0, options.num_inference_steps - 1, _STRIP_FRAMES).round().astype(int))
+    timesteps = make_scheduler(options.num_inference_steps).timesteps.tolist()
     strip = []
-    with tqdm(total=options.sampling_steps, desc=f"sampling, {variant.name}", unit="step") as bar:
+    with tqdm(total=options.num_inference_steps, desc=f"sampling, {variant.name}", unit="step") as bar:
 
         def on_step(step: int, latents: Tensor) -> None:
             if stop:
@@ -202,7 +208,7 @@ def draw(
         latents = sample(
             model,
             torch.from_numpy(labels),
-            num_inference_steps=options.sampling_steps,
+            num_inference_steps=options.num_inference_steps,
             guidance_scale=variant.guidance_scale,
             guidance_channels=1,
             generator=torch.Generator().manual_seed(options.seed),
@@ -222,7 +228,7 @@ def run_demo(options: DemoOptions) -> dict:
     if options.quick:
         options = replace(options, steps=min(options.steps, 20), batch_size=min(options.batch_size, 32),
                           num_per_class=min(options.num_per_class, 4),
-                          sampling_steps=min(options.sampling_steps, 4))  # fmt: skip
+                          num_inference_steps=min(options.num_inference_steps, 4))  # fmt: skip
     with open_folder(options.output):
         _check_is_ours(options.output)
         return _run(options)
@@ -342,9 +348,11 @@ def format_report(report: dict) -> str:
     for name, images, accuracy, spread, worst, copies, distance in rows:
         lines.append(f"{name:<{width}}  {images:>6}  {accuracy:>8.1%}  {spread:>6.2f}  {worst:>11.2f}  "
                      f"{copies:>6}  {distance:>8.3f}")  # fmt: skip
+    quick = ["", "quick: trained and sampled in too few steps for digits; leave out --quick to see some"]
     return "\n".join([
         "",
         *lines,
+        *(quick if report["options"]["quick"] else []),
         "",
         "accuracy: under a classifier fitted to real training digits · spread: per-class pixel deviation over the",
         "real one · copies: of training images · distance: median, to the nearest training image",

@@ -15,13 +15,15 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from numpy import ndarray
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.shards import MOST_SIDE
 from ..devices import tf32, torch_device
 from ..files.errors import named_errors
 from ..files.outputs import sha256, write_json
-from ..files.text import printable, read_json
+from ..files.text import printable, read_json, say
 from ..options import check_types
 from .image_sets import FolderImages, NpzImages, has_images, open_images, read_statistics
 from .metrics import Gaussian, RunningGaussian, RunningInceptionScore, frechet_distance, precision_recall
@@ -47,27 +49,30 @@ class EvaluateOptions:
     """Compares generated images with real ones: FID, sFID, Inception Score, precision and recall.
 
     Images are an .npz (arr_0 uint8 N×H×W×C, as edt sample and ADM write it) or a folder of images,
-    searched to any depth.
+    searched to any depth. InceptionV3 needs pip install 'edt-kernels[evaluate]'.
     """
 
     samples: Path
     """The generated images."""
     reference: Path
-    """The real images; or an .npz of ADM's statistics (mu, sigma; mu_s, sigma_s), with or without arr_0."""
+    """The real images, or an .npz of ADM's statistics (mu, sigma; mu_s, sigma_s), with or without arr_0."""
+    image_size: tuple[int, ...] | None = None
+    """The samples' size, one number or height and width, to which edt extract's crop (ADM's) brings the images of
+    a folder as reference, whatever their sizes. Without it they must be of one size."""
     inception_weights: Path | None = None
-    """torch-fidelity's weights of InceptionV3; by default it downloads them."""
+    """The file of torch-fidelity's weights of InceptionV3. By default it downloads them."""
     feature_model: str | None = None
     """Instead of InceptionV3: a .pt2 file of torch.export.save, exported with a dynamic batch, that takes float
     images (B, C, H, W) in [-1, 1] to features (B, F); or the word pixels, for the pixels themselves. Gives a
     Fréchet distance, precision and recall, and downloads nothing. A .pt2 can run code that its author chose."""
     trust_feature_model: bool = False
-    """Load the .pt2: torch runs code that it brings, so that of a stranger may do anything."""
+    """Load the .pt2. Torch runs code that it brings, so that of a stranger may do anything."""
     output: Path | None = None
-    """A JSON file for the figures and all that they depend on. It may replace an earlier report, no other file."""
+    """A JSON file for the figures and all they depend on. It may replace an earlier report, nothing else."""
     batch_size: int = 64
-    """Images whose features are computed at a time; fewer of very large ones."""
+    """The number of images whose features are computed at a time; of very large ones there are fewer."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """cuda or cpu; by default the GPU if there is one."""
+    """The device, cuda or cpu. By default it is the GPU if there is one."""
 
     def check(self) -> None:
         """Raises ValueError for options that cannot work, FileNotFoundError for missing files."""
@@ -90,6 +95,16 @@ class EvaluateOptions:
                 raise ValueError(
                     f"feature_model {model} is a .pt2, and to load one runs code that it brings; "
                     "--trust-feature-model says that you trust where it comes from"
+                )
+        if self.image_size is not None:
+            if len(self.image_size) not in (1, 2) or not all(1 <= side <= MOST_SIDE for side in self.image_size):
+                raise ValueError(
+                    f"image_size is {self.image_size}; it must be one number, or height and width, of 1 to "
+                    f"{MOST_SIDE}"
+                )
+            if not self.reference.is_dir():
+                raise ValueError(
+                    f"image_size crops a folder of images; reference {self.reference} is a file. Leave it out"
                 )
         if self.output is not None:
             _check_output(self.output)
@@ -260,13 +275,12 @@ def measure(
     score: bool = False,
 ) -> Measured:
     """One pass over a set of images; statistics of the features in `skip` are left out."""
-    batch_size = max(1, min(batch_size, _BATCH_BYTES // math.prod(images.shape)))
     running: dict[str, RunningGaussian] = {}
     pool, inception_score, seen = None, None, 0
     with tqdm(desc=name, unit="image", total=images.count) as bar:
-        for batch in images.batches(batch_size):
+        for batch in images.batches(_at_once(images, batch_size)):
             try:
-                features = extractor(torch.from_numpy(batch).to(device).permute(0, 3, 1, 2))
+                features = _features(extractor, batch, device)
                 for value in features.values():
                     if not (finite := value.isfinite().all(dim=1)).all():
                         first = images.name(seen + int(finite.logical_not().nonzero()[0]))
@@ -291,6 +305,14 @@ def measure(
     )
 
 
+def _at_once(images: NpzImages | FolderImages, batch_size: int) -> int:
+    return max(1, min(batch_size, _BATCH_BYTES // math.prod(images.shape)))
+
+
+def _features(extractor, batch: ndarray, device: torch.device) -> dict[str, Tensor]:
+    return extractor(torch.from_numpy(batch).to(device).permute(0, 3, 1, 2))
+
+
 def evaluate(options: EvaluateOptions) -> dict:
     """The report: what was compared, by what, the metrics, what was not computed and why, notes, versions.
 
@@ -311,47 +333,56 @@ def evaluate(options: EvaluateOptions) -> dict:
                 f"reference {options.reference} has {kind} statistics of {len(gaussian.mean)} features; "
                 f"InceptionV3 has {INCEPTION_FEATURES[kind]}"
             )
-    only_statistics = bool(statistics) and not has_images(options.reference)
-    reference = None if only_statistics else open_images("reference", options.reference)
+    size = (options.image_size[0], options.image_size[-1]) if options.image_size else None
+    if size and samples.shape[:2] != size:
+        raise ValueError(
+            f"image_size makes the reference's images {size[0]}×{size[1]}, samples {options.samples} are "
+            f"{_size(samples)}; they must be of one size"
+        )
+    reference = None
+    if not statistics or has_images(options.reference):
+        reference = open_images("reference", options.reference, size, samples.shape[2])
     if options.feature_model == "pixels" and reference is not None and samples.shape != reference.shape:
         raise ValueError(
             f"samples are {_size(samples)}, the reference is {_size(reference)}; pixels need one shape"
+            + _crop_hint(reference)
         )
     extractor = _make_extractor(options, device)
+    dimensions = INCEPTION_FEATURES
+    if options.feature_model:
+        dimensions = {"pool": _count_features(samples, reference, extractor, options.batch_size, device)}
 
-    omitted = {}
-    if reference is None:
-        omitted["precision"] = omitted["recall"] = "the reference has statistics alone, no images"
-    elif min(samples.count, reference.count) <= NEIGHBOURS:
-        omitted["precision"] = omitted["recall"] = f"each set needs more than {NEIGHBOURS} images"
-    settings = {"batch_size": options.batch_size, "device": device, "keep_pool": not omitted}
-    score = samples.count >= SPLITS
+    # Said before hours of work, and in the report again.
+    omitted, doubts = _omitted(samples, reference, statistics), _doubts(samples, reference, statistics, dimensions)
+    if options.feature_model:
+        omitted.pop("inception_score", None)
+    for line in [*(f"no {_NAMES[name]}: {reason}" for name, reason in omitted.items()), *doubts]:
+        say(f"edt: {line}")
+    if options.feature_model:
+        omitted |= dict.fromkeys(("fid", "sfid", "inception_score"), "the features are not InceptionV3's")
+
+    settings = {"batch_size": options.batch_size, "device": device, "keep_pool": "precision" not in omitted}
+    score = "inception_score" not in omitted
     drawn = measure("samples", samples, extractor, **settings, score=score)
     real = None if reference is None else measure("reference", reference, extractor, **settings, skip=statistics)
 
     metrics = {}
     distances = {"frechet_distance": "pool"} if options.feature_model else {"fid": "pool", "sfid": "spatial"}
     for metric, kind in distances.items():
-        if kind in statistics:
-            other, source = statistics[kind], "given statistics, approximate"
-        elif real is not None:
-            other, source = real.gaussians[kind], "the reference's images"
-        else:
-            omitted[metric] = f"the reference has neither statistics of {kind} features nor images"
+        if metric in omitted:
             continue
+        given = kind in statistics
+        other = statistics[kind] if given else real.gaussians[kind]  # pyright: ignore[reportOptionalMemberAccess] - has images then
         other = Gaussian(other.mean.to(device), other.covariance.to(device))
         try:
             value = frechet_distance(drawn.gaussians[kind], other)
         except ValueError as error:
             raise ValueError(f"{metric} of samples and reference: {error}") from error
+        source = "given statistics, approximate" if given else "the reference's images"
         metrics[metric] = {"value": value, "features": len(other.mean), "against": source}
     if drawn.inception_score:
         value, deviation = drawn.inception_score
         metrics["inception_score"] = {"value": value, "deviation": deviation, "splits": SPLITS, "shuffled": True}
-    elif options.feature_model is None:
-        omitted["inception_score"] = f"{SPLITS} splits need as many images"
-    else:
-        omitted |= dict.fromkeys(("fid", "sfid", "inception_score"), "the features are not InceptionV3's")
     if "precision" not in omitted:
         pools = drawn.pool.to(device), real.pool.to(device)  # pyright: ignore[reportOptionalMemberAccess] - there then
         pair = precision_recall(*pools, neighbours=NEIGHBOURS, progress=True)
@@ -363,11 +394,12 @@ def evaluate(options: EvaluateOptions) -> dict:
         "reference": {
             **(_described(reference) if reference else {"path": str(options.reference), "kind": "npz"}),
             "statistics": list(statistics),
+            "cropped": size is not None,
         },
         "extractor": extractor.label,
         "metrics": metrics,
         "not_computed": omitted,
-        "notes": _notes(samples, reference, statistics, drawn, real, options),
+        "notes": [*_notes(samples, reference, statistics, options), *doubts],
         "versions": {name: version(name) for name in ("torch", "numpy", "pillow")},
         "device": str(device),
     }
@@ -390,26 +422,74 @@ def _size(images: NpzImages | FolderImages) -> str:
     return "×".join(map(str, images.shape))
 
 
-def _notes(samples, reference, statistics, drawn: Measured, real: Measured | None, options) -> list[str]:
+@torch.inference_mode()
+def _count_features(samples, reference, extractor, batch_size: int, device: torch.device) -> int:
+    """How many the extractor makes of an image, by a first batch of either set.
+
+    Raises:
+        ValueError: where it takes one of the sets not, or makes more of one than of the other.
+    """
+    counts = []
+    for name, images in (("samples", samples), ("reference", reference)):
+        batch = next(images.batches(_at_once(images, batch_size)))
+        try:
+            counts.append(_features(extractor, batch, device)["pool"].shape[1])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"frechet_distance of samples and reference: statistics are of {counts[0]} and of {counts[1]} "
+            f"features; the samples are {_size(samples)}, the reference is {_size(reference)}"
+        )
+    return counts[0]
+
+
+def _omitted(samples, reference, statistics) -> dict[str, str]:
+    """The metrics of InceptionV3's features that these sets cannot have, and why."""
+    omitted = {}
+    if reference is None:
+        omitted["precision"] = omitted["recall"] = "the reference has statistics alone, no images"
+        for metric, kind in (("fid", "pool"), ("sfid", "spatial")):
+            if kind not in statistics:
+                omitted[metric] = f"the reference has neither statistics of {kind} features nor images"
+    elif min(samples.count, reference.count) <= NEIGHBOURS:
+        omitted["precision"] = omitted["recall"] = f"each set needs more than {NEIGHBOURS} images"
+    if samples.count < SPLITS:
+        omitted["inception_score"] = f"{SPLITS} splits need as many images"
+    return omitted
+
+
+def _doubts(samples, reference, statistics, dimensions: dict[str, int]) -> list[str]:
+    """Why figures will say little: few images, different sizes."""
+    doubts = []
+    own = {kind: count for kind, count in dimensions.items() if kind not in statistics}
+    for name, images, counts in (("samples", samples, dimensions), ("reference", reference, own)):
+        dimension = max(counts.values(), default=0)
+        if images is not None and images.count <= dimension:
+            doubts.append(
+                f"Few {name}: {images.count} images for {dimension} features have a singular covariance, and "
+                "Fréchet distances far from those of many images."
+            )
+    if reference is not None and samples.shape != reference.shape:
+        sizes = f"The samples are {_size(samples)}, the reference is {_size(reference)}"
+        doubts.append(f"{sizes}{_crop_hint(reference)}.")
+    return doubts
+
+
+def _crop_hint(reference: NpzImages | FolderImages) -> str:
+    return "" if reference.kind == "npz" else " (--image-size crops a folder to the samples' size)"
+
+
+def _notes(samples, reference, statistics, options) -> list[str]:
     notes = []
     if statistics:
         notes.append(
             "The reference's statistics were made elsewhere, ADM's with the TensorFlow graph of InceptionV3; "
             "figures by torch-fidelity's port of it are approximate against them."
         )
-    for name, images, measured in (("samples", samples, drawn), ("reference", reference, real)):
-        if images is None or measured is None:
-            continue
-        if images.shape[2] == 1 and options.feature_model is None:
+    for name, images in (("samples", samples), ("reference", reference)):
+        if images is not None and images.shape[2] == 1 and options.feature_model is None:
             notes.append(f"Grey {name}: InceptionV3 saw them repeated to three channels.")
-        dimension = max((len(gaussian.mean) for gaussian in measured.gaussians.values()), default=0)
-        if images.count <= dimension:
-            notes.append(
-                f"Few {name}: {images.count} images for {dimension} features have a singular covariance, and "
-                "Fréchet distances far from those of many images."
-            )
-    if reference is not None and samples.shape != reference.shape:
-        notes.append(f"The samples are {_size(samples)}, the reference is {_size(reference)}.")
     return notes
 
 
@@ -420,7 +500,8 @@ def format_report(report: dict) -> str:
         entry = report[name]
         parts = []
         if "images" in entry:
-            parts.append(f"{entry['images']} images of {'×'.join(map(str, entry['shape']))}")
+            made = "cropped to" if entry.get("cropped") else "of"
+            parts.append(f"{entry['images']} images {made} {'×'.join(map(str, entry['shape']))}")
         if entry.get("statistics"):
             parts.append(f"statistics of {' and '.join(entry['statistics'])} features")
         lines.append(f"{name:16} {printable(entry['path'])} ({entry['kind']}): {', '.join(parts)}")

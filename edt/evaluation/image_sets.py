@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..data.image_files import SUFFIXES, find_images
 from ..data.shards import parse_npy_header
+from ..data.sources import to_pixels
 from ..files.errors import named_errors
 from ..files.text import read_json
 from .metrics import MAX_FEATURES, Gaussian
@@ -80,21 +81,24 @@ class FolderImages:
     """Every image below a folder (`image_files.find_images`), ordered by path.
 
     The first image decides on size and channels (grey is one). Grey images among coloured ones are repeated to
-    three channels.
+    three channels. With a `size`, (height, width), images of any sizes are cropped and converted to it and to
+    `channels` as edt extract does.
     """
 
     kind = "folder"
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, size: tuple[int, int] | None = None, channels: int = 3):
+        self.path, self.size = path, size
         if _is_sample_set(path):  # whose grid is no image of it
             path = path / IMAGES
+        self.root = path
         self.files = [path / name for name in find_images(path)]
         self.count = len(self.files)
         if not self.files:
             raise ValueError(f"there are no images in it ({', '.join(SUFFIXES)})")
         with named_errors(self.files[0]), Image.open(self.files[0]) as image:
-            self.shape = image.height, image.width, 1 if _is_grey(image) else 3
+            first = image.height, image.width, 1 if _is_grey(image) else 3
+        self.shape = first if size is None else (*size, channels)
 
     def batches(self, batch_size: int) -> Iterator[ndarray]:
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:  # decoders run without Python's lock
@@ -116,13 +120,16 @@ class FolderImages:
     def _load(self, file: Path, decode: bool = True) -> Any:
         with named_errors(file), Image.open(file) as image:
             H, W, C = self.shape
-            if (image.height, image.width) != (H, W):
+            if self.size is None and (image.height, image.width) != (H, W):
+                first = self.files[0].relative_to(self.root)
                 raise ValueError(
-                    f"has {image.height}×{image.width} pixels, {self.files[0].name} has {H}×{W}; all images must "
-                    "be of one size"
+                    f"has {image.height}×{image.width} pixels, {first} has {H}×{W}; all images must be of one "
+                    "size (--image-size crops a reference's to one)"
                 )
             if image.mode[0] in "IF":  # PIL would clip 16-bit levels at 255
                 raise ValueError(f"has mode {image.mode}; levels of more than 8 bits are not read")
+            if self.size is not None:
+                return to_pixels(image, self.size, C).transpose(1, 2, 0) if decode else None
             if image.has_transparency_data:
                 raise ValueError("is transparent; put it on a background first")
             if C == 1 and not _is_grey(image):
@@ -154,14 +161,20 @@ def _is_grey(image: Image.Image) -> bool:
     return image.mode in ("1", "L")
 
 
-def open_images(name: str, path: Path) -> NpzImages | FolderImages:
-    """A set of at least two images; `name` says in errors, all of them ValueError, whose path it is."""
+def open_images(
+    name: str, path: Path, size: tuple[int, int] | None = None, channels: int = 3
+) -> NpzImages | FolderImages:
+    """A set of at least two images; `name` says in errors, all of them ValueError, whose path it is.
+
+    Args:
+        size, channels: what to make of the images of a folder; see `FolderImages`.
+    """
     with named_errors(f"{name} {path}"):
         if not has_images(path):
             raise ValueError(
                 f"there is no arr_0, uint8 (N, H, W, C), in it, but {', '.join(_members(path) or ())}"
             )
-        images = FolderImages(path) if path.is_dir() else NpzImages(path)
+        images = FolderImages(path, size, channels) if path.is_dir() else NpzImages(path)
         if images.count < 2:
             raise ValueError("there is one image in it; at least 2 are needed")
     if isinstance(images, FolderImages):

@@ -2,6 +2,9 @@
 
 import codecs
 import json
+import os
+import shlex
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -71,6 +74,19 @@ def printable(text: object) -> str:
     r"""One line that any terminal can show: control characters (escapes, line feeds) and lone surrogates, as names
     that are not UTF-8 have, become \x1b and \udce4."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def command(*words: object) -> str:
+    """`edt` with these arguments as a line for the shell that this process was started from: by the same path, as
+    edt may be on no PATH, or by python -m where it was so."""
+    program, found = sys.argv[0], shutil.which("edt")
+    if os.path.basename(program) == "__main__.py":
+        start = [sys.orig_argv[0], "-m", "edt"]
+    elif os.path.basename(program) == "edt" and not (found and os.path.abspath(found) == os.path.abspath(program)):
+        start = [program]
+    else:
+        start = ["edt"]
+    return printable(shlex.join(start + list(map(str, words))))
 
 
 def say(text: str) -> None:

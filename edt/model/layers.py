@@ -1,6 +1,8 @@
 """The layers of EDT. They own the projections; what is fused between them is a module of `edt_kernels.nn`."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -11,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import edt_kernels
 from edt_kernels._checks import enabled_autocast_dtype
 from edt_kernels._tracing import HasConstants, in_func_transform
+
+BLOCK_MODULATIONS = 6  # shift, scale and gate, of attention and MLP
 
 
 def sincos_position_embedding(channels: int, grid: tuple[int, int]) -> Tensor:
@@ -270,3 +274,64 @@ class FinalLayer(nn.Module):
         patches = self.linear(self.norm(x, shift, scale))
         H, W, p = *self.grid, self.patch_size
         return rearrange(patches, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=H, w=W, p1=p, p2=p)
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution, with one Linear for the modulations of all of them.
+
+    `mid_block`: the block before which dropped tokens are replaced in the masked pass, None for no such block.
+    """
+
+    blocks: Any  # an nn.ModuleList, which does not say of what
+    _gradient_checkpointing_func: Callable  # diffusers sets it
+
+    def __init__(
+        self,
+        channels: int,
+        cond_channels: int,
+        num_heads: int,
+        mlp_ratio: float,
+        grid: tuple[int, int],
+        depth: int,
+        amm_form: str,
+        amm_radius: float | None,
+        mid_block: int | None = None,
+    ):
+        super().__init__()
+        self.modulation = Modulation(cond_channels, channels, parts=depth * BLOCK_MODULATIONS)
+        self.blocks = nn.ModuleList(
+            Block(channels, num_heads, mlp_ratio, grid, amm_form, amm_radius) for _ in range(depth)
+        )
+        self.mid_block = mid_block
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        x: Tensor,
+        cond: Tensor,
+        mid_keep: Tensor | None = None,
+        replacement: Tensor | None = None,
+        routing: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, N, C), cond (B, C0) → (B, N, C).
+
+        Before `mid_block`, tokens where `mid_keep` (B, N) is False become those of `replacement` (N, C). Blocks
+        see the channels of `routing` (B, 1, C) bool, the others pass them by.
+        """
+        modulations = self.modulation(cond).unflatten(1, (-1, BLOCK_MODULATIONS)).unbind(1)  # (B, 6, C) a block
+        checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
+        mid_block = None if mid_keep is None else self.mid_block
+        normed = passing = None
+        for i, block in enumerate(self.blocks):
+            if i == mid_block:
+                x = torch.where(mid_keep.unsqueeze(-1), x, replacement.to(x.dtype))  # pyright: ignore[reportOptionalMemberAccess] - mid_block is None then
+            if routing is not None:
+                passing, x = x.masked_fill(routing, 0), x.masked_fill(~routing, 0)
+            if checkpointing:  # each block by itself: a norm handed on would be kept beside x
+                x, _ = self._gradient_checkpointing_func(block, x, modulations[i])
+            else:
+                last = routing is not None or i + 1 in (len(self.blocks), mid_block)
+                x, normed = block(x, modulations[i], normed, None if last else modulations[i + 1])
+            if passing is not None:
+                x = x + passing
+        return x

@@ -64,16 +64,21 @@ PRESETS = {
 }
 
 
-# What makes a published size, with the defaults of `EDTTransformer2DModel` that its preset leaves out.
-_SIZE = {
+# Arguments that presets leave out, as `EDTTransformer2DModel` takes them by default.
+DEFAULTS = {
+    "sample_size": 32,
     "patch_size": 2,
     "in_channels": 4,
     "out_channels": 8,
-    "hidden_sizes": None,
-    "num_attention_heads": None,
-    "depths": None,
+    "num_classes": 1000,
+    "hidden_sizes": _S["hidden_sizes"],
+    "num_attention_heads": _S["num_attention_heads"],
+    "depths": _S["depths"],
     "mlp_ratio": 4.0,
+    "task_routing": None,
 }
+# What makes a published size.
+_SIZE = ("patch_size", "in_channels", "out_channels", "hidden_sizes", "num_attention_heads", "depths", "mlp_ratio")
 
 
 def published_amm_blocks(preset: str, guidance_scale: float) -> tuple[int, ...]:
@@ -98,7 +103,7 @@ def published_amm_blocks(preset: str, guidance_scale: float) -> tuple[int, ...]:
 def published_size(config) -> str | None:
     """The preset of the same widths, heads and blocks, whatever the resolution and the classes, or None."""
     for name, preset in PRESETS.items():
-        if all(_plain(preset.get(key, default)) == _plain(config[key]) for key, default in _SIZE.items()):
+        if all(_plain((DEFAULTS | preset)[key]) == _plain(config[key]) for key in _SIZE):
             return name
     return None
 

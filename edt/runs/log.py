@@ -30,7 +30,7 @@ _PEAK_TFLOPS = {
 
 def peak_operations(device: torch.device, precision: str) -> float | None:
     """Operations a second that the device's data sheet promises, None where it is not known."""
-    if device.type != "cuda" or precision != "bf16":
+    if device.type != "cuda" or precision != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)
     # Of whole words: an A10G is no A10.

@@ -18,6 +18,7 @@ from ..files.text import printable
 from .log import METRICS_FILE, read_metrics
 
 PLOTS = "plots"  # in the run's folder
+SEVERAL = Path("outputs/plots")  # of several runs
 _COLOURS = matplotlib.color_sequences["tab10"]
 _DASHES = ("-", "--", ":", "-.")  # so that equal lines, as of learning rates, are all seen
 
@@ -88,22 +89,28 @@ def plot_runs(folders: list[Path] | tuple[Path, ...], output: Path | None = None
     """Draws `PICTURES` of the runs in these folders; returns the files.
 
     Args:
-        output: by default the folder `plots` of the first run.
+        output: by default the folder `plots` of the run, or `SEVERAL`.
 
     Raises:
         FileNotFoundError: where a folder, or its metrics.jsonl, is missing.
-        ValueError: without a run, where the metrics are empty or none of a run's, or where the output has pictures
-            of these names that it did not draw.
+        ValueError: without a run, where the metrics are empty or none of a run's, where the output is for another
+            run's pictures, or has pictures of these names that it did not draw.
     """
     if not folders:
         raise ValueError("runs is empty; it needs at least one run's folder")
+    own = folders[0] / PLOTS if len(folders) == 1 else SEVERAL
+    place = own if output is None else output
+    resolved = place.resolve()
+    is_a_runs = resolved.name == PLOTS and (resolved.parent / METRICS_FILE).is_file()
+    if is_a_runs and resolved != own.resolve():
+        raise ValueError(f"output {place} is for the pictures of the run {resolved.parent} alone; give another")
     runs = [Run(name, _read(folder)) for name, folder in zip(_names(folders), folders)]
     drawn = {
         picture: [metric for metric in picture.metrics if any(run.has(metric) for run in runs)]
         for picture in PICTURES
     }
-    place = folders[0] / PLOTS if output is None else output
-    others = ("Matplotlib",) if output is None else ()  # as what earlier versions drew for a run says
+    # As what earlier versions drew for a run says.
+    others = ("Matplotlib",) if output is None and len(folders) == 1 else ()
     files = {picture: place / f"{picture.name}.png" for picture, metrics in drawn.items() if metrics}
     for file in files.values():
         if os.path.lexists(file) and not pictures.is_ours(file, *others):

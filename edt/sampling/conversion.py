@@ -19,8 +19,9 @@ from ..diffusion.process import make_scheduler
 from ..files.errors import named_errors
 from ..files.outputs import NEW, clear_left, new_output
 from ..files.text import parse_json, printable, read_json, read_text
+from ..model.checks import NUM_STAGES
 from ..model.presets import AMM_PLACEMENTS, PRESETS, published_size
-from ..model.transformer import NUM_STAGES, EDTTransformer2DModel
+from ..model.transformer import EDTTransformer2DModel
 from ..options import check_types
 from ..runs.weights import (
     PIPELINE_INDEX,
@@ -52,21 +53,20 @@ class ConvertOptions:
     """Turns a .pt of the released code into the folder of a pipeline; or a folder of weights into such a .pt."""
 
     checkpoint: Path
-    """A .pt of the released code, weights or a training checkpoint; or a pipeline's folder, one written by
-    save_pretrained, a run of edt train or one of its checkpoints."""
+    """A .pt of the released code, of weights or a training checkpoint; or a folder: a pipeline, what
+    save_pretrained wrote, a run of edt train or one of its checkpoints."""
     output: Path
-    """The pipeline's folder; from a folder, the .pt."""
+    """The folder of the pipeline; or the .pt, where --checkpoint is a folder."""
     vae: str | None = None
-    """Into the pipeline: AutoencoderKL, such as stabilityai/sd-vae-ft-ema or a local folder."""
+    """The AutoencoderKL for the pipeline, such as stabilityai/sd-vae-ft-ema or a local folder."""
     labels: Path | None = None
-    """Into the pipeline, names of the classes: JSON {"0": "tench", ...} or ["tench", ...], or text of a name a
-    line."""
+    """The class names for the pipeline: JSON {"0": "tench", ...} or ["tench", ...], or text of a name a line."""
     weights: Literal["ema", "model"] | None = None
-    """Which of a training checkpoint's, averaged or raw; by default ema where there are."""
+    """Which weights of a training checkpoint: averaged (ema, the default where there are) or raw (model)."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Of the model's weights; by default as they are stored."""
+    """The dtype of the model's weights. By default it is as they are stored."""
     overwrite: bool = False
-    """Replace an output that is there: a .pt of edt convert, or a folder that has an EDTPipeline's files alone."""
+    """Replace an output that is there: a .pt of edt convert, or a folder with an EDTPipeline's files alone."""
 
 
 def convert(options: ConvertOptions) -> str:

@@ -32,7 +32,7 @@ from ..interrupt import StopRequest
 from ..model.presets import NUM_TRAIN_TIMESTEPS, amm_placement
 from ..model.step_cache import StepCacheConfig
 from ..model.transformer import EDTTransformer2DModel
-from ..options import check_types
+from ..options import check_types, renamed
 from ..runs.weights import few
 from ..train.randomness import keyed_generator
 from .pipeline import EDTPipeline, load_pipeline
@@ -45,11 +45,12 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
 }
 _GRID_ROWS = _GRID_COLUMNS = 20
-_TOKENS_PER_CALL = 1024  # on a CPU; more are not faster
+_TOKENS_PER_CALL = 512  # on a CPU; more are little faster, and one image takes as long as so many
 _IMAGE_NAME = re.compile(r"([0-9]{6,8})\.png")
 _MAX_IMAGES = 10_000_000  # hours before the first is drawn, on looking which are there
 
 
+@renamed(steps="num_inference_steps")
 @dataclass(frozen=True)
 class SampleOptions:
     """Draws images from a checkpoint: a folder of PNGs, all of them in samples.npz (arr_0, labels), a grid.
@@ -60,54 +61,53 @@ class SampleOptions:
     """
 
     checkpoint: Path
-    """A pipeline's folder, a run of edt train, one of its checkpoints, or a folder written by save_pretrained."""
+    """The folder of a pipeline, a run of edt train or one of its checkpoints, or what save_pretrained wrote."""
     labels: tuple[str, ...] = ()
-    """Classes to draw: names that the pipeline knows, numbers, or ranges such as 0-9. Where classes are named by
-    numbers, these are names."""
+    """The classes to draw: names that the pipeline knows, numbers, or ranges such as 0-9. Where classes are named
+    by numbers, these are taken for names."""
     classes: Literal["all"] | None = None
-    """Instead of --labels: every class of the model."""
+    """Instead of --labels, draw every class of the model."""
     num_per_class: int = 10
-    """Images of each class; for an unconditional model, images."""
+    """The number of images of each class, or of an unconditional model."""
     num_images: int | None = None
-    """Instead of --num-per-class: images in all, of the classes in turn."""
-    steps: int = 250
+    """Instead of --num-per-class, the number of images in all, of the classes in turn."""
+    num_inference_steps: int = 250
     """Denoising steps, spread over the 1000 of training."""
     scheduler: Literal["ddpm", "ddim", "dpm++", "unipc", "euler"] = "ddpm"
-    """ddpm is the released one; the others need fewer steps."""
+    """The sampler. ddpm is the released one; the others need fewer steps."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 is none."""
     guidance_channels: int | None = None
-    """How many of the channels guidance acts on; by default 3, or all where there are fewer."""
+    """The number of channels that guidance acts on. By default it is 3, or all where there are fewer."""
     guidance_interval: tuple[float, float] | None = None
-    """Noise levels (low, high) between which guidance acts; by default at all, 0.01 to 157."""
+    """The noise levels, low and high, between which guidance acts. By default it acts at all, 0.01 to 157."""
     cache_interval: int | None = None
-    """Faster: of so many steps one is full, the others reuse features of it. None computes every step in full."""
+    """For speed: one of so many steps is computed in full, the others reuse features of it. By default all are."""
     cache_schedule: Literal["uniform", "non-uniform"] = "uniform"
-    """Every so many steps, or as many steps in all, closer to each other early on."""
+    """Full steps are every so many-th (uniform), or as many in all, closer early on (non-uniform)."""
     cache_reuse: Literal["deep", "encoder"] = "deep"
-    """What they reuse: all before the last stage, or the encoder."""
+    """What the other steps reuse: deep is all before the last stage, encoder is the encoder."""
     amm: bool = True
-    """Attention modulation."""
+    """Modulate attention (AMM)."""
     amm_blocks: tuple[int, ...] | None = None
-    """Blocks with attention modulation; by default those published for the model and guidance scale, or the
-    checkpoint's own."""
+    """The blocks with AMM. By default those published for model and guidance scale, else the checkpoint's own."""
     vae: str | None = None
-    """AutoencoderKL by name or folder, for latents of a checkpoint that has none; a run has that of its grids, or
-    else of its data."""
+    """The AutoencoderKL, by name or folder, for latents of a checkpoint that has none. By default a run's is that
+    of its grids, or else of its data."""
     seed: int = 0
-    """Of the noise."""
+    """The seed of the noise."""
     output: Path = Path("outputs/samples")
-    """Folder for images, samples.npz and samples.png."""
+    """The folder for images, samples.npz and samples.png."""
     overwrite: bool = False
-    """Remove what another edt sample drew into output, by its samples.json; nothing else."""
+    """Remove what another edt sample drew into --output, by its samples.json, and nothing else."""
     batch_size: int = 250
-    """Images drawn at a time."""
+    """The number of images drawn at a time."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the transformer's weights; the VAE is in float32."""
+    """The dtype of the transformer's weights. The VAE is in float32."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """cuda or cpu; by default the GPU if there is one."""
+    """The device, cuda or cpu. By default it is the GPU if there is one."""
     cuda_graph: bool = False
-    """On a GPU: replay the network's launches from CUDA graphs."""
+    """On a GPU, replay the network's launches from CUDA graphs."""
 
     def check(self) -> None:
         """Raises ValueError for an option that cannot work with any model."""
@@ -115,8 +115,10 @@ class SampleOptions:
         for name in ("num_per_class", "num_images", "batch_size", "cache_interval"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 1 <= self.steps <= NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"steps is {self.steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}")
+        if not 1 <= self.num_inference_steps <= NUM_TRAIN_TIMESTEPS:
+            raise ValueError(
+                f"num_inference_steps is {self.num_inference_steps}; it must be 1 to {NUM_TRAIN_TIMESTEPS}"
+            )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must not be negative")
         check_guidance_scale(self.guidance_scale)
@@ -164,21 +166,22 @@ def draw_samples(options: SampleOptions, stop: StopRequest) -> int:
         if rank == 0:
             _begin_or_go_on(options, settings)
         processes.wait_for_everyone()
-        if _differences(read_settings(options.output), settings):  # a run of training that goes on meanwhile
+        begun = read_settings(options.output)
+        if _differences(begun, settings):  # a run of training that goes on meanwhile
             raise ValueError(f"checkpoint {options.checkpoint} is not the same for all processes")
-        drawn = _draw_missing(options, pipe, classes, labels, processes, device, stop)
+        size = begun.get("images_per_call", options.batch_size)
+        drawn = _draw_missing(options, pipe, classes, labels, size, processes, device, stop)
     if num_processes > 1:
         processes.destroy_process_group()
     return drawn
 
 
-def _draw_missing(options, pipe, classes: list[int], labels: np.ndarray, processes, device, stop) -> int:
-    """This process' share of the images, and on the first the files of all of them."""
+def _draw_missing(options, pipe, classes, labels: np.ndarray, size: int, processes, device, stop) -> int:
+    """This process' share of the images, `size` at once, and on the first the files of all of them."""
     rank, num_processes, num_images = processes.process_index, processes.num_processes, len(labels)
 
     pipe.to(device)
     own = [i for i in range(rank, num_images, num_processes) if not _image_file(options.output, i).is_file()]
-    size = _images_per_call(pipe.transformer, options.batch_size, num_images, device)
     calls = [part for batch in _split(own, options.batch_size) for part in _split(batch, size)]
     graph = GraphedStep(pipe.transformer) if options.cuda_graph else False
 
@@ -187,7 +190,9 @@ def _draw_missing(options, pipe, classes: list[int], labels: np.ndarray, process
             image.save(file, format="PNG")
 
     with (
-        tqdm(total=len(calls) * options.steps, desc="sampling", unit="step", disable=rank > 0) as bar,
+        tqdm(
+            total=len(calls) * options.num_inference_steps, desc="sampling", unit="step", disable=rank > 0
+        ) as bar,
         ThreadPoolExecutor() as savers,  # compression runs without Python's lock
     ):
         for call in calls:
@@ -232,10 +237,14 @@ def prepare_pipeline(options: SampleOptions) -> EDTPipeline:
         raise ValueError(f"amm_{error}") from error
     if options.cache_interval is not None:
         config = {"interval": options.cache_interval, "reuse": options.cache_reuse}
-        if options.cache_schedule == "uniform":
-            pipe.transformer.enable_cache(StepCacheConfig(**config))
-        else:
-            pipe.transformer.enable_cache(StepCacheConfig.non_uniform(options.steps, **config))
+        try:
+            if options.cache_schedule == "uniform":
+                cache = StepCacheConfig(**config)
+            else:
+                cache = StepCacheConfig.non_uniform(options.num_inference_steps, **config)
+        except ValueError as error:  # which calls it interval
+            raise ValueError(f"cache_{error}") from error
+        pipe.transformer.enable_cache(cache)
     return pipe
 
 
@@ -260,8 +269,12 @@ def _classes_of(label: str, names: dict[str, int], num_classes: int) -> list[int
         return [names[label]]
     span = re.fullmatch(r"(-?[0-9]{1,18})(?:-([0-9]{1,18}))?", label)
     if span is None:
-        known = f"or a name of one class, such as {next(iter(names))!r}" if names else "it has no names"
-        raise ValueError(f"labels has {label[:80]!r}; it must be a number, a range such as 0-9, {known}")
+        needed = "this model's classes have no names, so it must be a number, or a range such as 0-9"
+        if names:
+            needed = (
+                f"it must be a number, a range such as 0-9, or a name of one class, such as {next(iter(names))!r}"
+            )
+        raise ValueError(f"labels has {label[:80]!r}; {needed}")
     first, last = int(span[1]), int(span[2] or span[1])
     numbered = {int(name): number for name, number in names.items() if re.fullmatch("[0-9]{1,18}", name)}
     all_named = len(set(numbered.values())) == num_classes
@@ -296,7 +309,7 @@ def _say_classes(pipe: EDTPipeline, classes: list[int]) -> None:
 
 # What the images do not depend on, or what is recorded as what came of it.
 _NOT_SETTINGS = ("checkpoint", "labels", "classes", "num_per_class", "num_images", "amm", "amm_blocks", "vae",
-                 "output", "overwrite", "batch_size", "device", "cuda_graph")  # fmt: skip
+                 "output", "overwrite", "batch_size", "device", "cuda_graph", "num_inference_steps")  # fmt: skip
 
 
 def _settings(options: SampleOptions, pipe: EDTPipeline, classes: list[int], num_images: int) -> dict:
@@ -308,12 +321,13 @@ def _settings(options: SampleOptions, pipe: EDTPipeline, classes: list[int], num
         "vae": None if pipe.vae is None else _source(pipe.vae),
         "classes": classes,
         "num_images": num_images,
+        "steps": options.num_inference_steps,  # under this name since the first version
         **{name: value for name, value in asdict(options).items() if name not in _NOT_SETTINGS},
         "amm_blocks": pipe.transformer.config.amm_blocks,
         "device": device.type,
     }
     if device.type == "cpu":
-        settings["images_per_call"] = _images_per_call(pipe.transformer, options.batch_size, num_images, device)
+        settings["images_per_call"] = _images_per_call(pipe.transformer)
     return json.loads(json.dumps(settings))  # as it will be read again
 
 
@@ -346,6 +360,9 @@ def _begin_or_go_on(options: SampleOptions, settings: dict) -> None:
     ours = [name for name, number in numbers.items() if number < written]
     changed = _differences(drawn_with, settings) if drawn_with else []
     replaced = changed and any(name.endswith(".png") for name in ours)
+    # A set goes on as it began: earlier versions drew small ones fewer at once.
+    if not changed and drawn_with and drawn_with.get("images_per_call") in range(1, 1025):
+        settings["images_per_call"] = drawn_with["images_per_call"]
     if replaced and not options.overwrite:
         raise ValueError(
             f"output {folder} has images drawn with other settings ({', '.join(changed)}); give another "
@@ -373,7 +390,7 @@ def _differences(drawn_with: dict, settings: dict) -> list[str]:
 
     A checkpoint may have moved, and a set may grow: its first images stay what they are.
     """
-    names = settings.keys() - {"checkpoint"}
+    names = settings.keys() - {"checkpoint", "images_per_call"}
     if drawn_with["num_images"] <= settings["num_images"]:
         names -= {"num_images"}
     return sorted(name for name in names if drawn_with.get(name) != settings[name])
@@ -383,16 +400,11 @@ def _split(items: list[int], size: int) -> list[list[int]]:
     return [items[first : first + size] for first in range(0, len(items), size)]
 
 
-def _images_per_call(model: EDTTransformer2DModel, batch_size: int, num_images: int, device: torch.device) -> int:
-    """How many images the network gets at once: on a GPU the batch.
-
-    On a CPU a number that does not depend on the batch, because the rounding of its matrix products depends on how
-    many rows they have; and no larger batch is faster there.
-    """
-    if device.type != "cpu":
-        return batch_size
+def _images_per_call(model: EDTTransformer2DModel) -> int:
+    """How many images the network gets at once on a CPU, whatever the batch and however many are asked for: the
+    rounding of its matrix products depends on how many rows they have."""
     num_tokens = math.prod(model.latent_size) // model.config.patch_size**2
-    return min(num_images, max(8, _TOKENS_PER_CALL // num_tokens))
+    return max(1, _TOKENS_PER_CALL // num_tokens)
 
 
 def _draw(pipe, options, numbers: list[int], labels: np.ndarray, device, graph, stop: StopRequest, bar) -> list:
@@ -407,7 +419,7 @@ def _draw(pipe, options, numbers: list[int], labels: np.ndarray, device, graph, 
     images = pipe(
         torch.from_numpy(labels) if conditional else None,
         guidance_scale=options.guidance_scale,
-        num_inference_steps=options.steps,
+        num_inference_steps=options.num_inference_steps,
         num_images_per_prompt=1 if conditional else len(numbers),
         generator=[keyed_generator(device, options.seed, i) for i in numbers],
         guidance_channels=options.guidance_channels,
@@ -454,6 +466,11 @@ def _write_grid(options: SampleOptions, pipe: EDTPipeline, classes: list[int], n
     images = np.stack([_read(options.output, i) for i in numbers])
     labels = np.array([classes[i % len(classes)] for i in numbers])
     title = f"AMM {'on' if pipe.transformer.config.amm_blocks else 'off'}, guidance {options.guidance_scale:g}, "
-    title += f"{options.steps} steps" + ("" if options.scheduler == "ddpm" else f" of {options.scheduler}")
+    steps, scheduler = options.num_inference_steps, options.scheduler
+    title += f"{steps} step{'s' * (steps > 1)}" + ("" if scheduler == "ddpm" else f" of {scheduler}")
+    if (count := len(set(classes))) > len(set(labels)):
+        title += f"\n{len(set(labels))} of {count} classes"
+    conditional = pipe.transformer.config.num_classes > 0
+    names = {i: pipe.id2label.get(i, str(i)) for i in classes} if conditional else None
     with new_file(options.output / "samples.png") as file:
-        pictures.save_label_grid(file, images, labels, title)
+        pictures.save_samples(file, images, labels, title, names)

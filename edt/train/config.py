@@ -11,12 +11,11 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from edt_kernels._checks import shown
-
 from ..files.outputs import new_file
 from ..files.text import read_text
 from ..model.presets import NUM_TRAIN_TIMESTEPS, PRESETS
-from ..options import check_types, describe, fits
+from ..options import check_types, describe, fits, renamed, shown, today
+from ..options import parse as parse_options
 
 CONFIG_FILE = "config.yaml"  # beside the run
 _NOT_SAVED = ("recipe", "config", "resume")
@@ -24,112 +23,114 @@ _MOST = 1e6  # of what multiplies: beyond it numbers overflow, and nothing is le
 _MOST_WORKERS = 1024  # of a process, each a process itself: more are a slip of the finger that takes the machine
 
 
+@renamed(flip="flips", sample_steps="num_inference_steps", sample_guidance="guidance_scale")
 @dataclass(frozen=True)
 class TrainConfig:
-    """Trains EDT on a folder that `edt extract` wrote; goes on where a run in `output` stopped.
+    """Trains EDT on a folder that `edt extract` wrote, or goes on where the run in --output stopped.
 
-    Defaults come from --config, else from --recipe, else from the run in --output, else they are those below.
+    Defaults come from --config, else from --recipe, else from the run in --output, else they are those below. The
+    command needs pip install 'edt-kernels[train]'.
     """
 
     data: Path
-    """Folder that edt extract wrote."""
+    """The data folder that edt extract wrote."""
     output: Path = Path("outputs/train")
     """The run's folder: checkpoints, metrics, samples, config.yaml."""
     recipe: str | None = None
-    """Where defaults come from: a name such as EDT-S/2 (as published) or EDT-S/2-24GB (one GPU of 24 GB)."""
+    """Defaults come from this recipe, such as EDT-S/2 (as published) or EDT-S/2-24GB (for one GPU of 24 GB)."""
     config: Path | None = None
-    """Or a YAML file of these fields, such as the config.yaml of another run."""
+    """Defaults come from this YAML file of these options, such as the config.yaml of another run."""
 
     model: str = "EDT-S/2"
-    """Preset. Latent size, channels and number of classes are the data's."""
+    """The preset of the model. Its latent size, channels and number of classes are the data's."""
     unconditional: bool = False
-    """Ignore the labels."""
+    """Train a model without classes; the data's labels are ignored."""
     class_dropout: float = 0.1
-    """Share of labels that become the null class, for classifier-free guidance."""
+    """The share of labels that become the null class, which classifier-free guidance needs."""
     masking: bool = True
-    """Masking training: the loss of a full and of a masked pass."""
+    """Masking training: the loss is that of a full pass and of a masked one."""
     task_routing: tuple[float, float] | None = None
-    """Denoising Task Routing: (share of active channels, exponent), published 0.8 4. Off by default."""
+    """Denoising Task Routing: share of active channels, and exponent; 0.8 4 is published. Off by default."""
     init_from: Path | None = None
-    """Fine-tuning: a checkpoint to start from, of the same sizes; classes may differ."""
+    """For fine-tuning: the checkpoint to start from. It must have the same sizes; its classes may differ."""
     replace_head: bool = True
-    """With --init-from: start with a new, zero final layer."""
+    """With --init-from, start with a new final layer, which is zero."""
 
     steps: int = 400_000
-    """Of training, in all."""
+    """Training steps in all, those of earlier calls included."""
     batch_size: int = 256
-    """Images a step, over all processes; each takes part in both passes."""
+    """Images in a step, over all processes. Each takes part in both passes."""
     gradient_accumulation_steps: int = 1
-    """Parts that a process splits its images into: less memory and the same gradient. (Not of the
-    alignment loss, which compares the images of a part.)"""
+    """Parts that a process splits its images into: less memory, the same gradient but of the alignment loss."""
     optimizer: Literal["adan", "adamw"] = "adan"
-    """Published: Adan."""
+    """The optimiser. Adan is the published one."""
     learning_rate: float = 1e-3
-    """At the start; published: 1e-3, XL 5e-4."""
+    """The learning rate at the start. 1e-3 is published, and 5e-4 for XL."""
     final_learning_rate: float = 5e-5
-    """From decay_steps on; it falls linearly until then."""
+    """The learning rate from --decay-steps on. It falls linearly until then."""
     decay_steps: int = 400_000
-    """See final_learning_rate."""
+    """The step from which the learning rate is the final one."""
     warmup_steps: int = 0
-    """The learning rate rises linearly over so many steps."""
+    """The learning rate rises linearly from 0 over this many steps."""
     weight_decay: float = 0.0
-    """Published: none."""
+    """The optimiser's weight decay. None is published."""
     max_grad_norm: float | None = None
-    """Gradients of a larger norm are scaled down to it. Published: none."""
+    """Gradients of a larger norm are scaled down to this. No limit is published."""
     ema_decay: float = 0.9999
-    """Of the averaged weights."""
+    """The decay of the averaged weights, for each step."""
     ema_warmup: bool = False
-    """Use the lower decay (1 + step)/(10 + step) while it is lower; for short runs."""
+    """For short runs: average with the decay (1 + step)/(10 + step) while that is lower."""
     alignment_encoder: str | None = None
-    """Alignment loss: module:factory of a frozen image encoder; the data must have its images."""
+    """For the alignment loss: module:factory of a frozen image encoder. The data must have their images."""
     alignment_weight: float = 0.5
-    """Of the alignment loss."""
+    """The weight of the alignment loss."""
     manifold_weight: float = 3.0
-    """Of the similarities between samples, within the alignment loss."""
+    """Within the alignment loss, the weight of the similarities between samples."""
 
-    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
-    """bf16: autocast; norms, softmax, losses and weights stay float32. auto is bf16 on a GPU, fp32 on a CPU."""
+    precision: Literal["auto", "bfloat16", "tf32", "float32"] = "auto"
+    """How exact matrix products are. bfloat16 is autocast, in which norms, softmax, losses and weights stay
+    float32; tf32 rounds only what goes into float32 products. auto is bfloat16 on a GPU and float32 on a CPU."""
     gradient_checkpointing: bool = False
-    """Compute blocks again in backward: much less memory, a third more work."""
+    """Compute each block again in the backward pass: much less memory for a third more work."""
     compile: bool = False
-    """torch.compile; the first steps then take minutes."""
+    """Compile the model with torch.compile. The first steps then take minutes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto is a GPU if there is one."""
+    """The device. auto is the GPU if there is one."""
     seed: int = 0
-    """Of everything random."""
-    flip: bool = True
-    """Mirrored images too, where the data allow it."""
+    """The seed of everything random."""
+    flips: bool = True
+    """Train on mirrored images too, where the data allow it."""
     num_workers: int = 2
-    """Processes that read data, for each training process."""
+    """The number of processes that read data, for each training process."""
     verify_data: bool = True
-    """Compare the data with its checksums first."""
+    """Compare the data with their checksums first."""
 
     checkpoint_every: int = 10_000
-    """Steps; also after the last step, and when interrupted."""
+    """A checkpoint is written every so many steps, after the last one, and when the run is interrupted."""
     keep_checkpoints: int = 3
-    """The newest so many are kept."""
+    """This many of the newest checkpoints are kept."""
     keep_every: int | None = None
-    """Beside them, those of steps that are multiples of this are kept for good."""
+    """Beside them, checkpoints of steps that are multiples of this are kept for good."""
     resume: str = "latest"
-    """latest: go on where the run in output stopped, if any. never: refuse where there is one. Or a checkpoint."""
+    """latest goes on where --output stopped, never refuses if it could, a checkpoint's folder goes on from it."""
     log_every: int = 50
-    """Steps between lines of metrics.jsonl; figures are means over them."""
+    """Steps between two lines of metrics.jsonl, whose figures are means over them."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Of Accelerate: tensorboard, wandb, …; none for no tracker."""
+    """Accelerate's trackers that get the figures: tensorboard, wandb, …. Without a name after it there is none."""
     sample_every: int = 10_000
-    """Steps between grids drawn with the averaged weights; 0 for none."""
+    """Steps between two grids of images, drawn with the averaged weights; 0 draws none."""
     sample_count: int = 16
-    """Images of a grid, of classes spread evenly."""
-    sample_steps: int = 50
-    """Denoising steps of a grid."""
-    sample_guidance: float = 1.0
-    """Guidance scale of a grid; 1 is none."""
+    """Images in a grid, of classes spread evenly."""
+    num_inference_steps: int = 50
+    """Denoising steps in drawing a grid."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance in drawing a grid; 1 is none."""
     vae: str | None = None
-    """AutoencoderKL to decode the grids with, by path or name; the data's is not fetched by itself."""
+    """The AutoencoderKL that decodes the grids, by folder or name. The data's is not fetched by itself."""
     max_skipped_steps: int = 10
-    """After so many steps in a row whose loss or gradient is not finite, training stops."""
+    """Training stops after this many steps in a row whose loss or gradient is not finite."""
     peak_tflops: float | None = None
-    """The device's dense matrix rate at this precision, for the FLOP utilisation; known for common GPUs."""
+    """The device's dense matrix rate at this precision, for the FLOP utilisation. It is known for common GPUs."""
 
     def check(self) -> None:
         """Raises ValueError for a field that cannot work; called before anything is spent."""
@@ -138,7 +139,7 @@ class TrainConfig:
             raise ValueError(f"model is {self.model!r}; it must be one of {', '.join(PRESETS)}")
         at_least = {"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "decay_steps": 1,
                     "warmup_steps": 0, "num_workers": 0, "checkpoint_every": 1, "keep_checkpoints": 1,
-                    "log_every": 1, "sample_every": 0, "sample_count": 1, "sample_steps": 1, "seed": 0,
+                    "log_every": 1, "sample_every": 0, "sample_count": 1, "num_inference_steps": 1, "seed": 0,
                     "max_skipped_steps": 1, "keep_every": 1}  # fmt: skip
         at_most = {"num_workers": _MOST_WORKERS, "sample_count": 10_000, "seed": 2**63 - 1}
         for name, low in at_least.items():
@@ -147,26 +148,28 @@ class TrainConfig:
                 raise ValueError(f"{name} is {shown(value)}; it must be at least {low}")
             if value is not None and value > high:
                 raise ValueError(f"{name} is {shown(value)}; it must be at most {high}")
-        if self.sample_steps > NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"sample_steps is {self.sample_steps}; it must be at most {NUM_TRAIN_TIMESTEPS}")
+        if self.num_inference_steps > NUM_TRAIN_TIMESTEPS:
+            raise ValueError(
+                f"num_inference_steps is {self.num_inference_steps}; it must be at most {NUM_TRAIN_TIMESTEPS}"
+            )
         for name in ("learning_rate", "max_grad_norm", "peak_tflops"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; it must be positive and finite")
         for name in ("final_learning_rate", "weight_decay", "alignment_weight", "manifold_weight",
-                     "sample_guidance"):  # fmt: skip
+                     "guidance_scale"):  # fmt: skip
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; it must be finite and not negative")
         for name in ("learning_rate", "final_learning_rate", "weight_decay", "alignment_weight",
-                     "manifold_weight", "sample_guidance", "peak_tflops"):  # fmt: skip
+                     "manifold_weight", "guidance_scale", "peak_tflops"):  # fmt: skip
             if (getattr(self, name) or 0) > _MOST:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at most {_MOST:.0f}")
         if self.task_routing is not None and not all(map(math.isfinite, self.task_routing)):
             raise ValueError(f"task_routing is {self.task_routing}; it must be two finite numbers")
-        if self.sample_every and self.sample_guidance != 1 and not self.class_dropout and not self.unconditional:
+        if self.sample_every and self.guidance_scale != 1 and not self.class_dropout and not self.unconditional:
             raise ValueError(
-                f"sample_guidance is {self.sample_guidance}; with class_dropout 0 no null class is learned, use 1"
+                f"guidance_scale is {self.guidance_scale}; with class_dropout 0 no null class is learned, use 1"
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
@@ -234,7 +237,7 @@ RECIPES = {
         "warmup_steps": 50,
         "ema_decay": 0.995,
         "ema_warmup": True,
-        "flip": False,
+        "flips": False,
         "num_workers": 0,
         "checkpoint_every": 600,
         "sample_every": 600,
@@ -260,6 +263,9 @@ def load_config(path: Path, **overrides) -> TrainConfig:
         raise ValueError(f"config {path} is no YAML that edt train reads: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {path} has {type(values).__name__}; it must be a mapping of edt train's fields")
+    given, values = values, today(TrainConfig, values)
+    if len(values) < len(given):
+        raise ValueError(f"config {path} has a field under its name of today and a former one; give it once")
     known = {f.name for f in fields(TrainConfig)} - {"recipe", "config"}
     if unknown := sorted(map(str, set(values) - known)):
         raise ValueError(f"config {path} has {', '.join(unknown)}; edt train has no such field")
@@ -331,8 +337,6 @@ def parse(args: Sequence[str], prog: str = "edt train") -> TrainConfig:
     Raises:
         ValueError, FileNotFoundError: for a recipe or a file that is none; SystemExit for an unknown option.
     """
-    import tyro
-
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--config", type=Path)
@@ -349,7 +353,7 @@ def parse(args: Sequence[str], prog: str = "edt train") -> TrainConfig:
         default = load_config(saved, output=sources.output)
     else:
         default = TrainConfig(data=_missing())
-    return tyro.cli(TrainConfig, args=args, default=default, prog=prog)
+    return parse_options(TrainConfig, args, prog, default)
 
 
 def _default(name: str):

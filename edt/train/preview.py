@@ -1,5 +1,6 @@
 """The grids of samples that a training run draws."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,8 @@ def draw_grid(
             model,
             torch.from_numpy(labels) if num_classes else None,
             batch_size=count,
-            num_inference_steps=config.sample_steps,
-            guidance_scale=config.sample_guidance if num_classes else 1.0,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale if num_classes else 1.0,
             generator=generator,
             progress=False,
         )
@@ -38,7 +39,14 @@ def draw_grid(
     return latents, labels
 
 
-def save_grid(path: Path, latents: Tensor, labels: np.ndarray, title: str, vae: nn.Module | None) -> None:
+def save_grid(
+    path: Path,
+    latents: Tensor,
+    labels: np.ndarray,
+    title: str,
+    vae: nn.Module | None,
+    class_names: Sequence[str] = (),
+) -> None:
     """A picture of pixels, of latents decoded with `vae`, or else of three of their channels, and says which.
 
     Raises:
@@ -55,10 +63,7 @@ def save_grid(path: Path, latents: Tensor, labels: np.ndarray, title: str, vae: 
         raise NotFiniteError("vae makes pictures that are not finite", pixels)
     images = to_uint8(pixels.float().cpu().numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
-    if len(np.unique(labels)) == len(labels) or len(set(labels)) == 1:
-        pictures.save_mosaic(path, images, title)
-    else:
-        pictures.save_label_grid(path, images, labels, title)
+    pictures.save_samples(path, images, labels, title, dict(enumerate(class_names)))
 
 
 @torch.no_grad()

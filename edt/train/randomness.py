@@ -3,6 +3,9 @@
 import numpy as np
 import torch
 
+# What a generator is for, the second number of its key (seed, purpose, …).
+INITIAL_WEIGHTS, ALIGNMENT_HEAD, STEP, SAMPLES = 1, 2, 3, 4
+
 
 def keyed_seed(*key: int) -> int:
     """A seed of 63 bits for a key of non-negative integers, such as (seed, step, rank)."""

@@ -8,27 +8,19 @@ import hashlib
 import math
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import fields, replace
-from datetime import timedelta
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState, is_initialized
+from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
-from edt_kernels._backend import select_backend
-
-from ..data.dataset import LatentDataset, make_loader, open_dataset, to_latents
+from ..data.dataset import make_loader, to_latents
 from ..data.shards import MANIFEST
 from ..data.vae import load_decoder
 from ..devices import tf32, torch_device
@@ -37,33 +29,31 @@ from ..diffusion.sampler import NotFiniteError
 from ..files.lock import open_folder, own_folder
 from ..files.text import say
 from ..interrupt import StopRequest
-from ..model.complexity import OPTIMIZER_BUFFERS, block_grid, cost_table, estimate_memory
-from ..model.presets import PRESETS
-from ..model.transformer import EDTTransformer2DModel
-from ..runs.checkpoint import CHECKPOINTS, latest_checkpoint, list_checkpoints, verify_checkpoint, write_checkpoint
+from ..model.complexity import cost_table
+from ..options import today
+from ..runs.checkpoint import CHECKPOINTS, list_checkpoints, write_checkpoint
 from ..runs.folder import remember_verified, tracebacks, verify_once
 from ..runs.log import METRICS_FILE, RunLog, peak_memory, peak_operations
 from ..runs.weights import few, initialize_from
-from .alignment import AlignmentLoss, encode, feature_grid, load_image_encoder
-from .config import CONFIG_FILE, TrainConfig, plain
+from .alignment import encode
+from .config import CONFIG_FILE, TrainConfig
 from .objective import Draws, TrainingObjective, draw
 from .preview import draw_grid, save_grid
-from .randomness import keyed_generator, keyed_seed
-from .state import TrainState, names_not_finite, steps_of
+from .processes import accelerated, asked_for, distribute, repeatable_convolutions, together
+from .randomness import SAMPLES, STEP, keyed_generator
+from .reports import introduce, what_is_not_finite
+from .start import (
+    build_alignment,
+    build_model,
+    check_disk,
+    find_checkpoint,
+    identity,
+    open_training_data,
+    to_images,
+)
+from .state import TrainState
 
-# Fields that change nothing in the weights of a step.
-_WITHOUT_EFFECT = {
-    "data", "output", "recipe", "config", "resume", "init_from", "replace_head", "steps", "num_workers", "device",
-    "verify_data", "checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "trackers", "sample_every",
-    "sample_count", "sample_steps", "sample_guidance", "vae", "max_skipped_steps", "peak_tflops",
-}  # fmt: skip
-# What a generator is for, the second number of its key (seed, purpose, …).
-_INITIAL_WEIGHTS, _ALIGNMENT_HEAD, _STEP, _SAMPLES = 1, 2, 3, 4
 _UNREAD = 2.0  # what a process tells the others whose data cannot be read, in place of whether it is to stop
-# Around 1 they are in order, and a scaling that is far off shows as a loss that is not finite.
-_LARGEST_LATENT = 1e6
-
-T = TypeVar("T")
 
 
 def train(
@@ -89,21 +79,21 @@ def train(
         raise ValueError(
             f"trackers has {few(sorted(unknown))}; Accelerate knows {', '.join(map(str, LoggerType))}"
         )
-    with _accelerated(config) as accelerator:
+    with accelerated(config) as accelerator:
         device = accelerator.device.type
         if config.device not in ("auto", device):
             raise ValueError(
                 f"device is {config.device!r}; Accelerate was told {device}, here or by its environment"
             )
         if config.precision == "auto":
-            config = replace(config, precision="bf16" if device == "cuda" else "fp32")
+            config = replace(config, precision="bfloat16" if device == "cuda" else "float32")
         main, is_new = accelerator.is_main_process, not config.output.exists()
-        with tf32(config.precision == "tf32"), _repeatable_convolutions():
+        with tf32(config.precision == "tf32"), repeatable_convolutions():
             # Nothing of the folder is read before it is this run's own; the other processes wait for the main one.
-            lock = _together(accelerator, lambda: open_folder(config.output) if main else None)
-            with own_folder(lock, config.output, is_new) if lock else nullcontext():
+            lock = together(accelerator, lambda: open_folder(config.output) if main else None)
+            with own_folder(lock, config.output, is_new) if lock is not None else nullcontext():
                 if config_again is not None:
-                    _together(accelerator, lambda: _check_unchanged(given, config_again()))
+                    together(accelerator, lambda: _check_unchanged(given, config_again()))
                 return Trainer(config, accelerator, StopRequest() if stop is None else stop).run()  # pyright: ignore[reportReturnType] - each run ends with one
 
 
@@ -113,56 +103,6 @@ def _check_unchanged(given: TrainConfig, again: TrainConfig) -> None:
             f"output {given.output} has another {CONFIG_FILE} than when this command began: another run there has "
             "ended meanwhile; start it again"
         )
-
-
-def _together(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work`, without communication of its own, returns on this process; an error where it fails on any."""
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as failed:
-        error = failed
-    if accelerator.num_processes > 1:
-        faults = [None] * accelerator.num_processes
-        torch.distributed.all_gather_object(faults, None if error is None else str(error))
-        fault = next((text for text in faults if text is not None), None)
-        if error is None and fault is not None:
-            raise RuntimeError(f"another process of the run has failed: {fault}")
-    if error is not None:
-        raise error
-    return result  # pyright: ignore[reportReturnType] - None where there is an error
-
-
-@contextmanager
-def _accelerated(config: TrainConfig) -> Iterator[Accelerator]:
-    """The processes and their devices; ends trackers and the process group, also after an error."""
-    ours = not is_initialized()
-    # Precision is the objective's own: autocast of the network alone, losses in float32.
-    accelerator = Accelerator(
-        mixed_precision="no",
-        cpu=config.device == "cpu" or not torch.cuda.is_available(),
-        log_with=list(config.trackers) or None,
-        project_dir=config.output,
-        # Gradients need no second copy in DDP's buckets.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            # One process of a machine verifies the data while the others wait.
-            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
-        ],
-    )
-    try:
-        yield accelerator
-    finally:
-        if torch.distributed.is_initialized():
-            _ENDED_GROUPS.append(torch.distributed.group.WORLD)
-        accelerator.end_training()
-        if ours:  # or the next run of this process would be on this one's device, whatever it is told
-            AcceleratorState._reset_state(reset_partial_state=True)
-
-
-# Whoever holds a process group last waits for its threads. DDP's reducer does so without releasing Python's lock,
-# which these threads may want: a run that stopped at an error would hang. So the reducer must not be the last.
-_ENDED_GROUPS: list = []
 
 
 class Trainer:
@@ -179,7 +119,7 @@ class Trainer:
             )
         self.local_batch_size = config.batch_size // self.processes
         self.checkpoints = config.output / CHECKPOINTS
-        self.resumed_from = self._find_checkpoint()
+        self.resumed_from = find_checkpoint(config, accelerator)
         self.dataset = open_training_data(config)
         # Of the data that are opened: what has their name later, if anything, is not what was trained on.
         self.data_digest = hashlib.sha256((self.dataset.folder / MANIFEST).read_bytes()).hexdigest()
@@ -187,19 +127,20 @@ class Trainer:
         if config.init_from is not None and self.resumed_from is None:
             fresh = initialize_from(self.model, config.init_from, replace_head=config.replace_head)
             accelerator.print(f"weights of {config.init_from}; new are {', '.join(fresh) or 'none'}")
-        alignment, self.encoder = self._build_alignment()
-        autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
+        alignment, self.encoder = build_alignment(config, self.model, self.dataset, self.device)
+        autocast_dtype = torch.bfloat16 if config.precision == "bfloat16" else None
         self.objective = TrainingObjective(self.model, alignment, autocast_dtype).to(self.device).train()
         keep_schedule(self.model.device)
         self.vae = None
         if config.vae is not None and config.sample_every and accelerator.is_main_process:
             self.vae = load_decoder(config.vae, self.dataset.latent_shape[0])
-        self.sharded = _asked_for("ACCELERATE_USE_FSDP")
-        self.step_module = self._distribute()
+        self.sharded = asked_for("ACCELERATE_USE_FSDP")
+        self.step_module = distribute(self.objective, config, accelerator, self.sharded)
         self.state = TrainState(self.objective, config, self.device, accelerator.is_main_process)
         self.differences = {}
         if self.resumed_from is not None:
-            then, now = self.state.load(self.resumed_from), self._identity()
+            then = today(TrainConfig, self.state.load(self.resumed_from))
+            now = identity(config, accelerator, self.data_digest)
             self.differences = {k: (then.get(k), now[k]) for k in now if then.get(k) != now[k]}
         self.saved_steps = self.state.steps
         self.intact = True  # whether the state is that of a step, and no save of it has failed
@@ -207,102 +148,17 @@ class Trainer:
         self.log: Any = None  # a RunLog, from `run` on
         self.verified = None
         if config.verify_data:  # last, as it may take minutes
-            self.verified = _together(accelerator, self._verify)
+            self.verified = together(accelerator, self._verify)
 
     def _verify(self) -> dict | None:
         if self.accelerator.is_local_main_process:
             progress = self.accelerator.is_main_process and sys.stderr is not None
             return verify_once(self.dataset, self.config.output, progress=progress)
 
-    # Building
-
-    def _find_checkpoint(self) -> Path | None:
-        """What to go on from; one process looks, so that all take the same."""
-        config = self.config
-        if config.resume == "never":
-            if list_checkpoints(self.checkpoints):
-                raise ValueError(f"output {config.output} has a run, and resume is never; give another output")
-            return None
-        if config.resume != "latest":
-            folder = Path(config.resume)
-            if not folder.is_dir():
-                raise FileNotFoundError(f"resume is {folder}; it must be latest, never, or a checkpoint's folder")
-            verify_checkpoint(folder)
-            last = latest_checkpoint(self.checkpoints, on_damage=lambda text: None)
-            if last is not None and steps_of(last) > steps_of(folder):
-                raise ValueError(
-                    f"resume is {folder}; output {config.output} has gone on to {last.name}: give resume latest "
-                    "to go on from there, or another output"
-                )
-            return folder
-        main = self.accelerator.is_main_process
-        look = partial(latest_checkpoint, self.checkpoints, on_damage=lambda text: say(f"edt: {text}"))
-        found = [_together(self.accelerator, lambda: look() if main else None)]
-        if self.processes > 1:
-            torch.distributed.broadcast_object_list(found)
-        if found[0] is None and list_checkpoints(self.checkpoints):
-            raise ValueError(
-                f"output {config.output} has checkpoints, but every one of them is damaged; restore one, or give "
-                "another output"
-            )
-        return found[0]
-
-    def _build_alignment(self) -> tuple[AlignmentLoss | None, Any]:
-        config, middle = self.config, self.model.stages[2]
-        if config.alignment_encoder is None:
-            return None, None
-        encoder = load_image_encoder(config.alignment_encoder).to(self.device)
-        first = np.zeros(1, dtype=np.int64)
-        images = _images(self.dataset.read(first, first)).to(self.device)
-        features = encode(encoder, images)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_seed(config.seed, _ALIGNMENT_HEAD))
-            head = AlignmentLoss(
-                self.model.config.hidden_sizes[2],
-                block_grid(middle),
-                features.shape[2],
-                feature_grid(features.shape[1], images.shape[2:]),
-                weight=config.alignment_weight,
-                manifold_weight=config.manifold_weight,
-            )
-        return head, encoder
-
-    def _distribute(self) -> Any:
-        """The objective as steps call it: itself, compiled, within DDP, or its parts sharded by FSDP2."""
-        config = self.config
-        if config.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
-        if not self.sharded:
-            if config.compile:
-                self.objective.compile(dynamic=False)
-            return self.accelerator.prepare_model(self.objective)
-        for name, instead in (
-            ("FSDP_OFFLOAD_PARAMS", "more processes"),
-            ("FSDP_ACTIVATION_CHECKPOINTING", "--gradient-checkpointing"),
-        ):
-            if _asked_for(name):
-                raise ValueError(f"{name} is set, which edt train does not do; give {instead} instead")
-        if self.processes == 1:
-            raise ValueError(
-                "FSDP shards over processes, and there is one; give --num_processes, or no --use_fsdp"
-            )
-        blocks = [block for stage in self.model.stages for block in stage.blocks]
-        if config.compile:
-            # Blocks of several shapes share one code object, and each shape counts towards dynamo's limit.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))
-            for block in blocks:
-                block.compile(dynamic=False)
-        # Not `Accelerator.prepare`: that shards on GPUs only, and wants an optimiser before there are shards.
-        mesh = torch.distributed.init_device_mesh(self.device.type, (self.processes,))
-        for module in (*blocks, self.model, self.objective.alignment):
-            if module is not None:
-                fully_shard(module, mesh=mesh)
-        return self.objective
-
     # Training
 
     def run(self) -> Path | None:
-        self._check_disk()
+        check_disk(self.config, self.state.parameters.values())
         with tracebacks(self.config.output) if self.accelerator.is_main_process else nullcontext():
             try:
                 return self._run()
@@ -338,8 +194,8 @@ class Trainer:
     def _run(self) -> Path | None:
         config, accelerator, state = self.config, self.accelerator, self.state
         multiply_adds = sum(part.multiply_adds for part in cost_table(self.model))
-        self.log = _together(accelerator, lambda: self._begin(multiply_adds))
-        self._introduce(multiply_adds)
+        self.log = together(accelerator, lambda: self._begin(multiply_adds))
+        introduce(self, multiply_adds)
         if state.steps >= config.steps:
             self.log.say(f"{config.output} has its {state.steps} steps; give more --steps to go on")
             return self.resumed_from
@@ -356,7 +212,7 @@ class Trainer:
             batch_size=self.local_batch_size,
             num_workers=config.num_workers,
             pin_memory=self.device.type == "cuda",
-            flip=config.flip,
+            flip=config.flips,
         )
         self.order = loader.dataset.order  # pyright: ignore[reportAttributeAccessIssue] - of make_loader
         try:
@@ -383,7 +239,7 @@ class Trainer:
     def _steps(self, batches: Iterator[dict[str, Tensor]]) -> Path | None:
         config, state = self.config, self.state
         first_step, saved = state.steps, self.resumed_from
-        batch = _together(self.accelerator, lambda: self._read(batches, None))  # no step could tell the others
+        batch = together(self.accelerator, lambda: self._read(batches, None))  # no step could tell the others
         while True:
             figures = self.step(batch)
             if figures is None:
@@ -454,11 +310,11 @@ class Trainer:
         whose samples a process could not read changes nothing, and has no figures.
         """
         config, accelerator, state = self.config, self.accelerator, self.state
-        generator = keyed_generator(self.device, config.seed, _STEP, state.steps, accelerator.process_index)
+        generator = keyed_generator(self.device, config.seed, STEP, state.steps, accelerator.process_index)
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         latents = to_latents(batch["latents"], self.dataset, generator)
         labels = batch["labels"] if self.model.config.num_classes > 0 else None
-        images = None if self.encoder is None else _images(batch)
+        images = None if self.encoder is None else to_images(batch)
         draws = draw(self.model, state.timestep_sampler, latents, generator, config.masking)
 
         losses, alignment = self._backward(latents, labels, draws, images)
@@ -488,7 +344,7 @@ class Trainer:
             state.skipped_steps += 1
             state.skipped_in_a_row += 1
             if state.skipped_in_a_row >= config.max_skipped_steps:
-                raise FloatingPointError(self._what_is_not_finite(timestep, losses, latents, images))
+                raise FloatingPointError(what_is_not_finite(self, timestep, losses, latents, images))
         state.clear_gradients()
         state.steps += 1
         state.samples_seen += config.batch_size
@@ -511,7 +367,7 @@ class Trainer:
                     latents[part],
                     None if labels is None else labels[part],
                     draws.part(part.start, part.stop),
-                    None if images is None else self._encode(images[part]),
+                    None if images is None else self.encode(images[part]),
                 )
                 weighted = (draws.weight[part] * part_losses.sum(0)).sum() / self.local_batch_size
                 (weighted + alignment / parts).backward()
@@ -519,7 +375,7 @@ class Trainer:
             alignments.append(alignment.detach())
         return torch.cat(losses, dim=1), torch.stack(alignments).mean()
 
-    def _encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Features (B, N', F) of the frozen encoder, in the precision of training."""
         dtype = self.objective.autocast_dtype
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
@@ -542,61 +398,21 @@ class Trainer:
         norm = nn.utils.get_total_norm(gradients).double()
         return self.accelerator.reduce(norm.square(), "sum").sqrt() if self.sharded else norm
 
-    def _what_is_not_finite(self, timestep: Tensor, losses: Tensor, latents: Tensor, images: Tensor | None) -> str:
-        """What, where, why, and what is left."""
-        wrong, names = ~losses.isfinite(), names_not_finite(self.state)
-        if wrong.any():
-            passes = [name for name, row in zip(("full", "masked"), wrong) if row.any()]
-            at = sorted(set(timestep[wrong.any(0)].tolist()))
-            what = f"the loss of the {' and the '.join(passes)} pass is not finite at timesteps {few(at, 5)}"
-        else:
-            what = f"the gradient is not finite in {few(names, 5) or 'what other processes hold'}"
-        causes = [self._cause(latents, images)]
-        if self.processes > 1:
-            causes *= self.processes
-            torch.distributed.all_gather_object(causes, causes[0])
-        unknown = f"learning_rate {self.config.learning_rate:g} may be too high"
-        cause = next((cause for cause in causes if cause is not None), unknown)
-        checkpoints = list_checkpoints(self.checkpoints)
-        left = f"the last good checkpoint is {checkpoints[-1][1]}" if checkpoints else "there is no checkpoint yet"
-        return (
-            f"{what}, in step {self.state.steps + 1} and {self.state.skipped_in_a_row - 1} before it; "
-            f"{cause}; {left}"
-        )
-
-    def _cause(self, latents: Tensor, images: Tensor | None) -> str | None:
-        """What of this process was not finite before anything was computed: its data or its weights."""
-        fine = latents.flatten(1).abs() <= _LARGEST_LATENT  # not of NaN
-        wrong = (~fine.all(1)).nonzero()[:, 0].cpu().numpy()
-        if len(wrong):
-            first = self.state.samples_seen + self.accelerator.process_index * self.local_batch_size
-            items = sorted(set(self.order(first + wrong)[0].tolist()))
-            return (
-                f"the latents of items {few(items, 5)} in {self.config.data} are not finite, "
-                f"or beyond {_LARGEST_LATENT:g}: make these data anew"
-            )
-        weights = [name for name, shard in self.state.shards.items() if not shard.isfinite().all()]
-        if weights:
-            return f"the weights {few(weights)} are not finite: go on from an earlier checkpoint, or other weights"
-        if images is not None and not self._encode(images).isfinite().all():
-            return f"alignment_encoder {self.config.alignment_encoder} returns features that are not finite"
-        return None
-
     # What it leaves behind
 
     def save(self) -> Path:
         """Writes a checkpoint; every process takes part."""
-        steps, identity = self.state.steps, self._identity()
+        steps, of = self.state.steps, identity(self.config, self.accelerator, self.data_digest)
         self.intact = False  # until it is written
         saved = self.checkpoints / f"step-{steps:08d}"
         if not self.accelerator.is_main_process:
-            self.state.save(None, identity)
+            self.state.save(None, of)
         else:
             try:
                 write_checkpoint(
                     self.checkpoints,
                     steps,
-                    lambda folder: self.state.save(folder, identity),
+                    lambda folder: self.state.save(folder, of),
                     self.config.keep_checkpoints,
                     self.config.keep_every,
                 )
@@ -608,25 +424,10 @@ class Trainer:
         self.saved_steps, self.intact = steps, True
         return saved
 
-    def _identity(self) -> dict:
-        """What must be equal for a resumed run to be exactly the one that was not interrupted."""
-        names = (field.name for field in fields(TrainConfig) if field.name not in _WITHOUT_EFFECT)
-        gpu = self.device.type == "cuda"
-        return {
-            **{name: plain(getattr(self.config, name)) for name in names},
-            "processes": self.processes,
-            "device": torch.cuda.get_device_name(self.device)
-            if gpu
-            else f"cpu, {torch.get_num_threads()} threads",
-            "kernels": select_backend(q=torch.empty(0, device=self.device)),
-            "data": self.data_digest,
-            "torch": torch.__version__,
-        }
-
     def draw_samples(self) -> None:
         """A grid by the averaged weights in samples/, from the same noise each time."""
         config, steps = self.config, self.state.steps
-        generator = keyed_generator("cpu", config.seed, _SAMPLES)
+        generator = keyed_generator("cpu", config.seed, SAMPLES)
         dtype = self.objective.autocast_dtype
         with self.state.averaged_weights(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             latents, labels = draw_grid(self.model, config, generator)
@@ -635,40 +436,9 @@ class Trainer:
         elif self.accelerator.is_main_process:
             file = config.output / "samples" / f"step-{steps:08d}.png"
             try:
-                save_grid(file, latents, labels, f"step {steps}", self.vae)
+                save_grid(file, latents, labels, f"step {steps}", self.vae, self.dataset.class_names)
             except NotFiniteError as error:  # no reason to end a training
                 self.log.say(f"step {steps}: {error}; no grid is drawn")
-
-    def _introduce(self, multiply_adds: int) -> None:
-        """Says what is trained, on what, and in how much memory."""
-        config, model, say = self.config, self.model, self.log.say
-        parameters = sum(p.numel() for p in model.parameters())
-        backend = select_backend(q=torch.empty(0, device=self.device))
-        kernels = {"triton": "Triton kernels", "reference": "reference path (plain torch)"}[backend]
-        wrapping = "FSDP2" if self.sharded else "DDP" if self.processes > 1 else "one process"
-        say(f"{config.model}: {parameters:,} parameters, {multiply_adds / 1e9:.3f} G multiply-adds for an image")
-        say(f"{len(self.dataset):,} images {self.dataset.latent_shape}, {model.config.num_classes} classes")
-        say(f"{self.processes} × {self.device.type}, {wrapping}, {config.precision}, {kernels}")
-        size = self.local_batch_size // config.gradient_accumulation_steps
-        estimate = estimate_memory(
-            dict(model.config),
-            size,
-            precision="bfloat16" if config.precision == "bf16" else "float32",
-            gradient_checkpointing=config.gradient_checkpointing,
-            two_pass=config.masking,
-            optimizer=config.optimizer,
-        )
-        activations = estimate.training_activations
-        rest = (estimate.training - activations) / (self.processes if self.sharded else 1)
-        encoder = ", without the image encoder's" if self.encoder is not None else ""
-        say(f"memory, estimated: {(rest + activations) / 2**30:.2f} GiB for a process, "
-            f"{activations / 2**30:.2f} of it activations of {size} images{encoder}")  # fmt: skip
-        if missing := set(config.trackers) - {"all", *map(str, self.accelerator.log_with)}:
-            say(f"not installed, so not written: {', '.join(sorted(missing))}; metrics.jsonl has the same figures")
-        if self.resumed_from is not None:
-            say(f"goes on from {self.resumed_from}, step {self.state.steps}")
-            for name, (then, now) in self.differences.items():
-                say(f"  {name} was {then}, is {now}: this is no longer exactly the run that began")
 
     def _say_memory(self, steps: int) -> None:
         """After the first step, and the second, whose activations have the optimiser's state beside them."""
@@ -677,68 +447,6 @@ class Trainer:
             peak = peak_memory(self.device) / 2**30
             self.log.say(f"memory, measured until step {self.state.steps}: {peak:.2f} GiB at most, of {of}")
 
-    def _check_disk(self) -> None:
-        """A disk too small for a checkpoint is found before the steps are spent."""
-        copies = 2 + OPTIMIZER_BUFFERS[self.config.optimizer]
-        needed = 4 * copies * sum(p.numel() for p in self.state.parameters.values())
-        place = self.config.output.absolute()
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
-        if free < needed:
-            raise OSError(
-                f"output {self.config.output} has {free / 1e9:.2f} GB free; a checkpoint of this run takes "
-                f"{needed / 1e9:.2f} GB, and {self.config.keep_checkpoints} are kept"
-            )
-
-
-def open_training_data(config: TrainConfig) -> LatentDataset:
-    """With its images where the alignment needs them; those of pixel data are the data."""
-    if not config.data.is_dir():
-        raise FileNotFoundError(
-            f"data folder {config.data}: there is no such folder; edt extract makes one. It was looked for at "
-            f"{config.data.absolute()}; --data says where it is now"
-        )
-    dataset = open_dataset(config.data)
-    if config.alignment_encoder is not None and dataset.manifest.kind == "latents":
-        dataset = open_dataset(config.data, with_images=True)
-    return dataset
-
-
-def build_model(config: TrainConfig, dataset: LatentDataset) -> EDTTransformer2DModel:
-    """The preset, for the data's latents and classes, with weights from the seed."""
-    channels, height, width = dataset.latent_shape
-    arguments = {
-        **PRESETS[config.model],
-        "sample_size": height if height == width else (height, width),
-        "in_channels": channels,
-        "out_channels": 2 * channels,
-        "num_classes": 0 if config.unconditional else dataset.num_classes,
-        "class_dropout_prob": config.class_dropout,
-        "task_routing": config.task_routing,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(keyed_seed(config.seed, _INITIAL_WEIGHTS))
-        return EDTTransformer2DModel(**arguments)
-
-
-@contextmanager
-def _repeatable_convolutions() -> Iterator[None]:
-    """Convolutions whose gradients repeat, for exact resume."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic
-    cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        cudnn.deterministic = before
-
-
-def _images(batch: dict[str, Tensor]) -> Tensor:
-    """(B, 3, h, w) on the scale −1 to 1; grey ones in three equal channels."""
-    images = batch.get("images", batch["latents"]).float() / 127.5 - 1
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-
 
 def _reason(error: Exception) -> str:
     """Its message; of what a worker raised, whose traceback is the message, what follows the last frame."""
@@ -746,11 +454,6 @@ def _reason(error: Exception) -> str:
     if len(text) > 1:
         return re.sub(r"^[\w.]+: ", "", text[-1].strip())
     return text[0] or type(error).__name__
-
-
-def _asked_for(variable: str) -> bool:
-    """In the environment that `accelerate launch` makes of its options."""
-    return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
 def _flat(config: TrainConfig) -> dict:

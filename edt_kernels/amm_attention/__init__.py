@@ -96,6 +96,7 @@ def amm_attention(
         q, k, v: (B, N, heads, D), N = before + H·W + after, of one dtype: float32, bfloat16 or float16
             (the reference path takes float64 too). Any strides; a view with a dense last dimension, such
             as a slice of a packed projection, is read in place. D ≤ 128 for the Triton kernels.
+            `t.transpose(1, 2)` makes it of `scaled_dot_product_attention`'s (B, heads, N, D), and back.
             Under autocast they are cast to its dtype, except float64.
         grid: (H, W).
         modulation: m, (2H−1, 2W−1) or (heads, 2H−1, 2W−1), any of the floating dtypes; `amm_table` makes one.

@@ -32,7 +32,7 @@ class TableTile:
 
 
 # The tile of each kernel, by matrix unit and padded head dim, where no table has a measured one: the largest that
-# compile without spills at EDT's shapes (`python -m benchmarks.static`). float32 products are exact, so they run
+# compile without spills at EDT's shapes (`python -m benchmarks static`). float32 products are exact, so they run
 # on the FMA units out of registers ("fma"; its D 128 still spills). Triton gives each warp 16 rows of a score tile
 # that feeds another product: with fewer than 16·num_warps rows (queries, in backward_kv and short_backward keys)
 # warps repeat each other's work. 64 rows at 4 warps would not, but miscompile on Hopper (triton issue 11366,

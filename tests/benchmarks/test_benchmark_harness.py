@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import attention, harness, measure, norms, results
+from benchmarks import attention, harness, measure, norms, results, suites
 from benchmarks.harness import Implementation, UnavailableError
 from benchmarks.measure import Budget, Ceilings
 from benchmarks.norms import NormCase
@@ -175,15 +175,15 @@ def test_selection_by_name():
 
 
 def test_all_takes_what_any_suite_has():
-    cases, peers = command.choose(results.SUITES, CPU, [], True, ["8x8"], ["flash", "liger"])
+    cases, peers = suites.choose(results.SUITES, CPU, [], True, ["8x8"], ["flash", "liger"])
     assert list(cases) == ["attention", "adaln"]  # of the CPU's quick cases
     assert {case.layer.grid for case in cases["adaln"]} == {(8, 8)}
     assert [one.name for one in peers["attention"]] == ["SDPA flash"]
     assert [one.name for one in peers["merge"]] == ["Liger-Kernel LayerNorm + torch"]
-    cases, peers = command.choose(results.SUITES, CPU, [], True, None, None)
+    cases, peers = suites.choose(results.SUITES, CPU, [], True, None, None)
     assert list(cases) == list(peers) == list(results.SUITES)
     with pytest.raises(ValueError, match=r"peers is 'sage', which none of these names contains: eager, as"):
-        command.choose(results.SUITES, CPU, [], True, None, ["sage"])
+        suites.choose(results.SUITES, CPU, [], True, None, ["sage"])
 
 
 def test_turns_are_counted_and_reversed():
@@ -193,6 +193,29 @@ def test_turns_are_counted_and_reversed():
     )
     assert "".join(order) == "abba" * 3
     assert timings.keys() == {"a", "b"}
+
+
+def test_the_fastest_of_several_products_is_the_ceiling(monkeypatch):
+    """A product of 512³ takes 1 ms, others 100, and a copy of 128 MiB 200."""
+
+    def fast_ms(call, device, budget):
+        if not hasattr(call, "args"):
+            return 200.0
+        x, weight = call.args
+        assert call().shape == (len(x), len(weight))
+        return 1.0 if x.shape == (512, 512) else 100.0
+
+    monkeypatch.setattr(measure, "_fast_ms", fast_ms)
+    found = measure.measure_ceilings(CPU, torch.float32, SHORT)
+    assert found.operations_per_second == pytest.approx(2 * 512**3 * 1e3)
+    assert found.copy_bytes_per_second == pytest.approx(2 * 2**27 * 5)
+
+
+def test_a_busy_moment_does_not_lower_a_ceiling(monkeypatch):
+    """Of calls that take 9, 2 and 7 s the fastest counts."""
+    clock = iter([0, 9, 10, 12, 20, 27])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    assert measure._fast_ms(lambda: None, CPU, Budget(warmup=0, repeat=0, rounds=3)) == 2000
 
 
 def test_floor_is_the_longer_of_bytes_and_operations():
@@ -222,7 +245,7 @@ def test_the_command_measures_what_is_asked_for(tmp_path, capsys, monkeypatch):
 
 
 def test_a_bare_image_measures_without_a_bar(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "tqdm", None)
+    monkeypatch.setattr(suites, "tqdm", None)
     monkeypatch.setattr(measure, "QUICK", SHORT)
     arguments = ["adaln", "--quick", "--device", "cpu", "--out", str(tmp_path), "--peers"]
     assert command.main([*arguments, "--shapes", "gated_residual_adaln EDT-S/2 4x4"]) == 0
@@ -238,7 +261,7 @@ def test_a_wrong_kernel_fails_the_command(tmp_path, capsys, monkeypatch):
 
 
 def test_measuring_needs_no_matplotlib():
-    code = "import sys; import benchmarks.__main__, benchmarks.report; print('matplotlib' in sys.modules)"
+    code = "import sys; import benchmarks.suites, benchmarks.report; print('matplotlib' in sys.modules)"
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
 
@@ -249,7 +272,7 @@ def test_what_comes_after_a_lost_device_is_not_blamed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(measure, "QUICK", SHORT)
     monkeypatch.setattr(norms.Ours, "check", lambda self, *arguments: fail(*arguments))
-    monkeypatch.setattr(command, "is_lost", lambda device: True)
+    monkeypatch.setattr(suites, "is_lost", lambda device: True)
     arguments = ["split", "--quick", "--device", "cpu", "--out", str(tmp_path), "--peers", "eager"]
     with pytest.raises(SystemExit, match=r"the GPU is lost since ours, token_split_concat_adaln .* illegal mem"):
         command.main(arguments)

@@ -191,8 +191,9 @@ def test_a_wrong_one_is_reported_and_not_timed(suite, gradient, dtype):
 
 
 @pytest.mark.parametrize(("suite", "passes"), [("model", 1), ("train", 6), ("sample", 6)])
-def test_rates_by_hand(suite, passes):
+def test_rates_by_hand(suite, passes, monkeypatch):
     """Training: 2 passes of forward and backward, 3 forwards each. Sampling: 3 steps with and without labels."""
+    monkeypatch.setattr(measure, "product_rate", lambda *arguments: 1e10)
     row = measured(tiny(suite), implementations(suite)[0])[0]
     seconds = row.ms.median / 1e3
     assert row.operations == 2 * passes * 3 * row.extra["multiply_adds"]
@@ -200,6 +201,25 @@ def test_rates_by_hand(suite, passes):
     assert row.extra["model_flop_utilisation"] == pytest.approx(row.operations / seconds / 1e11)
     if suite == "sample":
         assert row.extra["ms_per_step"] == pytest.approx(row.ms.median / 3)
+
+
+@pytest.mark.parametrize(("dtype", "own", "rate"), [("float32", 2e11, 2e11), ("float32", 1e10, 1e11),
+                                                     ("bfloat16", 1e10, 1e10)])  # fmt: skip
+def test_the_ceiling_of_a_case_is_of_its_own_products_or_of_large_ones_in_its_dtype(dtype, own, rate, monkeypatch):
+    asked = []
+
+    def product_rate(sizes, device, dtype, budget):
+        asked.append((set(sizes), dtype))
+        return own
+
+    monkeypatch.setattr(measure, "product_rate", product_rate)
+    row = measured(tiny("sample", dtype=dtype), implementations("sample")[0])[0]
+    utilisation = row.operations / (row.ms.median / 1e3) / rate
+    assert row.extra["model_flop_utilisation"] == pytest.approx(utilisation)
+    # 3 images with and without their label, of 8×8, 4×4 and 2×2 tokens; MLPs four times as wide.
+    widths = {(384, 16), (96, 24), (24, 32)}
+    sizes = {(n, c, 4 * c) for n, c in widths} | {(n, 4 * c, c) for n, c in widths}
+    assert asked == [(sizes, getattr(torch, dtype))]
 
 
 def test_multiply_adds_are_the_published_ones():

@@ -177,6 +177,14 @@ def test_page_of_a_cpu_says_so_and_nothing_is_drawn_without_data(tmp_path):
     assert [path.name for path in empty.iterdir()] == ["report.json"]
 
 
+def test_no_share_is_above_what_can_be():
+    ours = sample.model_rows("model", "EDT-S/2", 4)[0]
+    assert "50.0% MFU" in tables.ours_cells(ours)[2]
+    ours.extra["model_flop_utilisation"] = 1.57
+    images, share, *_ = tables.ours_cells(ours)[2].split(", ")
+    assert (images, share) == ("40 images/s", "MFU over a ceiling that was measured too low")
+
+
 def test_a_wrong_or_missing_row_never_is_a_number():
     rows = sample.norm_rows()
     rows[0] = sample.without_times(rows[0], "wrong", "x: 3 times the error allowed")
@@ -281,7 +289,7 @@ def test_readme_has_committed_results_alone(repository, capsys):
     assert report.NOT_YET not in text
     line = "| Sample GPU | EDT-XL/2 16x16 18x52 B64, bias and modulation | forward, bfloat16 |"
     assert f"{line} 0.04382 | 70 % | doubled keys, SDPA memory-efficient | 3.00× |" in text
-    assert "](benchmarks/results/sample-gpu/report.md)" in text
+    assert "](results/sample-gpu/report.md)" in text
     pictures = {path.name: path.read_bytes() for path in folder.glob("*.png")}
     page = (folder / "report.md").read_text()
     assert write() == text
@@ -326,6 +334,28 @@ def test_readme_has_the_committed_ablation(repository):
     report.write_committed(root / "results", root / "README.md")
     text = (root / "README.md").read_text()
     assert text == "<!-- benchmarks:ablation -->\n| masking |\n<!-- /benchmarks:ablation -->"
+
+
+def test_the_command_fills_every_page_and_its_links_lead_from_there(repository):
+    root, commit = repository
+    (root / "benchmarks").mkdir()
+    pages = [root / "README.md", root / "benchmarks" / "README.md"]
+    for page in pages:
+        page.write_text("<!-- benchmarks:ops-gpu --><!-- /benchmarks:ops-gpu -->")
+    sample.results(sample.norm_rows()).save(root / "results" / "sample-gpu", "adaln")
+    commit()
+    assert command.main(["report", "--results", str(root / "results"), "--readme", *map(str, pages)]) == 0
+    for page in pages:
+        [link] = re.findall(r"\]\((\S+)\)", page.read_text())
+        assert (page.parent / link).samefile(root / "results" / "sample-gpu" / "report.md")
+
+
+def test_a_wrong_marker_on_one_page_leaves_all_as_they_are(repository):
+    root, _ = repository
+    (root / "wrong.md").write_text("<!-- benchmarks:cpu -->")
+    with pytest.raises(ValueError, match=r"wrong\.md: the marker .* has no end"):
+        report.write_committed(root / "results", root / "README.md", root / "wrong.md")
+    assert (root / "README.md").read_text() == README
 
 
 def test_results_that_git_does_not_know(tmp_path):

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import sample_results as sample
 
-from benchmarks import gpu_suite
-from benchmarks.__main__ import build_parser as main_parser
+from benchmarks import gpu_suite, loss_curves
 from benchmarks.gpu_suite import Part, deadlines, run
 from benchmarks.pytest_output import count_tests
 
@@ -221,7 +220,8 @@ def test_the_plan_and_a_machine_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert benchmarks == ["attention", "adaln", "merge", "split", "train", "model", "sample"]
     assert names[-3:] == ["loss curves", "edt tune", "report"]
     assert 60 <= parts[-3].share <= 90
-    main_parser().parse_args(parts[-3].command[3:])
+    assert parts[-3].command[1:4] == ["-m", "benchmarks", "loss_curves"]
+    loss_curves.build_parser().parse_args(parts[-3].command[4:])
     assert parts[-3].name not in {part.name for part in gpu_suite.plan(["tests", "tune"], tmp_path, True)}
     assert sum(part.share for part in parts) == pytest.approx(540)
     assert min(part.share for part in parts if part.group == "bench") >= 3 * gpu_suite._GRACE_SECONDS

@@ -1,7 +1,7 @@
 """Every kernel, at the tiles that dispatch chooses, compiled for GPUs that need not be there.
 
 The unmarked tests compile EDT at 256² for sm_90 and a cover of it for other targets; those marked slow compile
-whatever `python -m benchmarks.static` does.
+whatever `python -m benchmarks static` does.
 """
 
 import contextlib

@@ -54,6 +54,9 @@ def test_report(quick_run):
     assert report["interrupted"] is None
     assert (report["device"], report["attention"]) == ("cpu", "reference")
     assert report["real_held_out"]["class_accuracy"] > 0.97
+    said = edt.demo.run.format_report(report)
+    assert "too few steps for digits; leave out --quick" in said
+    assert "--quick" not in edt.demo.run.format_report({**report, "options": {"quick": False}})
     for variant in report["variants"].values():
         assert 0 <= variant["class_accuracy"] <= 1
         assert variant["spread_over_real"] > 0
@@ -178,8 +181,8 @@ def test_loss_that_is_not_finite_stops(tmp_path):
         ("steps", 0),
         ("batch_size", -1),
         ("steps", 10**400),
-        ("sampling_steps", 0),
-        ("sampling_steps", 1001),
+        ("num_inference_steps", 0),
+        ("num_inference_steps", 1001),
         ("num_per_class", 1),
         ("num_per_class", 10**9),
         ("seed", -1),

@@ -87,7 +87,7 @@ def stand_in(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     # Of labels and timesteps on a CPU the model reads the values, to check them.
-    monkeypatch.setattr("edt.model.transformer.has_readable_values", lambda tensor: False)
+    monkeypatch.setattr("edt.model.checks.has_readable_values", lambda tensor: False)
 
     def build(model):
         graphed = object.__new__(GraphedStep)  # past the check for a GPU

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_folders import random_image
+from image_folders import random_image, save_images
+from image_folders import run as extract_images
 from PIL import Image
 from torch import nn
 
@@ -840,6 +841,15 @@ def test_wrong_options(sets, options, message):
         run(sets, "held_out.npz", "held_out.npz", **options)
 
 
+def test_a_reference_that_the_feature_model_does_not_take_is_found_first(sets, tmp_path, monkeypatch):
+    np.savez(tmp_path / "wider.npz", arr_0=np.zeros((5, 8, 9, 1), np.uint8))
+    export(nn.Flatten(), tmp_path / "model.pt2")
+    monkeypatch.setattr("edt.evaluation.evaluator.measure", raises(AssertionError("all features were computed")))
+    options = {"feature_model": str(tmp_path / "model.pt2"), "trust_feature_model": True}
+    with pytest.raises(ValueError, match=r"^reference: feature_model .* does not take images \(5, 1, 8, 9\)"):
+        run(sets, "held_out.npz", tmp_path / "wider.npz", **options)
+
+
 def test_all_headers_are_read_before_any_image(sets, tmp_path, monkeypatch):
     """What does not fit is found in seconds, in the reference too, before hours of features."""
     path = save_sets(tmp_path, "sizes")
@@ -848,6 +858,79 @@ def test_all_headers_are_read_before_any_image(sets, tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match=r"1\.png: has 8×9 pixels"):
         run(sets, "held_out.npz", path, inception_weights=None)
+
+
+def test_a_reference_of_any_sizes(tmp_path, capsys):
+    """Cropped as edt extract does, and converted to the samples' channels."""
+    save_images(tmp_path / "raw" / "a", 4)
+    save_images(tmp_path / "raw" / "b", 3, first_seed=4)
+    random_image(9, (50, 20), "CMYK").save(tmp_path / "raw" / "c.jpg")
+    transparent = random_image(10, (30, 30))
+    transparent.putalpha(7)
+    transparent.save(tmp_path / "raw" / "d.png")
+    for channels, mode in ((3, "RGB"), (1, "L")):
+        manifest, _ = extract_images(tmp_path / "raw" / "a", tmp_path / mode, channels=channels)
+        extracted = np.load(tmp_path / mode / manifest.shards[0].file)[:, 0]  # [4, C, 16, 16]
+        (cropped,) = open_images("reference", tmp_path / "raw" / "a", (16, 16), channels).batches(10)
+        assert np.array_equal(cropped, extracted.transpose(0, 2, 3, 1))
+        samples = np.random.default_rng(0).integers(0, 256, (5, 16, 16, channels), dtype=np.uint8)
+        np.savez(tmp_path / "samples.npz", arr_0=samples)
+        arguments = ["--samples", str(tmp_path / "samples.npz"), "--reference", str(tmp_path / "raw")]
+        arguments += ["--feature-model", "pixels", "--device", "cpu", "--output", str(tmp_path / "report.json")]
+        assert main(["evaluate", *arguments, "--image-size", "16"]) == 0
+        assert f"raw (folder): 9 images cropped to 16×16×{channels}" in capsys.readouterr().out
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["reference"]["cropped"]
+        assert report["reference"]["shape"] == [16, 16, channels]
+    assert main(["evaluate", *arguments]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "raw/a/001.jpg: has 40×33 pixels, a/000.png has 33×40; all images must be of one size (--image" in error
+
+
+@pytest.mark.parametrize(
+    ("size", "reference", "message"),
+    [
+        (
+            (16,),
+            "folder",
+            "image_size makes the reference's images 16×16, samples .*s.npz are 8×8×1; they must be of",
+        ),
+        ((8, 9), "folder", "images 8×9, samples"),
+        ((8,), "s.npz", r"image_size crops a folder of images; reference .*s\.npz is a file"),
+        ((0,), "folder", r"image_size is \(0,\)"),
+        ((8, 8, 8), "folder", r"image_size is \(8, 8, 8\); it must be one number, or height and width"),
+        ((10**9,), "folder", r"of 1 to 16384"),
+    ],
+)
+def test_wrong_image_sizes(tmp_path, size, reference, message):
+    np.savez(tmp_path / "s.npz", arr_0=np.zeros((4, 8, 8, 1), np.uint8))
+    save_images(tmp_path / "folder", 3)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, "s.npz", reference, image_size=size, feature_model="pixels")
+
+
+def test_what_will_be_missing_is_said_first(tmp_path, capsys, monkeypatch):
+    """Before any features are computed, and in the report again."""
+    for name, side in (("samples", 8), ("reference", 9)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=np.zeros((3, side, side, 3), np.uint8))
+    said = [
+        "no precision: each set needs more than 3 images",
+        "no recall: each set needs more than 3 images",
+        "no Inception Score: 10 splits need as many images",
+        "Few samples: 3 images for 2048 features",
+        "Few reference: 3 images for 2048 features",
+        "The samples are 8×8×3, the reference is 9×9×3.",
+    ]
+    monkeypatch.setattr("edt.evaluation.evaluator.Inception", lambda *args: None)
+
+    def interrupted(*args, **options):
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.startswith(f"edt: {text}") for line, text in zip(lines, said, strict=True)] == [True] * 6
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edt.evaluation.evaluator.measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "samples.npz", "reference.npz")
 
 
 def test_headers_are_read_some_at_a_time(tmp_path, monkeypatch):
@@ -958,15 +1041,17 @@ class Rows(nn.Module):
         return images.mean((1, 3))
 
 
-def test_features_of_other_shapes_and_products(sets, tmp_path):
+def test_features_of_other_shapes_and_products(sets, tmp_path, monkeypatch):
     np.savez(tmp_path / "higher.npz", arr_0=np.zeros((5, 9, 8, 1), np.uint8))
     shapes = ({0: torch.export.Dim("batch"), 2: torch.export.Dim("rows")},)
     program = torch.export.export(Rows(), (torch.zeros(2, 1, 8, 8),), dynamic_shapes=shapes)
     torch.export.save(program, tmp_path / "model.pt2")
     options = {"feature_model": str(tmp_path / "model.pt2"), "trust_feature_model": True}
     said = "frechet_distance of samples and reference: statistics are of 9 and of 8 features"
-    with pytest.raises(ValueError, match=said):
-        run(sets, tmp_path / "higher.npz", "held_out.npz", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("edt.evaluation.evaluator.measure", raises(AssertionError("all features were computed")))
+        with pytest.raises(ValueError, match=said):
+            run(sets, tmp_path / "higher.npz", "held_out.npz", **options)
     model = ExportedModel(tmp_path / "model.pt2", CPU)
     model.model = lambda images: images[:, :0, 0, 0]
     with pytest.raises(ValueError, match=r"returns \(2, 0\); it must return \(2, F\)"):

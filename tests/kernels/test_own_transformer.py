@@ -1,35 +1,14 @@
-"""README's section "In your own transformer": its examples as printed."""
+"""The page of the ops, "In your own block": both versions as printed compute the same."""
 
-import re
-from pathlib import Path
+import itertools
 
-import diffusers
 import torch
-from diffusers_models import make
+from pages import blocks, changed
 
 from edt_kernels import amm_table
 
 PARITY = 1e-5
 GRID, N, C, HEADS = (3, 5), 15, 24, 2
-
-
-def blocks_of_code() -> dict[str, list[str]]:
-    """Of the section, by language."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.partition("## In your own transformer\n")[2].partition("\n## ")[0]
-    return {
-        language: re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL) for language in ("python", "diff")
-    }
-
-
-def changed(source: str, diff: str) -> str:
-    """The source with each hunk's old lines, which must occur once, replaced by its new ones."""
-    for hunk in diff.split("@@\n"):
-        lines = hunk.splitlines(keepends=True)
-        old, new = ("".join(line[1:] for line in lines if line[0] in " " + sign) for sign in "-+")
-        assert source.count(old) == 1
-        source = source.replace(old, new)
-    return source
 
 
 def block_class(source: str) -> type:
@@ -40,9 +19,12 @@ def block_class(source: str) -> type:
 
 def ordinary_and_changed():
     """Both versions of the block, with the same weights."""
-    [_, source], [diff] = blocks_of_code().values()
+    before, after = next(
+        pair for pair in itertools.pairwise(blocks("edt_kernels/README.md")) if pair[1].language == "diff"
+    )
     torch.manual_seed(0)
-    ordinary, fused = (block_class(each)(C, HEADS) for each in (source, changed(source, diff)))
+    sources = before.text, changed(before.text, after.text)
+    ordinary, fused = (block_class(source)(C, HEADS) for source in sources)
     fused.load_state_dict(ordinary.state_dict())
     return ordinary, fused
 
@@ -78,14 +60,3 @@ def test_the_changed_block_compiles_with_and_without_amm():
     modulated = outcome(fused, fused, GRID, table)
     assert_equal_outcomes(outcome(compiled, fused, GRID, table), modulated)
     assert not torch.allclose(modulated["output"], outcome(fused, fused, GRID)["output"], rtol=1e-3)
-
-
-def test_the_lines_for_diffusers_run(monkeypatch):
-    model = make("dit", num_layers=28, attention_head_dim=4)
-    monkeypatch.setattr(diffusers.DiTTransformer2DModel, "from_pretrained", lambda *_args, **_kwargs: model)
-    exec(blocks_of_code()["python"][0], {})
-    modulated = [
-        i for i, block in enumerate(model.transformer_blocks) if hasattr(block.attn1.processor, "modulation")
-    ]
-    assert modulated == [15, 17, 19, 22, 24]
-    assert type(model.transformer_blocks[0]).__module__ == "edt_kernels.integrations.diffusers.adaln"

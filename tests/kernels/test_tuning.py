@@ -300,6 +300,15 @@ def test_another_version_does_not_continue_a_table(table):
         tuned(table, [NORM], clock())
 
 
+@pytest.mark.parametrize("output", ["file/tiles.json", "/proc/tiles.json"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(output, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tuning, "_Trial", None)
+    path = tmp_path / output
+    with pytest.raises(ValueError, match=f"output is {path}, which cannot be written: "):
+        tuning.tune_on(CPU, [NORM], path, clock())
+
+
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_triton")
 def test_tuning_the_reference_is_refused(monkeypatch):
@@ -403,6 +412,75 @@ def test_a_gpu_reads_the_table_shipped_for_it(tmp_path, monkeypatch):
     assert _tiles.choose_tiles(gpu, "adaln.forward", {**KEY, "rows": 17}, heuristic) is heuristic
     assert _tiles.choose_tiles(CPU, "adaln.forward", KEY, heuristic) is heuristic
     _tiles._table_of.cache_clear()
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """The H200's table in the user's cache folder, for dispatch on a GPU; none is there, and none is shipped."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(_tiles, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(_tiles, "shipped_table", lambda name: tmp_path / "shipped.json")
+    path = tmp_path / "cache" / "edt-kernels" / "tiles" / "nvidia-h200.json"
+    path.parent.mkdir(parents=True)
+    _tiles._table_of.cache_clear()
+    yield path
+    _tiles._table_of.cache_clear()
+
+
+GPU = torch.device("cuda", 0)
+MEASURED = {**_tiles.conditions("NVIDIA H200"), "entries": [ENTRY]}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_gpu_reads_the_users_table_before_the_shipped_one(cached, table, monkeypatch):
+    shipped = {**ENTRY, "tiles": {"forward": {"rows": 8, "num_warps": 4}}}
+    _tiles.shipped_table("").write_text(json.dumps({**MEASURED, "entries": [shipped]}))
+    assert list(_tiles.table_of(GPU).values()) == [{"forward": RowTile(8, 4)}]
+    cached.write_text(json.dumps(MEASURED))
+    _tiles._table_of.cache_clear()
+    assert list(_tiles.table_of(GPU).values()) == [{"forward": RowTile(2, 1)}]
+    assert _tiles.table_of(CPU) == {}
+    table.write_text(json.dumps({**MEASURED, "entries": []}))
+    monkeypatch.setenv(_tiles.VARIABLE, str(table))
+    assert _tiles.table_of(GPU) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no table of tiles"),
+        (json.dumps({**MEASURED, "entries": [{**ENTRY, "key": 3}]}), "entry 0: key is 3"),
+        (json.dumps({**MEASURED, "device": "NVIDIA H100"}), "with {'device': 'NVIDIA H100'}; this is"),
+        (json.dumps({**MEASURED, "triton": "1.0"}), r"was measured with {'triton': '1\.0'}; this is {'triton': '"),
+        (json.dumps({**MEASURED, "kernels": "of yesterday"}), "was measured with {'kernels': 'of yesterday'}"),
+        (json.dumps({"device": "NVIDIA H200", "entries": [ENTRY]}), "with {'triton': None, 'kernels'"),
+    ],
+)
+def test_a_table_of_the_user_that_does_not_fit_is_named_and_not_used(content, message, cached):
+    _tiles.shipped_table("").write_text(json.dumps(MEASURED))
+    cached.write_text(content)
+    with pytest.warns(UserWarning, match=rf"measured tiles are not used: .*{message}.*; delete it") as caught:
+        assert len(_tiles.table_of(GPU)) == 1  # the shipped one's
+    assert str(cached) in str(caught[0].message)
+
+
+def test_a_named_table_of_another_version_is_used_with_a_warning(table, monkeypatch):
+    table.write_text(json.dumps({**MEASURED, "triton": "1.0"}))
+    monkeypatch.setenv(_tiles.VARIABLE, str(table))
+    with pytest.warns(UserWarning, match=r"was measured with {'triton': '1\.0'}; this is {'triton': '"):
+        assert len(_tiles.table_of(CPU)) == 1
+
+
+def test_where_the_users_table_lies(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert str(_tiles.user_table("A B")) == "/home/someone/.cache/edt-kernels/tiles/a-b.json"
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # of a user without a home
+    assert _tiles.user_table("A B") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A B")
+    with pytest.raises(ValueError, match="output is not given, and this user has no home folder for it"):
+        tuning.default_output()
 
 
 def test_shipped_tables_are_well_formed():
@@ -556,6 +634,18 @@ def test_the_command_prints_what_was_measured(interrupted, table, capsys, monkey
     assert "8.0        6.0  0.750  forward: block_m 64, block_n 64, num_warps 8, num_stages 2" in out
     assert str(table) in out
     assert ("interrupted" in err) == interrupted
+
+
+def test_the_command_writes_where_a_gpu_reads(cached, capsys, monkeypatch):
+    def tune(shapes, path, seconds, quick):
+        path.write_text(json.dumps({**MEASURED, "entries": [], "faults": []}))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(tuning, "tune", tune)
+    assert cli.main(["tune"]) == 0
+    assert f"The table is {cached}." in capsys.readouterr().out
+    assert cached.is_file()
 
 
 def test_shapes_come_in_the_order_of_their_importance():

@@ -147,7 +147,7 @@ def test_estimate_of_a_preset(precision, gradient_checkpointing):
 
 def test_estimate_with_classes(monkeypatch):
     # Fake labels have no values.
-    monkeypatch.setattr("edt.model.transformer._check_class_labels", lambda *args: None)
+    monkeypatch.setattr("edt.model.checks._check_class_labels", lambda *args: None)
     config = {**TINY, "num_classes": 10}
     for precision, autocast in PRECISIONS.items():
         kept = per_image(lambda: edt.EDTTransformer2DModel(**config), autocast)

@@ -1,10 +1,13 @@
+import inspect
+
 import pytest
 import torch
 from pytorch_optimizer import Adan
 from torch.utils.flop_counter import FlopCounterMode
 
 from edt import PRESETS, EDTTransformer2DModel
-from edt.model.complexity import OPTIMIZER_BUFFERS, cost_table, estimate_memory, meta_model
+from edt.model.complexity import OPTIMIZER_BUFFERS, cost_table, estimate_memory, meta_model, step_multiply_adds
+from edt.model.presets import DEFAULTS
 
 SMALL = {
     "sample_size": (16, 24),
@@ -41,6 +44,44 @@ def test_multiply_adds_equal_those_that_run(change):
     parts = cost_table(model)
     assert counter.get_total_flops() == 2 * sum(part.multiply_adds for part in parts)
     assert sum(part.parameters for part in parts) == sum(p.numel() for p in model.parameters())
+
+
+ODD = {"mlp_ratio": 2.3, "patch_size": 1, "sample_size": (4, 12), "task_routing": (0.8, 4.0)}
+
+
+@pytest.mark.parametrize(
+    "config", [*PRESETS.values(), SMALL, SMALL | ODD, {**SMALL, "num_classes": 0}], ids=[*PRESETS, "a", "b", "c"]
+)
+def test_formulas_count_the_parameters_of_the_layers(config):
+    """Part by part; the costs of a configuration are those of its model."""
+    model = meta_model(config)
+    modules = {"patch embedding": model.patch_embedding, "timestep": model.timestep_embedding,
+               "class table": model.label_embedding, "final layer": model.final_layer,
+               **{f"{name} {i}": module for name, modules in (("stage", model.stages), ("merge", model.merges),
+               ("split", model.splits)) for i, module in enumerate(modules)}}  # fmt: skip
+    parts = cost_table(config)
+    assert {part.name: part.parameters for part in parts} == {
+        name: sum(p.numel() for p in module.parameters()) for name, module in modules.items() if module is not None
+    }
+    stages = {f"stage {i}": stage.blocks[0].attn.attention.grid for i, stage in enumerate(model.stages)}
+    assert {part.name: part.grid for part in parts if part.blocks} == stages
+    assert (parts, step_multiply_adds(config)) == (cost_table(model), step_multiply_adds(model))
+    cast = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
+    copies = 2 * sum(p.numel() for module in cast for p in module.parameters())
+    memory = estimate_memory(config, 1, precision="bfloat16")
+    assert (memory.weights, memory.weight_copies) == (4 * sum(p.numel() for p in model.parameters()), copies)
+
+
+def test_defaults_are_the_models():
+    parameters = inspect.signature(EDTTransformer2DModel.__init__).parameters
+    assert {name: parameters[name].default for name in DEFAULTS} == DEFAULTS
+
+
+def test_arguments_are_the_models_to_check():
+    with pytest.raises(ValueError, match="patch_size is 0; it must be at least 1"):
+        estimate_memory({**SMALL, "patch_size": 0}, 1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'patches'"):
+        cost_table({**SMALL, "patches": 2})
 
 
 def test_memory_estimate():

@@ -456,11 +456,11 @@ def test_readme_has_the_committed_table_alone(tmp_path):
     folder = tmp_path / "cpu"
     folder.mkdir()
     path = folder / "step_cache.json"
-    committed = step_cache.RESULTS / step_cache.FILE
+    committed = report.RESULTS / step_cache.FILE
     path.write_text(committed.read_text())
     assert (
         report._measured("step_cache", tmp_path, set())
-        == "Not yet measured with `python -m benchmarks.step_cache`."
+        == "Not yet measured with `python -m benchmarks step_cache`."
     )
     assert report._measured("step_cache", tmp_path, {path.resolve()}) == step_cache.format_table(
         json.loads(path.read_text())

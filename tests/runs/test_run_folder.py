@@ -97,13 +97,25 @@ def test_what_a_picture_shows(tmp_path):
     ]  # fmt: skip
 
 
-def test_several_runs_are_drawn_over_each_other(tmp_path, capsys):
+def test_several_runs_are_drawn_over_each_other(tmp_path, monkeypatch, capsys):
+    """Into a folder of their own: no run's own pictures become an overlay."""
+    monkeypatch.chdir(tmp_path)
     runs = [fake_run(tmp_path / "one", steps=8), fake_run(tmp_path / "two", masked_loss=None)]
     full, masked = drawn("losses", runs).axes
     assert [label.split(",")[0] for label in labels(full)] == ["one", "two"]
     assert (len(full.lines), len(masked.lines)) == (2, 1)
-    assert main(["plot", *map(str, runs)]) == 0
-    assert sorted(file.stem for file in (runs[0] / "plots").iterdir()) == sorted(ALWAYS)
+    before = {file: file.read_bytes() for file in plot_runs(runs[:1])}
+    assert {file.parent for file in before} == {runs[0] / "plots"}
+    for _ in range(2):
+        assert main(["plot", *map(str, runs)]) == 0
+    assert capsys.readouterr().out.split() == 2 * [f"outputs/plots/{name}.png" for name in ALWAYS]
+    assert sorted(file.stem for file in (tmp_path / "outputs" / "plots").iterdir()) == sorted(ALWAYS)
+    (tmp_path / "link").symlink_to(runs[0])
+    for several, output in ((runs, runs[0] / "plots"), (runs[1:], tmp_path / "link" / "plots")):
+        assert main(["plot", *map(str, several), "--output", str(output)]) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert f"output {output} is for the pictures of the run {runs[0]} alone; give another" in error
+    assert {file: file.read_bytes() for file in before} == before
     assert main(["plot", *map(str, runs), "--output", str(tmp_path / "both" / "plots")]) == 0
     assert len(list((tmp_path / "both" / "plots").iterdir())) == len(ALWAYS)
     assert not (runs[1] / "plots").exists()

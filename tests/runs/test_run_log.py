@@ -170,9 +170,9 @@ def test_the_bar(tmp_path, capsys):
 def test_peaks_of_devices(monkeypatch, name, tflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     device = torch.device("cuda")
-    assert peak_operations(device, "bf16") == (None if tflops is None else tflops * 1e12)
-    assert peak_operations(device, "fp32") is None
-    assert peak_operations(torch.device("cpu"), "bf16") is None
+    assert peak_operations(device, "bfloat16") == (None if tflops is None else tflops * 1e12)
+    assert peak_operations(device, "float32") is None
+    assert peak_operations(torch.device("cpu"), "bfloat16") is None
 
 
 def test_peak_memory_of_a_cpu():

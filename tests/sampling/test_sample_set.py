@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from image_folders import run, save_images, save_vae
 from matplotlib.image import imread
-from PIL import Image
+from PIL import Image, ImageDraw
 from released import tiny_model
 from training_runs import forked, fresh, kill_all_below, run_to_end
 
@@ -162,6 +162,27 @@ def test_a_set_grows(checkpoints, whole, tmp_path, capsys):
     assert "other settings (num_images)" in capsys.readouterr().err
 
 
+def test_a_small_set_grows(checkpoints, whole, tmp_path):
+    """Its images are those that a large set has under the same numbers, to the last bit."""
+    for count in (1, 3, 64):
+        draw(checkpoints / "grey", tmp_path, *SET[:2], "--num-images", count, *SET[4:])
+        assert len(pictures(tmp_path)) == count
+        assert pictures(tmp_path).items() <= pictures(whole).items()
+
+
+def test_a_set_of_an_earlier_version_goes_on(checkpoints, tmp_path, monkeypatch):
+    """Such drew fewer images at once where it had fewer, and what is drawn with others is rounded differently."""
+    draw(checkpoints / "grey", tmp_path, *FEW)
+    settings = json.loads((tmp_path / "samples.json").read_text())
+    (tmp_path / "samples.json").write_text(json.dumps({**settings, "images_per_call": 2}))
+    calls, draw_call = [], sample_set._draw
+    monkeypatch.setattr(sample_set, "_draw", lambda *args: calls.append(len(args[2])) or draw_call(*args))
+    draw(checkpoints / "grey", tmp_path, *FEW[:2], "--num-images", 7, *FEW[4:])
+    assert calls == [2, 2, 2]
+    draw(checkpoints / "grey", tmp_path, *FEW, "--seed", 1, "--overwrite")
+    assert calls == [2, 2, 2, settings["images_per_call"]]
+
+
 def test_its_folder_is_evaluated_without_its_grid(checkpoints, whole, tmp_path, capsys):
     arguments = ["--reference", str(whole / "samples.npz"), "--feature-model", "pixels", "--device", "cpu"]
     assert main(["evaluate", "--samples", str(whole), *arguments, "--output", str(tmp_path / "report.json")]) == 0
@@ -205,6 +226,25 @@ def test_files(checkpoints, tmp_path, capsys):
     assert imread(tmp_path / "samples.png").std() > 0.05
     assert str(tmp_path) in capsys.readouterr().out
     assert list(pictures(tmp_path)) == ["000000.png", "000001.png", "000002.png"]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "labels", "written"),
+    [
+        ("named", ("ace", "0", 7), ["7", "digit 0, nought", "digit 1, ace"]),
+        ("named", ("deuce",), ["digit 2, deuce"]),
+        ("grey", (3,), ["class 3"]),
+        ("grey", ("0-4",), ["0", "1", "2", "3 of 5 classes"]),
+        ("unconditional", (), []),
+    ],
+)
+def test_its_grid_names_the_classes(checkpoints, tmp_path, monkeypatch, checkpoint, labels, written):
+    texts, write = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: texts.append(a[2]) or write(*a, **k))
+    monkeypatch.setattr(sample_set, "_GRID_ROWS", 3)
+    labels = ("--labels", *labels) if labels else ()
+    draw(checkpoints / checkpoint, tmp_path, *labels, "--num-per-class", 2, "--steps", 1)
+    assert sorted(texts) == sorted(["AMM on, guidance 1, 1 step", *written])
 
 
 def test_the_images_are_the_pipelines(checkpoints, tmp_path):
@@ -306,7 +346,7 @@ def test_a_set_takes_no_images_of_another(checkpoints, tmp_path, capsys):
     before = pictures(tmp_path)
     assert main(arguments(checkpoints / "grey", tmp_path, "--labels", 4, "--num-images", 2, "--seed", 1)) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "drawn with other settings (classes, images_per_call, num_images, seed); give another output" in message
+    assert "drawn with other settings (classes, num_images, seed); give another output" in message
     assert pictures(tmp_path) == before
     draw(checkpoints / "grey", tmp_path, "--labels", 4, "--num-images", 2, "--overwrite")
     assert len(pictures(tmp_path)) == 2
@@ -351,7 +391,7 @@ def test_a_checkpoint_may_move_and_its_vae_not_change(checkpoints, tmp_path, cap
         (
             "grey",
             ["--labels", "cat"],
-            "labels has 'cat'; it must be a number, a range such as 0-9, it has no names",
+            "labels has 'cat'; this model's classes have no names, so it must be a number, or a range such as 0-9",
         ),
         ("named", ["--labels", "cat"], "or a name of one class, such as 'digit 0, nought'"),
         ("grey", [], "--labels"),

@@ -29,6 +29,7 @@ from edt.interrupt import StopRequest
 from edt.model.transformer import EDTTransformer2DModel
 from edt.runs.checkpoint import list_checkpoints
 from edt.runs.log import read_metrics
+from edt.train import start
 from edt.train import trainer as train_module
 from edt.train.config import recipe
 from edt.train.state import TrainState
@@ -80,7 +81,7 @@ def assert_close(one, other, part: str, relative: float) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"sample_every": 2, "sample_count": 5, "sample_steps": 3, "sample_guidance": 1.5},
+        {"sample_every": 2, "sample_count": 5, "num_inference_steps": 3, "guidance_scale": 1.5},
         {"log_every": 1},
         {"checkpoint_every": 1, "keep_checkpoints": 1},
         {"num_workers": 2},
@@ -274,7 +275,7 @@ def test_the_learning_rate_warms_up_and_is_applied(data, tmp_path):
 
 
 def test_without_labels(data, tmp_path):
-    train(small_config(data, tmp_path / "run", steps=2, unconditional=True, sample_every=2, sample_steps=2))
+    train(small_config(data, tmp_path / "run", steps=2, unconditional=True, sample_every=2, num_inference_steps=2))
     assert load_checkpoint(newest(tmp_path / "run") / "ema").config.num_classes == 0
     unlabelled = tmp_path / "unlabelled"
     write_dataset(unlabelled, np.random.default_rng(0).normal(size=(9, 4, 8, 8)).astype(np.float32))
@@ -284,7 +285,7 @@ def test_without_labels(data, tmp_path):
 
 def test_rectangular_latents(tmp_path):
     data = write_moments(tmp_path / "data", size=(8, 16))
-    train(small_config(data, tmp_path / "run", steps=2, sample_every=2, sample_steps=2, sample_count=3))
+    train(small_config(data, tmp_path / "run", steps=2, sample_every=2, num_inference_steps=2, sample_count=3))
     model = load_checkpoint(newest(tmp_path / "run") / "ema")
     assert tuple(model.config.sample_size) == (8, 16)
     assert (model.config.in_channels, model.config.out_channels, model.config.num_classes) == (4, 8, 3)
@@ -378,11 +379,10 @@ def test_alignment_sees_the_images_of_its_samples(tmp_path, monkeypatch):
     pixels(tmp_path / "data")
     seen = {"latents": [], "images": []}
     draw = train_module.draw
-    monkeypatch.setattr(train_module, "load_image_encoder", lambda spec: torch.nn.Conv2d(3, 6, 4, stride=4))
+    monkeypatch.setattr(start, "load_image_encoder", lambda spec: torch.nn.Conv2d(3, 6, 4, stride=4))
     encode = train_module.encode
-    monkeypatch.setattr(
-        train_module, "encode", lambda e, images: seen["images"].append(images) or encode(e, images)
-    )
+    for module in (start, train_module):
+        monkeypatch.setattr(module, "encode", lambda e, images: seen["images"].append(images) or encode(e, images))
     monkeypatch.setattr(
         train_module,
         "draw",
@@ -395,7 +395,7 @@ def test_alignment_sees_the_images_of_its_samples(tmp_path, monkeypatch):
 
 def test_grids(data, tmp_path):
     """At intervals and after the last step; the same noise each time."""
-    train(small_config(data, tmp_path / "run", steps=5, sample_every=2, sample_count=6, sample_steps=2))
+    train(small_config(data, tmp_path / "run", steps=5, sample_every=2, sample_count=6, num_inference_steps=2))
     grids = sorted((tmp_path / "run" / "samples").iterdir())
     assert [grid.name for grid in grids] == [f"step-{step:08d}.png" for step in (2, 4, 5)]
     assert all(grid.read_bytes()[:4] == b"\x89PNG" for grid in grids)
@@ -407,7 +407,7 @@ def test_the_command_line_says_what_it_does(data, tmp_path, capsys):
     count = sum(p.numel() for p in load_checkpoint(newest(tmp_path / "run") / "ema").parameters())
     assert f"tiny: {count:,} parameters" in said
     assert "20 images (4, 8, 8), 3 classes" in said
-    assert "1 × cpu, one process, fp32, reference path (plain torch)" in said
+    assert "1 × cpu, one process, float32, reference path (plain torch)" in said
     assert "memory, estimated: " in said
     assert [step in said for step in (f"memory, measured until step {i}: " for i in (1, 2, 3))] == [
         True,
@@ -445,7 +445,7 @@ def test_compiled_steps_agree_with_eager_ones(data, tmp_path, monkeypatch, train
     for compiled in (False, True):
         arguments = small_arguments(data, tmp_path / str(compiled), steps=3, log_every=1, compile=compiled,
                                     init_from=trained / "model", replace_head=False, sample_every=2,
-                                    sample_steps=2)  # fmt: skip
+                                    num_inference_steps=2)  # fmt: skip
         run_to_end(arguments, tmp_path / "log", timeout=900)
     first, second = (metrics(tmp_path / str(compiled)) for compiled in (False, True))
     for one, other in zip(first, second, strict=True):

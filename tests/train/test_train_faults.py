@@ -34,6 +34,7 @@ from edt.cli import main
 from edt.data.dataset import LatentDataset, SampleOrder, to_latents, write_dataset
 from edt.devices import torch_device
 from edt.files.outputs import sha256
+from edt.model.presets import PRESETS
 from edt.runs.checkpoint import CHECKSUMS, list_checkpoints, verify_checkpoint
 from edt.runs.log import read_metrics
 from edt.train import state as train_state
@@ -198,7 +199,7 @@ def test_a_skipped_step_leaves_no_trace_in_later_gradients(data, tmp_path, monke
     poison_latents(monkeypatch, range(3, 4), [])
     train(small_config(data, tmp_path / "skipped", steps=4, checkpoint_every=2))
     monkeypatch.undo()
-    monkeypatch.setitem(train_module.PRESETS, "tiny", dict(train_module.PRESETS["tiny"]))
+    monkeypatch.setitem(PRESETS, "tiny", dict(PRESETS["tiny"]))
     train(small_config(data, tmp_path / "other", steps=2))
     load = train_state.TrainState.load
 
@@ -431,7 +432,7 @@ def test_the_data_folder_moves_during_a_run(data, tmp_path, monkeypatch, capsys)
     train(small_config(data, tmp_path / "run", steps=4, checkpoint_every=3))
     assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [3, 4]
     monkeypatch.undo()
-    monkeypatch.setitem(train_module.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
     shutil.copytree(tmp_path / "moved", data)
     manifest = data / "manifest.json"
     rename = lambda: manifest.write_text(manifest.read_text().replace('"a"', '"z"', 1))  # noqa: E731
@@ -498,7 +499,7 @@ def shown_always(step):
 
 def test_a_grid_that_is_not_finite_ends_nothing(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_module, "draw_grid", lambda *args: (torch.full((1, 4, 8, 8), NAN), np.zeros(1)))
-    train(small_config(data, tmp_path / "run", steps=2, sample_every=1, sample_steps=1))
+    train(small_config(data, tmp_path / "run", steps=2, sample_every=1, num_inference_steps=1))
     assert "step 1: the averaged weights draw numbers that are not finite; no grid" in capsys.readouterr().out
     assert newest(tmp_path / "run").name == "step-00000002"
 
@@ -540,7 +541,7 @@ def test_labels_outside_of_the_classes(tmp_path, capsys):
         ({"init_from": "nowhere"}, "checkpoint nowhere needs a config.json"),
         ({"learning_rate": NAN}, "learning_rate is nan; it must be positive and finite"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
-        ({"sample_steps": 1001}, "sample_steps is 1001; it must be at most 1000"),
+        ({"num_inference_steps": 1001}, "num_inference_steps is 1001; it must be at most 1000"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be finite and not negative"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0; it must be at least 0 and below 1"),
         ({"class_dropout": 1.5}, "class_dropout is 1.5; it must be 0 to 1"),
@@ -548,7 +549,7 @@ def test_labels_outside_of_the_classes(tmp_path, capsys):
         ({"alignment_encoder": "encoders:tiny"}, "has no images beside its latents; extract with --store-images"),
         ({"task_routing": (2.0, 4.0)}, "task_routing"),
         ({"vae": ".", "sample_every": 5}, "vae is '.', which cannot be loaded"),  # a folder, so no hub is asked
-        ({"class_dropout": 0.0, "sample_every": 5, "sample_guidance": 2.0}, "no null class is learned"),
+        ({"class_dropout": 0.0, "sample_every": 5, "guidance_scale": 2.0}, "no null class is learned"),
         ({"keep_every": 0}, "keep_every is 0; it must be at least 1"),
         ({"alignment_encoder": "torch:zeros"}, "has no images"),
         ({"trackers": ("tensorboard", "tensorbord")}, "trackers has tensorbord; Accelerate knows all, aim, "),
@@ -590,7 +591,7 @@ def test_the_device_is_the_one_of_this_run(data, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="device is 'cuda:2'; torch sees GPUs here up to cuda:1"):
             torch_device("cuda:2")
         train(small_config(data, tmp_path / "auto", steps=1, device="auto"))
-        assert load_config(tmp_path / "auto" / CONFIG_FILE).precision == "fp32"
+        assert load_config(tmp_path / "auto" / CONFIG_FILE).precision == "float32"
         assert is_initialized()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -25,7 +25,7 @@ def data(tmp_path_factory):
     "fields",
     [
         {},
-        {"precision": "fp32"},
+        {"precision": "float32"},
         {"precision": "tf32", "optimizer": "adamw"},
         {"gradient_accumulation_steps": 2, "num_workers": 2},
         {"gradient_checkpointing": True},
@@ -42,7 +42,7 @@ def test_resume_is_bitwise(data, tmp_path, fields):
 
 def test_grids_change_nothing(data, tmp_path):
     for name, every in (("without", 0), ("with", 2)):
-        train(small_config(data, tmp_path / name, device="cuda", sample_every=every, sample_steps=3))
+        train(small_config(data, tmp_path / name, device="cuda", sample_every=every, num_inference_steps=3))
     assert_same_run(tmp_path / "with", tmp_path / "without")
     assert len(list((tmp_path / "with" / "samples").glob("*.png"))) == 3
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from matplotlib.image import imread
+from PIL import ImageDraw
 from training_runs import small_config, write_moments
 
 from edt import EDTTransformer2DModel
@@ -43,7 +44,7 @@ def vae(tmp_path_factory):
 )
 def test_classes_are_spread_evenly(tmp_path, num_classes, count, labels):
     model = EDTTransformer2DModel(**SMALL, num_classes=num_classes).eval()
-    config = TrainConfig(data=tmp_path, sample_count=count, sample_steps=2)
+    config = TrainConfig(data=tmp_path, sample_count=count, num_inference_steps=2)
     latents, drawn = draw_grid(model, config, keyed_generator("cpu", 0))
     assert latents.shape == (count, 4, 8, 8)
     assert drawn.tolist() == labels
@@ -54,7 +55,7 @@ def test_classes_are_spread_evenly(tmp_path, num_classes, count, labels):
 def test_latents_that_are_not_finite_end_no_training(tmp_path):
     model = EDTTransformer2DModel(**SMALL, num_classes=5).eval()
     torch.nn.init.constant_(model.final_layer.linear.bias, torch.nan)
-    config = TrainConfig(data=tmp_path, sample_count=5, sample_steps=2)
+    config = TrainConfig(data=tmp_path, sample_count=5, num_inference_steps=2)
     latents, _ = draw_grid(model, config, keyed_generator("cpu", 0))
     assert latents.isnan().all()
 
@@ -103,12 +104,21 @@ def test_a_vae_that_overflows_ends_no_training(tmp_path, vae, capsys):
     torch.nn.init.constant_(model.decoder.conv_out.bias, torch.inf)
     model.save_pretrained(tmp_path / "vae")
     data = write_moments(tmp_path / "data")
-    fields = {"steps": 2, "sample_every": 1, "sample_steps": 1, "vae": str(tmp_path / "vae")}
+    fields = {"steps": 2, "sample_every": 1, "num_inference_steps": 1, "vae": str(tmp_path / "vae")}
     train(small_config(data, tmp_path / "run", **fields))
     said = "step {}: vae makes pictures that are not finite; no grid is drawn"
     out = capsys.readouterr().out
     assert all(said.format(step) in out for step in (1, 2))
     assert not (tmp_path / "run" / "samples").exists()
+
+
+@pytest.mark.usefixtures("_tiny_training")
+def test_the_classes_of_the_data_are_named(tmp_path, monkeypatch):
+    texts, write = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: texts.append(a[2]) or write(*a, **k))
+    fields = {"steps": 1, "sample_every": 1, "sample_steps": 1, "sample_count": 4}
+    train(small_config(write_moments(tmp_path / "data"), tmp_path / "run", **fields))
+    assert texts == ["step 1", "latents; --vae decodes", "a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +128,9 @@ def test_what_is_drawn(tmp_path, monkeypatch, vae, labels, shape):
     drawn = []
     for name in ("save_label_grid", "save_mosaic"):
         save = getattr(pictures, name)
-        monkeypatch.setattr(pictures, name, lambda *a, name=name, save=save: drawn.append((name, a)) or save(*a))
+        monkeypatch.setattr(
+            pictures, name, lambda *a, name=name, save=save, **k: drawn.append((name, a)) or save(*a, **k)
+        )
     for kind, latents, folder in (
         ("pixels", torch.randn(4, 3, 8, 8), None),
         ("decoded", torch.randn(4, 4, 8, 8), vae[0]),

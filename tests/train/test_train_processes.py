@@ -30,6 +30,7 @@ from training_runs import (
 from edt.data.dataset import write_dataset
 from edt.files.lock import open_folder
 from edt.runs.log import read_metrics
+from edt.train import start
 from edt.train import state as train_state
 from edt.train import trainer as train_module
 from edt.train.trainer import Trainer, train
@@ -73,7 +74,7 @@ def whole_runs(_tiny_training, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     for fsdp in (False, True):
         said = run_to_end(small_arguments(data, folder / str(fsdp), **RUN), folder / "log", processes=2, fsdp=fsdp)
-        assert f"2 × cpu, {'FSDP2' if fsdp else 'DDP'}, fp32" in said
+        assert f"2 × cpu, {'FSDP2' if fsdp else 'DDP'}, float32" in said
     return {fsdp: folder / str(fsdp) for fsdp in (False, True)}
 
 
@@ -181,7 +182,7 @@ def test_gradients_are_the_mean_of_what_each_process_computes(data, started, tmp
         start = state.samples_seen + 4 * rank
         batch = next(iter(train_module.make_loader(trainer.dataset, seed=0, start=start, stride=8, batch_size=4,
                                                    num_workers=0)))  # fmt: skip
-        generator = train_module.keyed_generator(device, 0, train_module._STEP, state.steps, rank)
+        generator = train_module.keyed_generator(device, 0, train_module.STEP, state.steps, rank)
         latents = train_module.to_latents(batch["latents"], trainer.dataset, generator)
         draws = train_module.draw(model, state.timestep_sampler, latents, generator, True)
         sample_losses, _ = trainer._backward(latents, batch["labels"], draws, None)
@@ -244,9 +245,9 @@ def test_a_signal_after_the_exchange_of_a_step(data, tmp_path, fsdp):
 
 def encode_by_one_convolution() -> None:
     torch.manual_seed(0)
-    train_module.load_image_encoder = lambda spec: torch.nn.Conv2d(3, 6, 4, stride=4)
+    start.load_image_encoder = lambda spec: torch.nn.Conv2d(3, 6, 4, stride=4)
     # The 2048 channels that it has else are 4 million weights more to exchange and save, and show nothing more.
-    train_module.AlignmentLoss = partial(train_module.AlignmentLoss, mlp_channels=32)
+    start.AlignmentLoss = partial(start.AlignmentLoss, mlp_channels=32)
 
 
 def test_alignment_sharded_and_replicated(tmp_path):
@@ -296,7 +297,7 @@ def test_a_loss_that_is_not_finite_in_one_process(data, tmp_path, fsdp):
 def test_sampling_and_saving_do_not_disturb(data, whole_runs, tmp_path, fsdp):
     """FSDP's root module kept the averaged weights of a grid for the step after it."""
     fields = {**RUN, "num_workers": 0, "checkpoint_every": 3, "sample_every": 2, "sample_count": 3,
-              "sample_steps": 2, "log_every": 3}  # fmt: skip
+              "num_inference_steps": 2, "log_every": 3}  # fmt: skip
     run_to_end(small_arguments(data, tmp_path / "run", **fields), tmp_path / "log", processes=2, fsdp=fsdp)
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 4
     assert differing(newest(tmp_path / "run"), newest(whole_runs[fsdp])) == []

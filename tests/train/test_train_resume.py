@@ -225,7 +225,7 @@ def interrupted_and_whole(data, folder, **fields):
         {"gradient_checkpointing": True},
         {"task_routing": (0.8, 4.0)},
         {"unconditional": True},
-        {"max_grad_norm": 0.1, "seed": 3, "flip": False},
+        {"max_grad_norm": 0.1, "seed": 3, "flips": False},
     ],
     ids=str,
 )

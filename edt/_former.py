@@ -1,0 +1,89 @@
+"""What modules were called in version 0.1, when `edt/` was one folder: by these names they are found still."""
+
+import importlib
+import sys
+import warnings
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+
+FORMER = {  # to several, where it was parted
+    "ablate": "demo.ablation",
+    "alignment": "train.alignment",
+    "checkpoint": "runs.weights",
+    "complexity": "model.complexity",
+    "config": "model.presets",
+    "convert": "sampling.conversion",
+    "cuda_graph": "diffusion.cuda_graph",
+    "digits": "data.digits demo.judge",
+    "evaluate": "evaluation.evaluator",
+    "extract": "data.extraction",
+    "file_errors": "files.errors",
+    "image_files": "data.image_files",
+    "image_sets": "evaluation.image_sets",
+    "layers": "model.layers",
+    "masking": "model.masking",
+    "metrics": "evaluation.metrics",
+    "objective": "train.objective",
+    "outputs": "files.outputs",
+    "pipeline": "sampling.pipeline",  # that name is in saved folders, for `trust_remote_code`
+    "plots": "data.pictures",
+    "randomness": "train.randomness",
+    "run_checkpoint": "runs.checkpoint",
+    "run_folder": "runs.folder files.lock",
+    "run_log": "runs.log",
+    "run_plots": "runs.plots",
+    "sample_set": "sampling.sample_set",
+    "shards": "data.shards",
+    "sources": "data.sources",
+    "step_cache": "model.step_cache",
+    "task_routing": "model.task_routing",
+    "text_files": "files.text",
+    "train_config": "train.config",
+    "train_preview": "train.preview",
+    "train_state": "train.state",
+    "vae": "data.vae",
+}
+# Modules whose names are folders' today: what was in them is handed on there.
+REPLACED = {
+    "data": "data.dataset",
+    "demo": "demo.run",
+    "diffusion": "diffusion.process",
+    "model": "model.transformer model.layers",
+    "sampling": "diffusion.sampler",
+    "train": "train.trainer",
+}
+
+
+class _FormerModules(MetaPathFinder, Loader):
+    """Names modules that are no files any more, and nothing else."""
+
+    def find_spec(self, name, path=None, target=None):
+        package, _, module = name.rpartition(".")
+        return ModuleSpec(name, self) if package == __package__ and module in FORMER else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        todays = [f"{__package__}.{today}" for today in FORMER[module.__name__.rpartition(".")[2]].split()]
+        warnings.warn(f"{module.__name__} is {' and '.join(todays)} now", DeprecationWarning, stacklevel=2)
+        parts = [importlib.import_module(today) for today in todays]
+        if len(parts) == 1:
+            sys.modules[module.__name__] = parts[0]  # which import returns in `module`'s place
+        for part in parts:
+            vars(module).update((name, value) for name, value in vars(part).items() if not name.startswith("__"))
+
+
+def install() -> None:
+    """Lets `import` find the former modules."""
+    sys.meta_path.insert(0, _FormerModules())
+
+
+def former_name(package: str, name: str):
+    """What the module that had the name of this folder called so; AttributeError if nothing."""
+    for module in REPLACED.get(package.rpartition(".")[2], "").split():
+        today = importlib.import_module(f"{__package__}.{module}")
+        if hasattr(today, name):
+            warnings.warn(f"{package}.{name} is in {today.__name__} now", DeprecationWarning, stacklevel=3)
+            return getattr(today, name)
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
