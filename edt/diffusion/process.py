@@ -196,7 +196,7 @@ class LossSecondMomentSampler:
     Uniform until every timestep has `history` losses. Source: improved diffusion (arXiv 2102.09672).
     """
 
-    def __init__(self, history: int = 10, uniform_share: float = 0.001, device=None):
+    def __init__(self, history: int = 10, uniform_share: float = 0.001, device: torch.device | str | None = None):
         check_count("history", history)
         if not (is_number(uniform_share) and 0 < uniform_share <= 1):
             raise ValueError(f"uniform_share is {shown(uniform_share)}; it must be in (0, 1]")

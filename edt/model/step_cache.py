@@ -45,7 +45,7 @@ class StepCacheConfig:
     num_steps: int | None = None
     reuse: Literal["deep", "encoder"] = "deep"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.reuse, str) or self.reuse not in REUSES:
             raise ValueError(f"reuse is {shown(self.reuse)}; it must be one of {', '.join(map(repr, REUSES))}")
         if (self.interval is None) == (self.full_steps is None):

@@ -4,6 +4,7 @@ Human-like Sketching" (arXiv 2410.23788), as released."""
 import inspect
 import json
 import math
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
     splits: Any
     if TYPE_CHECKING:  # diffusers' has torch's type, by functools.wraps, in which no checker finds its self
 
-        def to(self, *args, **kwargs) -> Self: ...
+        def to(self, *args: Any, **kwargs: Any) -> Self: ...
 
     @register_to_config
     def __init__(
@@ -163,7 +164,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         self.set_amm_blocks(amm_blocks)
         self.initialize_weights()
 
-    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """With the file by which `AutoModel.from_pretrained(…, trust_remote_code=True)` finds this class."""
         super().save_config(save_directory)
         Path(save_directory, f"{AUTO_MODULE}.py").write_text(import_code("EDTTransformer2DModel"))
@@ -176,14 +177,14 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def load_config(cls, *args, **kwargs) -> Any:
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """A folder's config.json without `auto_map`, which is no argument of the model."""
         loaded = super().load_config(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).pop("auto_map", None)
         return loaded
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs) -> Self:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
         """As any diffusers model's; weights that `ignore_mismatched_sizes` leaves out get initial values."""
         if not kwargs.get("ignore_mismatched_sizes"):
             return super().from_pretrained(*args, **kwargs)
@@ -382,7 +383,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         self.reset_cache()
 
     @contextmanager
-    def cache_context(self, name: str, **kwargs):
+    def cache_context(self, name: str, **kwargs: Any):
         """Within it, calls are the steps of the sampling `name`: passes of one step that are calls of their own,
         such as "cond" and "uncond", count steps and keep features apart. Nothing where no cache is enabled."""
         outer = self._step_cache
@@ -394,7 +395,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
             if self._step_cache is not None:  # else it was disabled within
                 self._step_cache = outer
 
-    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """As any diffusers model's. A stage's shapes, AMM, a block's place in its stage and the mode make 10 to 24
         variants of a block, more than torch compiles of one function by default: `recompile_limit` allows four for
         each block where it is not given."""
@@ -413,7 +414,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
             "chooses (triton or reference)"
         )
 
-    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op=None) -> None:
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
         """Raises ValueError where `valid`: as `set_attention_backend`."""
         if valid:
             self.set_attention_backend("xformers")
@@ -453,7 +454,7 @@ class EDTTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixi
         ]
 
 
-def load_preset(name: str, **overrides) -> EDTTransformer2DModel:
+def load_preset(name: str, **overrides: Any) -> EDTTransformer2DModel:
     """A freshly initialised model of a preset (`edt.PRESETS`), with any of its arguments replaced.
 
     Raises:

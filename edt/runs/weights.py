@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,7 +180,7 @@ def weights_variant(folder: Path) -> str | None:
     return variants.pop()
 
 
-def load_checkpoint(folder: str | Path, **kwargs) -> EDTTransformer2DModel:
+def load_checkpoint(folder: str | Path, **kwargs: Any) -> EDTTransformer2DModel:
     """The model of a folder that `save_pretrained` of it or of its pipeline wrote, or of a training run
     (`weights_folder`), in evaluation mode.
 

@@ -3,11 +3,13 @@
 import json
 import math
 import operator
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -323,7 +325,7 @@ class EDTPipeline(DiffusionPipeline):
             raise ValueError("latents has values that are not finite, or none; it must be noise, N(0, 1)")
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
 
-    def load_lora_weights(self, source: str | Path | dict[str, Tensor], **options) -> None:
+    def load_lora_weights(self, source: str | Path | dict[str, Tensor], **options: Any) -> None:
         """Loads a LoRA adapter into the transformer; needs peft.
 
         Args:
@@ -348,7 +350,7 @@ class EDTPipeline(DiffusionPipeline):
         self.transformer.unload_lora()
 
     @classmethod
-    def load_config(cls, *args, **kwargs):
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """The folder's model_index.json, with the installed classes for those that the folder brings."""
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -357,7 +359,7 @@ class EDTPipeline(DiffusionPipeline):
             index["transformer"] = _TRANSFORMER
         return loaded
 
-    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         super().save_config(save_directory)
         for name, code in _CODE.items():
             file = Path(save_directory, name)
