@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -123,11 +123,11 @@ def _table_of(file: str, device: torch.device) -> Mapping[tuple, Tiles]:
     name = device_name(device)
     if file:
         content = read_table(Path(file))
-        if name not in ("cpu", content["device"]):
-            raise ValueError(
-                f"{file} was measured on {content['device']!r}; this is {name!r}: set {VARIABLE} to a table of "
-                "it, which edt tune --output FILE writes, or unset it"
-            )
+        _require(
+            name in ("cpu", content["device"]),
+            f"{file} was measured on {content['device']!r}; this is {name!r}: set {VARIABLE} to a table of it, "
+            "which edt tune --output FILE writes, or unset it",
+        )
         here = {key: value for key, value in conditions(content["device"]).items() if key in content}
         if difference := _difference(content, here):
             warnings.warn(f"{file} {difference}; edt tune --output FILE measures anew", stacklevel=2)
@@ -136,8 +136,8 @@ def _table_of(file: str, device: torch.device) -> Mapping[tuple, Tiles]:
     if path and os.path.isfile(path):  # unlike Path.is_file, also where the folder may not be read
         try:
             content = read_table(path)
-            if difference := _difference(content, conditions(name)):
-                raise ValueError(f"{path} {difference}")
+            difference = _difference(content, conditions(name))
+            _require(not difference, f"{path} {difference}")
             return parse_entries(content["entries"])
         except (OSError, ValueError) as error:
             warnings.warn(f"measured tiles are not used: {error}; delete it and run edt tune", stacklevel=2)
@@ -188,35 +188,36 @@ def shipped_table(name: str) -> Path:
 
 def read_table(path: Path) -> dict:
     """The checked content of a table's file."""
-    if not path.is_file():
-        raise ValueError(f"{path} is no file; it must be a table of tiles, which edt tune --output FILE writes")
+    _require(
+        path.is_file(), f"{path} is no file; it must be a table of tiles, which edt tune --output FILE writes"
+    )
     try:
         content = json.loads(path.read_text())
     except ValueError:  # wrong JSON or wrong UTF-8
-        content = None
-    content = content if isinstance(content, dict) else {}
-    if not isinstance(content.get("entries"), list) or not isinstance(content.get("device"), str):
-        raise ValueError(
-            f"{path} is no table of tiles; it must be JSON with a 'device' and 'entries', as edt tune writes it"
-        )
+        content = {}
+    is_table = isinstance(content, dict) and isinstance(content.get("entries"), list)
+    _require(
+        is_table and isinstance(content.get("device"), str),
+        f"{path} is no table of tiles; it must be JSON with a 'device' and 'entries', as edt tune writes it",
+    )
     for number, entry in enumerate(content["entries"]):
         _check_entry(f"{path}, entry {number}", entry)
     return content
 
 
 def _check_entry(where: str, entry) -> None:
-    pass_name = entry.get("pass") if isinstance(entry, dict) else entry
-    if not isinstance(pass_name, str) or pass_name not in PASSES:
-        raise ValueError(f"{where}: pass is {pass_name!r}; it must be one of {', '.join(PASSES)}")
-    key, kinds = entry.get("key"), _ATTENTION_KEY if pass_name.startswith("amm_attention") else _NORM_KEY
+    get = cast(Any, entry.get if isinstance(entry, dict) else {"pass": entry}.get)
+    pass_name, key, tiles = get("pass"), get("key"), get("tiles")
+    known = isinstance(pass_name, str) and pass_name in PASSES
+    _require(known, f"{where}: pass is {pass_name!r}; it must be one of {', '.join(PASSES)}")
+    kinds = _ATTENTION_KEY if pass_name.startswith("amm_attention") else _NORM_KEY
     needed = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
-    if not isinstance(key, dict) or {name: type(value) for name, value in key.items()} != kinds:
-        raise ValueError(f"{where}: key is {key!r}; {pass_name} needs {needed}")
-    tiles, ways = entry.get("tiles"), PASSES[pass_name]
-    way = next((way for way in ways if isinstance(tiles, dict) and tiles.keys() == way.keys()), None)
+    right = isinstance(key, dict) and {name: type(value) for name, value in key.items()} == kinds
+    _require(right, f"{where}: key is {key!r}; {pass_name} needs {needed}")
+    ways = PASSES[pass_name]
+    way = next((way for way in ways if isinstance(tiles, dict) and tiles.keys() == way.keys()), {})
     needed = " or ".join(" and ".join(way) for way in ways)
-    if way is None or not isinstance(tiles, dict):
-        raise ValueError(f"{where}: tiles is {tiles!r}; {pass_name} needs tiles of {needed}")
+    _require(bool(way), f"{where}: tiles is {tiles!r}; {pass_name} needs tiles of {needed}")
     for kernel, kind in way.items():
         tile, names = tiles[kernel], [field.name for field in fields(kind)]
         right = isinstance(tile, dict) and sorted(tile) == sorted(names) and all(map(_is_size, tile.items()))
@@ -224,12 +225,12 @@ def _check_entry(where: str, entry) -> None:
             tokens = key["height"] * key["width"] + key["extra_tokens"]
             right = tile["block_m"] == tile["block_n"] >= tokens
             right &= kernel == "short_forward" or not key["modulation"]
-        if not right:
-            raise ValueError(
-                f"{where}: the tile of {kernel} is {tile!r}; it needs {', '.join(names)}, all but num_stages and "
-                "programs a power of two; short kernels need block_m = block_n for all tokens, short_backward a "
-                "key without modulation"
-            )
+        _require(
+            right,
+            f"{where}: the tile of {kernel} is {tile!r}; it needs {', '.join(names)}, all but num_stages and "
+            "programs a power of two; short kernels need block_m = block_n for all tokens, short_backward a key "
+            "without modulation",
+        )
 
 
 def _is_size(item: tuple[str, object]) -> bool:
@@ -247,3 +248,8 @@ def parse_tiles(pass_name: str, tiles: dict[str, dict[str, int]]) -> Tiles:
     """From JSON, checked."""
     way = next(way for way in PASSES[pass_name] if way.keys() == tiles.keys())
     return {kernel: kind(**tiles[kernel]) for kernel, kind in way.items()}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
