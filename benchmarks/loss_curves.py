@@ -107,9 +107,9 @@ def main(arguments: list[str]) -> int:
              "batch_size": options.batch_size, "seconds": {}, "losses": {}}  # fmt: skip
     (folder / f"{NAME}.png").unlink(missing_ok=True)
     runs = {
-        "ours": ("triton" if options.device == "cuda" else "reference", "bf16"),
-        "reference": ("reference", "bf16"),
-        "float32": ("reference", "fp32"),
+        "ours": ("triton" if options.device == "cuda" else "reference", "bfloat16"),
+        "reference": ("reference", "bfloat16"),
+        "float32": ("reference", "float32"),
     }
     with tempfile.TemporaryDirectory() as temporary:
         data = _write_data(Path(temporary) / "data", options.model)

@@ -261,6 +261,7 @@ def test_the_other_edt(tmp_path, monkeypatch, capsys):
         (TypeError("a is 'x'; it must be an integer"), "edt: error: a is 'x'; it must be an integer"),
         (RuntimeError(), "edt: error: RuntimeError:  (test_cli.py:"),
         (json.JSONDecodeError("no JSON", "", 0), "edt: error: no JSON: line 1"),
+        (EOFError("no more"), "edt: error: EOFError: no more (test_cli.py:"),
         (torch.OutOfMemoryError("CUDA out of memory"), "edt: error: CUDA out of memory"),
         (subprocess.SubprocessError("odd"), "edt: error: SubprocessError: odd (test_cli.py:"),
         (ModuleNotFoundError("No module named 'x'", name="x"), "edt: error: No module named 'x'"),
@@ -281,6 +282,18 @@ def test_an_error_that_a_user_can_mend_is_one_line(monkeypatch, capsys, error, s
     assert len(lines[0]) < 2100
     monkeypatch.setenv("EDT_TRACEBACK", "1")
     with pytest.raises(type(error)):
+        main(["info", "EDT-S/2"])
+
+
+def test_training_that_stopped_is_no_error_of_the_command(monkeypatch, capsys):
+    def fail(args):
+        raise FloatingPointError("the loss is not finite")
+
+    monkeypatch.setattr("edt.cli.info.run_info", fail)
+    assert main(["info", "EDT-S/2"]) == 1
+    assert capsys.readouterr().err == "edt: training stopped: the loss is not finite\n"
+    monkeypatch.setenv("EDT_TRACEBACK", "1")
+    with pytest.raises(FloatingPointError):
         main(["info", "EDT-S/2"])
 
 

@@ -1,11 +1,15 @@
 """Options of commands that Python calls with values of other types than a command line gives."""
 
-from dataclasses import replace
+import ast
+import inspect
+import itertools
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edt.cli import Info, Plot, Tune
 from edt.data.extraction import ExtractOptions, extract
 from edt.demo.ablation import AblateOptions, ablate
 from edt.demo.run import DemoOptions, run_demo
@@ -122,3 +126,16 @@ def test_former_names_in_a_file(tmp_path):
 def test_what_has_no_former_name_is_as_it_was():
     values = {"flip": 1, "precision": ["fp32"], "vae": "fp32"}
     assert today(DemoOptions, values) == values
+
+
+@pytest.mark.parametrize("kind", [Info, Plot, Tune, *(type(options) for options, _ in OPTIONS.values())])
+def test_help_is_in_sentences(kind):
+    """Of every option."""
+    body = ast.parse(inspect.getsource(kind)).body[0].body
+    helps = {
+        field.target.id: text.value.value
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+    assert helps.keys() == {field.name for field in fields(kind)}
+    assert [name for name, text in helps.items() if not text.endswith((".", ".)"))] == []

@@ -15,6 +15,7 @@ from ..files.text import printable
 from .errors import is_mendable, one_line, reader_has_gone
 
 if TYPE_CHECKING:
+    from .commands import Plot as Plot
     from .info import Info as Info
     from .tune import Tune as Tune
     from .tune import tune_shapes as tune_shapes
@@ -78,15 +79,15 @@ def _run(args: list[str]) -> int:
         command = _command_of(args)
         run = getattr(importlib.import_module(f"{__name__}.{command.module}"), command.function)
         return run(args[1:]) or 0
-    except FloatingPointError as error:
-        print(f"edt: training stopped: {one_line(error)}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\nedt: interrupted at once; only what was already saved is kept", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if os.environ.get("EDT_TRACEBACK") == "1" or not is_mendable(error):
             raise
+        if isinstance(error, FloatingPointError):
+            print(f"edt: training stopped: {one_line(error)}", file=sys.stderr)
+            return 1
         print(f"edt: error: {one_line(error, args[0] if args else '')}", file=sys.stderr)
         return 2
 
@@ -118,7 +119,7 @@ def _help() -> str:
           for name, command in _COMMANDS.items()),
         "",
         "edt COMMAND --help explains a command's options. What has a name in brackets may need that extra of the",
-        "package, such as pip install 'edt-kernels[train]'.",
+        "package, such as pip install 'edt-kernels[train]'. EDT_TRACEBACK=1 shows where an error comes from.",
     ])  # fmt: skip
 
 

@@ -17,7 +17,7 @@ _EXTRAS = {
     "tensorboard": "train",
     "torch_fidelity": "evaluate",
 }
-_MENDABLE = (ValueError, OSError, MemoryError, OverflowError, EOFError)
+_MENDABLE = (ValueError, OSError, MemoryError, OverflowError, FloatingPointError, EOFError)
 _CHECKED = (TypeError, RuntimeError, Exception)  # of these classes themselves
 _MACHINE = re.compile("out of memory|allocate memory|not enough memory|CUDA|HIP|NVIDIA|driver")  # torch's words
 _RAISE = dis.opmap["RAISE_VARARGS"]

@@ -63,7 +63,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Parts that a process splits its images into: less memory, the same gradient but of the alignment loss."""
     optimizer: Literal["adan", "adamw"] = "adan"
-    """The optimiser. Adan is the published one."""
+    """The optimiser. The published one is Adan."""
     learning_rate: float = 1e-3
     """The learning rate at the start. 1e-3 is published, and 5e-4 for XL."""
     final_learning_rate: float = 5e-5
