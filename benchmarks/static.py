@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel at the tiles that dispatch chooses, for GPUs that need not be there.
 
-    python -m benchmarks.static [--targets sm_90 gfx942] [--models EDT-S/2] [--faults | --out table.json]
+    python -m benchmarks static [--targets sm_90 gfx942] [--models EDT-S/2] [--faults | --out table.json]
 
 The launchers run on CPU tensors with every launch recorded instead of run, so that what is compiled is what a call
 would launch: the same arguments, specialisations and tiles (of a measured table, if EDT_KERNELS_TILES names one).
@@ -387,7 +387,7 @@ def _report(job: tuple) -> Report:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks static", description=__doc__.split("\n\n")[0])
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
@@ -433,4 +433,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .__main__ import main as command
+
+    sys.exit(command(["static", *sys.argv[1:]]))

@@ -100,7 +100,7 @@ def summary(rows: list[Report]) -> str:
     ]
     sections = [
         "# What the compiler makes of every kernel",
-        f"Written by `python -m benchmarks.static` ({versions}). Every row, with its tile, is in the JSON beside "
+        f"Written by `python -m benchmarks static` ({versions}). Every row, with its tile, is in the JSON beside "
         "this file. Letters in brackets are compile-time switches: "
         + ", ".join(f"{letter} {flag}" for flag, letter in FLAGS.items())
         + ".",

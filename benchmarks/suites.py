@@ -21,18 +21,15 @@ from .results import OURS, SUITES
 _DTYPES = ("float32", "float16", "bfloat16", "mixed")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in (*SUITES, "all"):
-        command = commands.add_parser(name, help=f"measure {name}")
-        command.add_argument("--quick", action="store_true", help="few shapes, the most telling, in minutes")
-        command.add_argument("--shapes", nargs="+", metavar="TEXT", help="cases whose name contains it")
-        command.add_argument("--dtype", nargs="+", default=[], choices=_DTYPES, help="instead of the usual ones")
-        command.add_argument("--peers", nargs="*", default=None, metavar="TEXT",
-                             help="ours, and peers whose name contains it; none: ours alone")  # fmt: skip
-        command.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
-        results.add_output(command)
+def build_parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}")
+    parser.add_argument("--quick", action="store_true", help="few shapes, the most telling, in minutes")
+    parser.add_argument("--shapes", nargs="+", metavar="TEXT", help="cases whose name contains it")
+    parser.add_argument("--dtype", nargs="+", default=[], choices=_DTYPES, help="instead of the usual ones")
+    parser.add_argument("--peers", nargs="*", default=None, metavar="TEXT",
+                        help="ours, and peers whose name contains it; none: ours alone")  # fmt: skip
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
+    results.add_output(parser)
     return parser
 
 
@@ -120,11 +117,12 @@ def main(arguments: list[str]) -> int:
     Raises:
         ValueError: for arguments that it cannot take.
     """
-    options = build_parser().parse_args(arguments)
+    command, *given = arguments
+    options = build_parser(command).parse_args(given)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda'; torch sees no GPU here, use cpu")
-    suites = SUITES if options.command == "all" else (options.command,)
+    suites = SUITES if command == "all" else (command,)
     cases, peers = choose(suites, device, options.dtype, options.quick, options.shapes, options.peers)
     environment = results.environment(device)
     folder = results.output_folder(options, environment["device"])
@@ -145,7 +143,7 @@ def main(arguments: list[str]) -> int:
         chosen = ours + peers.get(suite, [])
         run_suite(suite, cases[suite], chosen, device, ceilings, environment, folder, options.quick)
     faulty_kernels = False
-    if options.command == "all":
+    if command == "all":
         from . import report, static
 
         arguments = ["--out", str(folder / "static.json"), *(_QUICK_STATIC if options.quick else ())]

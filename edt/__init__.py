@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .runs.weights import load_released_state_dict as load_released_state_dict
     from .sampling.pipeline import EDTPipeline as EDTPipeline
 else:
-    _getattr, __dir__, __all__ = lazy(__name__, __file__)
+    _getattr, __dir__, __all__ = lazy(__name__)
 
     def __getattr__(name: str):
         try:

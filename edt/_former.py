@@ -75,8 +75,11 @@ class _FormerModules(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Lets `import` find the former modules."""
-    sys.meta_path.insert(0, _FormerModules())
+    """Lets `import` find the former modules, also where edt is loaded again."""
+    sys.meta_path[:] = [
+        _FormerModules(),
+        *(f for f in sys.meta_path if type(f).__name__ != _FormerModules.__name__),
+    ]
 
 
 def former_name(package: str, name: str):

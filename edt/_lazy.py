@@ -5,18 +5,19 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 from ._former import former_name
 
 
-def lazy(package: str, file: str) -> tuple[Callable, Callable, list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of a package whose `__init__.py` is `file`: its names are what it
-    imports under `if TYPE_CHECKING`, where type checkers and editors find them too.
+def lazy(package: str) -> tuple[Callable, Callable, list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package whose `__init__.py` calls this: its names are what it
+    imports under `if TYPE_CHECKING`, where type checkers and editors find them too. Its source must be there.
 
     So `edt.model.presets`, which is plain data, loads no torch, and the command line what one command needs.
     """
-    body = ast.parse(Path(file).read_text(encoding="utf-8")).body
+    loader: Any = sys.modules[package].__spec__.loader  # pyright: ignore[reportOptionalMemberAccess] - is being loaded
+    body = ast.parse(loader.get_source(package)).body
     lines = [line for block in body if isinstance(block, ast.If) for line in block.body]
     modules = {name.name: line.module for line in lines if isinstance(line, ast.ImportFrom) for name in line.names}
 
@@ -25,7 +26,7 @@ def lazy(package: str, file: str) -> tuple[Callable, Callable, list[str]]:
             value = getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
         elif name.startswith("__"):
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        elif importlib.util.find_spec(f"{package}.{name}") is not None:
+        elif name.isidentifier() and importlib.util.find_spec(f"{package}.{name}") is not None:
             return importlib.import_module(f"{package}.{name}")
         else:
             value = former_name(package, name)

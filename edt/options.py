@@ -1,6 +1,7 @@
 """Options of commands: from the command line, under the names that they had before, and of the types they say."""
 
 import contextlib
+import difflib
 import functools
 import io
 import re
@@ -33,7 +34,10 @@ def renamed(**former: str) -> Callable[[type[T]], type[T]]:
         def with_former_names(self, *args, **kwargs):
             init(self, *args, **today(kind, kwargs))
 
-        kind.__init__ = with_former_names
+        def from_pickle(self, state):
+            self.__dict__.update(today(kind, state))
+
+        kind.__init__, kind.__setstate__ = with_former_names, from_pickle  # pyright: ignore[reportAttributeAccessIssue]
         kind._former = former  # pyright: ignore[reportAttributeAccessIssue]
         for old, new in former.items():
             setattr(kind, old, property(lambda self, new=new: getattr(self, new)))
@@ -59,6 +63,7 @@ def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = Non
     """
     import tyro
 
+    _check_names(kind, args, prog)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -70,6 +75,21 @@ def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = Non
         raise
     sys.stderr.write(said.getvalue())
     return options
+
+
+def _check_names(kind: type, args: Sequence[str], prog: str) -> None:
+    """SystemExit for an option that there is none of, as it was typed; tyro would miss others before it."""
+    known = [*get_type_hints(kind), *getattr(kind, "_former", {}), "help"]
+    for arg in args:
+        typed, _, _ = arg.partition("=")
+        name = re.sub("^--(no[-_])?", "", typed).replace("-", "_")
+        if typed.startswith("--") and not name.startswith("tyro") and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            perhaps = f" (perhaps --{near[0].replace('_', '-')})" if near else ""
+            print(
+                f"edt: error: there is no option {printable(typed)}{perhaps}; see {prog} --help", file=sys.stderr
+            )
+            raise SystemExit(2)
 
 
 def _args_of_today(kind: type, args: Sequence[str]) -> list[str]:
@@ -101,7 +121,8 @@ def _in_one_line(box: str) -> str:
         parts = parts[1:]
     said, *others = parts or [["the options are wrong"]]
     if said[0].startswith("Missing from"):
-        said = ["it needs", ", ".join(re.findall(r"^--[\w-]+|^[A-Z-]+$", "\n".join(said[1:]), re.MULTILINE))]
+        missing = re.findall(r"^[│ ] {5}(--[\w-]+|[A-Z-]+)(?= |$)", box, re.MULTILINE)  # help is further right
+        said = ["it needs", ", ".join(missing)]
     for part in others:
         if part[0].startswith("Perhaps you meant"):
             said.append(f"(perhaps {part[1].split()[0]})")

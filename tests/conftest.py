@@ -22,7 +22,9 @@ if not torch.cuda.is_available():
 torch.ones(1, requires_grad=True).backward()
 
 if torch.cuda.is_available():  # where dispatch would read tiles from the cache of whoever runs the tests
-    _cache = tempfile.TemporaryDirectory(prefix="edt-tests-")
+    _cache, _others = tempfile.TemporaryDirectory(prefix="edt-tests-"), os.path.expanduser("~/.cache")
+    for name, folder in (("TORCH_HOME", "torch"), ("HF_HOME", "huggingface")):  # they stay where they are
+        os.environ.setdefault(name, os.path.join(os.environ.get("XDG_CACHE_HOME", _others), folder))
     os.environ["XDG_CACHE_HOME"] = _cache.name
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

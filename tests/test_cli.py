@@ -137,10 +137,10 @@ def test_unknown_command_and_help(capsys):
         ("--verbose", "there is no option --verbose; see edt --help"),
         ("sample", "it needs --checkpoint; see edt sample --help"),
         ("info", "it needs MODEL; see edt info --help"),
-        (
-            "sample --checkpoint x --sed 3",
-            "Unrecognized options: --sed, 3 (perhaps --seed); see edt sample --help",
-        ),
+        ("sample --checkpoint x --sed 3", "there is no option --sed (perhaps --seed); see edt sample --help"),
+        ("sample --chekpoint=x", "there is no option --chekpoint (perhaps --checkpoint); see edt sample --help"),
+        ("info --bogus EDT-S/2", "there is no option --bogus; see edt info --help"),
+        ("train --data x --no-flup", "there is no option --no-flup (perhaps --flip); see edt train --help"),
         ("sample --checkpoint x --steps", "Missing value for argument '--num-inference-steps'"),
         ("sample --checkpoint x --guidance-interval 1", "Error parsing --guidance-interval: no type matching"),
         ("info EDT-S/2 --precision half", "invalid choice 'half' for argument '--precision'"),
@@ -156,6 +156,46 @@ def test_usage_errors_are_one_line_that_says_where_help_is(capsys, args, said):
     command = args.split()[0]
     assert line.endswith(f"; see edt {command} --help" if command in ("sample", "info", "train") else " --help")
     assert "[bold]" not in line
+
+
+@pytest.mark.parametrize("columns", ["20", "60", "200"])
+def test_what_is_missing_is_not_what_its_help_names(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)  # at 60, a line of --output's help begins with --checkpoint
+    with pytest.raises(SystemExit):
+        main(["convert", "--checkpoint", "x"])
+    assert capsys.readouterr().err == "edt: error: it needs --output; see edt convert --help\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("[]", "config.json is JSON, but list; it must be an object"),
+        ("null", "config.json is JSON, but NoneType; it must be an object"),
+        ("[" * 100_000, "config.json is no JSON, or torn"),
+        (
+            '{"hidden_sizes": 3}',
+            "has a config that does not fit: hidden_sizes is 3; it must be a tuple of integers",
+        ),
+        ('{"sample_size": [1]}', "has a config that does not fit: sample_size is [1]; it must be one side"),
+    ],
+    ids=["list", "null", "deep", "type", "size"],
+)
+def test_info_of_a_damaged_folder(tmp_path, capsys, config, said):
+    (tmp_path / "config.json").write_text(config)
+    assert main(["info", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"edt: error: checkpoint {tmp_path}")
+    assert said in line
+
+
+def test_info_leaves_out_what_the_model_does_not_know(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    edt.load_preset("EDT-digits").save_config(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    known = capsys.readouterr().out
+    config.write_text(json.dumps({**json.loads(config.read_text()), "of_a_later_version": 1}))
+    assert main(["info", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == known
 
 
 def test_version(capsys):

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import itertools
+import pickle
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -101,6 +102,14 @@ def test_former_names_in_python():
     )
     with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
         SampleOptions(Path(), step=3)
+
+
+def test_former_names_in_a_pickle():
+    """Pickle sets attributes, under the names of when it was written."""
+    config = TrainConfig.__new__(TrainConfig)
+    config.__setstate__({**vars(TrainConfig(Path())), "flip": False})
+    assert not config.flips
+    assert pickle.loads(pickle.dumps(config)) == config
 
 
 def test_former_names_on_the_command_line():

@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -114,5 +115,21 @@ def test_a_folder_hands_on_its_names(package):
     module = importlib.import_module(package)
     assert all(hasattr(module, name) for name in module.__all__)
     assert set(module.__all__) <= set(dir(module))
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = module.nothing
+    for name in ("nothing", "nothing.at_all"):
+        with pytest.raises(AttributeError, match=f"has no attribute '{name}'"):
+            getattr(module, name)
+
+
+def test_a_zip_has_all_of_it(tmp_path):
+    """As a zipapp does."""
+    with zipfile.ZipFile(tmp_path / "app.zip", "w") as app:
+        for path in (*MODULES, *KERNELS.rglob("*.py")):
+            app.write(path, path.relative_to(EDT.parent))
+    code = "import sys; sys.path.insert(0, 'app.zip'); import edt; print(len(edt.PRESETS), edt.__file__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "app.zip" in run.stdout
+
+
+def test_loaded_again_it_finds_former_modules_once():
+    importlib.reload(edt)
+    assert sum(type(finder).__name__ == "_FormerModules" for finder in sys.meta_path) == 1

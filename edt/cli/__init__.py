@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .tune import tune_shapes as tune_shapes
     from .tune import tuning_report as tuning_report
 else:
-    __getattr__, __dir__, __all__ = lazy(__name__, __file__)
+    __getattr__, __dir__, __all__ = lazy(__name__)
     __all__ += ["main"]
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended

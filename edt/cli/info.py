@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..model.complexity import OPTIMIZER_BUFFERS, cost_table, estimate_memory, step_multiply_adds
+from ..model.complexity import OPTIMIZER_BUFFERS, cost_table, estimate_memory, meta_model, step_multiply_adds
 from ..model.presets import PRESETS
-from ..options import parse
+from ..options import check_count, parse
 
 _CACHED_STEPS, _CACHE_INTERVALS = 250, (2, 3, 5)
 
@@ -32,14 +32,12 @@ def run_info(args: list[str]) -> None:
     if options.model in PRESETS:
         config = PRESETS[options.model]
     elif Path(options.model).is_dir():
-        from ..model.transformer import EDTTransformer2DModel
-        from ..runs.weights import weights_folder
-
-        config = dict(EDTTransformer2DModel.load_config(weights_folder(options.model), local_files_only=True))
+        config = _config_of(options.model)
     else:
         raise ValueError(
             f"model is {options.model!r}; it must be a checkpoint folder or one of {', '.join(PRESETS)}"
         )
+    check_count("batch_size", options.batch_size)
     parts = cost_table(config)
     memory = estimate_memory(
         config,
@@ -88,6 +86,22 @@ def _saving(costs: dict[str, int], reuse: str, interval: int) -> str:
     full_steps = -(-_CACHED_STEPS // interval)
     cost = full_steps * costs["full"] + (_CACHED_STEPS - full_steps) * costs[reuse]
     return f"{_CACHED_STEPS * costs['full'] / cost:>7.2f}×"
+
+
+def _config_of(folder: str) -> dict:
+    """The arguments of a checkpoint's model; as it is loaded, those that it does not know are left out."""
+    from ..files.errors import named_errors
+    from ..files.text import read_json
+    from ..model.transformer import EDTTransformer2DModel
+    from ..runs.weights import weights_folder
+
+    weights = weights_folder(folder)
+    read_json(weights / "config.json", "checkpoint", dict)
+    with named_errors(f"checkpoint {weights}", "has a config that does not fit"):
+        config = EDTTransformer2DModel.load_config(weights, local_files_only=True)
+        config, *_ = EDTTransformer2DModel.extract_init_dict(config)
+        meta_model(config)
+    return config
 
 
 def _spaced(number: int) -> str:

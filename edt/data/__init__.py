@@ -18,4 +18,4 @@ if TYPE_CHECKING:
     from .shards import Manifest as Manifest
     from .shards import read_manifest as read_manifest
 else:
-    __getattr__, __dir__, __all__ = lazy(__name__, __file__)
+    __getattr__, __dir__, __all__ = lazy(__name__)

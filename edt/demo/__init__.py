@@ -13,4 +13,4 @@ if TYPE_CHECKING:
     from .run import DemoOptions as DemoOptions
     from .run import run_demo as run_demo
 else:
-    __getattr__, __dir__, __all__ = lazy(__name__, __file__)
+    __getattr__, __dir__, __all__ = lazy(__name__)

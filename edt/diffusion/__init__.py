@@ -21,4 +21,4 @@ if TYPE_CHECKING:
     from .sampler import sample as sample
     from .sampler import set_timesteps as set_timesteps
 else:
-    __getattr__, __dir__, __all__ = lazy(__name__, __file__)
+    __getattr__, __dir__, __all__ = lazy(__name__)

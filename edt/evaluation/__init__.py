@@ -10,4 +10,4 @@ if TYPE_CHECKING:
     from .metrics import frechet_distance as frechet_distance
     from .metrics import precision_recall as precision_recall
 else:
-    __getattr__, __dir__, __all__ = lazy(__name__, __file__)
+    __getattr__, __dir__, __all__ = lazy(__name__)

@@ -19,4 +19,4 @@ if TYPE_CHECKING:
     from .text import read_json as read_json
     from .text import read_text as read_text
 else:
-    __getattr__, __dir__, __all__ = lazy(__name__, __file__)
+    __getattr__, __dir__, __all__ = lazy(__name__)

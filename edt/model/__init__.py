@@ -21,4 +21,4 @@ if TYPE_CHECKING:
     from .transformer import ModelMixin as ModelMixin  # diffusers looks for it beside a class that it loads
     from .transformer import load_preset as load_preset
 else:
-    __getattr__, __dir__, __all__ = lazy(__name__, __file__)
+    __getattr__, __dir__, __all__ = lazy(__name__)

@@ -16,4 +16,4 @@ if TYPE_CHECKING:
     from .weights import load_checkpoint as load_checkpoint
     from .weights import load_released_state_dict as load_released_state_dict
 else:
-    __getattr__, __dir__, __all__ = lazy(__name__, __file__)
+    __getattr__, __dir__, __all__ = lazy(__name__)

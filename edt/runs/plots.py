@@ -102,7 +102,7 @@ def plot_runs(folders: list[Path] | tuple[Path, ...], output: Path | None = None
     place = own if output is None else output
     resolved = place.resolve()
     is_a_runs = resolved.name == PLOTS and (resolved.parent / METRICS_FILE).is_file()
-    if is_a_runs and resolved != own.resolve():
+    if is_a_runs and (len(folders) > 1 or resolved != own.resolve()):
         raise ValueError(f"output {place} is for the pictures of the run {resolved.parent} alone; give another")
     runs = [Run(name, _read(folder)) for name, folder in zip(_names(folders), folders)]
     drawn = {
@@ -151,7 +151,7 @@ def _draw(picture: Picture, metrics: list[str], runs: list[Run]) -> Figure:
             # One colour a run in every panel, but of one run a colour a metric.
             number = metrics.index(metric) if shared else runs.index(run)
             label = picture.metrics[metric] if shared else run.name
-            _line(ax, run.steps, run.values(metric), number, label, picture.noisy)
+            _line(ax, run.steps, run.values(metric), number, label, picture.noisy, solid=picture.noisy and shared)
         if picture.marks_skipped:
             for run in runs:
                 _mark_skipped(ax, run, runs)
@@ -163,13 +163,13 @@ def _draw(picture: Picture, metrics: list[str], runs: list[Run]) -> Figure:
     return figure
 
 
-def _line(ax: Axes, steps: ndarray, values: ndarray, number: int, label: str, noisy: bool) -> None:
+def _line(ax: Axes, steps: ndarray, values: ndarray, number: int, label: str, noisy: bool, solid: bool) -> None:
     colour, width = _COLOURS[number % len(_COLOURS)], max(1, len(values) // 40) if noisy else 1
     if width > 1:
         ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
         label += f", mean of {width} lines"
     style: dict[str, Any] = {"marker": "." if len(values) < 30 else None}
-    style["linestyle"] = "-" if noisy else _DASHES[number % len(_DASHES)]
+    style["linestyle"] = "-" if solid else _DASHES[number % len(_DASHES)]
     ax.plot(steps, running_mean(values, width), color=colour, linewidth=1.6, label=label, **style)
 
 

@@ -14,4 +14,4 @@ if TYPE_CHECKING:
     from .sample_set import SampleOptions as SampleOptions
     from .sample_set import draw_samples as draw_samples
 else:
-    __getattr__, __dir__, __all__ = lazy(__name__, __file__)
+    __getattr__, __dir__, __all__ = lazy(__name__)

@@ -13,4 +13,4 @@ if TYPE_CHECKING:
     from .config import load_config as load_config
     from .trainer import train as train
 else:
-    __getattr__, __dir__, __all__ = lazy(__name__, __file__)
+    __getattr__, __dir__, __all__ = lazy(__name__)

@@ -166,12 +166,20 @@ def encode(encoder: nn.Module, images: Tensor) -> Tensor:
     A map (B, F, H', W') that the encoder returns becomes its tokens, row by row.
 
     Raises:
-        TypeError, ValueError: for images of another shape or dtype, or an encoder that returns something else.
+        TypeError, ValueError: for images of another shape or dtype, or an encoder that fails or returns something
+            else.
     """
     _check_floating("images", images)
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images has shape {tuple(images.shape)}; it must be (B, 3, height, width)")
-    features = encoder(images)
+    try:
+        features = encoder(images)
+    except (ValueError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of the user's code
+        raise ValueError(
+            f"the image encoder, given images {tuple(images.shape)}, raised {type(error).__name__}: {error}"
+        ) from error
     _check_floating("the image encoder's output", features)
     if features.ndim not in (3, 4) or len(features) != len(images):
         raise ValueError(

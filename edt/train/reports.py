@@ -35,6 +35,8 @@ def introduce(trainer, multiply_adds: int) -> None:
     )
     activations = estimate.training_activations
     rest = (estimate.training - activations) / (trainer.processes if trainer.sharded else 1)
+    if backend == "reference":
+        activations += estimate.attention_matrices
     encoder = ", without the image encoder's" if trainer.encoder is not None else ""
     say(f"memory, estimated: {(rest + activations) / 2**30:.2f} GiB for a process, "
         f"{activations / 2**30:.2f} of it activations of {size} images{encoder}")  # fmt: skip

@@ -80,9 +80,9 @@ def test_each_run_has_its_backend_and_precision(tmp_path, monkeypatch):
     args = ["loss_curves", "--model", "EDT-digits", "--steps", "150", "--out", str(tmp_path)]
     assert main(args) == 0
     assert seen == [
-        ("ours", "triton", "bf16"),
-        ("reference", "reference", "bf16"),
-        ("float32", "reference", "fp32"),
+        ("ours", "triton", "bfloat16"),
+        ("reference", "reference", "bfloat16"),
+        ("float32", "reference", "float32"),
     ]
     assert os.environ["EDT_KERNELS_BACKEND"] == "reference"
     monkeypatch.setitem(LOSSES, "ours", [loss + 0.1 for loss in LOSSES["reference"]])

@@ -104,6 +104,7 @@ def test_several_runs_are_drawn_over_each_other(tmp_path, monkeypatch, capsys):
     full, masked = drawn("losses", runs).axes
     assert [label.split(",")[0] for label in labels(full)] == ["one", "two"]
     assert (len(full.lines), len(masked.lines)) == (2, 1)
+    assert full.lines[0].get_linestyle() != full.lines[1].get_linestyle()  # equal losses are both seen
     before = {file: file.read_bytes() for file in plot_runs(runs[:1])}
     assert {file.parent for file in before} == {runs[0] / "plots"}
     for _ in range(2):
@@ -116,6 +117,11 @@ def test_several_runs_are_drawn_over_each_other(tmp_path, monkeypatch, capsys):
         (error,) = capsys.readouterr().err.splitlines()
         assert f"output {output} is for the pictures of the run {runs[0]} alone; give another" in error
     assert {file: file.read_bytes() for file in before} == before
+    shutil.copy(
+        runs[0] / "metrics.jsonl", tmp_path / "outputs"
+    )  # a run whose own pictures have the place of overlays
+    assert main(["plot", *map(str, runs)]) == 2
+    assert "output outputs/plots is for the pictures of the run" in capsys.readouterr().err
     assert main(["plot", *map(str, runs), "--output", str(tmp_path / "both" / "plots")]) == 0
     assert len(list((tmp_path / "both" / "plots").iterdir())) == len(ALWAYS)
     assert not (runs[1] / "plots").exists()

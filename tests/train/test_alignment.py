@@ -247,6 +247,13 @@ def test_encoders_that_cannot_be_loaded(spec, error, message):
         load_image_encoder(spec)
 
 
+def test_an_encoder_that_fails():
+    with pytest.raises(
+        ValueError, match=r"given images \(2, 3, 8, 8\), raised RuntimeError: mat1 and mat2 shapes"
+    ):
+        encode(nn.Sequential(nn.Flatten(), nn.Linear(5, 5)), torch.zeros(2, 3, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("output", "error", "message"),
     [

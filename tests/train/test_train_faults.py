@@ -573,7 +573,7 @@ def test_a_name_that_is_not_utf_8(data, tmp_path, capsys):
     assert main(small_arguments(data, output, steps=1)) == 0
     assert capsys.readouterr().out.endswith(
         f"the run is in {tmp_path}/r\\udce4\\n; draw from it with\n"
-        f"  edt sample --checkpoint {tmp_path}/r\\udce4\\n --classes all\n"
+        f"  edt sample --checkpoint '{tmp_path}/r\\udce4\\n' --classes all\n"
     )
 
 
