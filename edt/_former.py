@@ -5,6 +5,7 @@ import sys
 import warnings
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 FORMER = {  # to several, where it was parted
     "ablate": "demo.ablation",
@@ -54,6 +55,33 @@ REPLACED = {
 }
 
 
+def _todays(name: str) -> list[str]:
+    """The modules that a former one is today; none for another name."""
+    found = (FORMER | REPLACED).get(name.rpartition(".")[2], "")
+    return [f"{__package__}.{today}" for today in found.split()]
+
+
+class _Former(ModuleType):
+    """In a former module's place: what is set here, as tests do, is set where it is used; `del` sets it back."""
+
+    def __setattr__(self, name, value):
+        for names in _names_of_today(self, name):
+            vars(self).setdefault("__before__", {}).setdefault((id(names), name), names[name])
+            names[name] = value
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        for names in _names_of_today(self, name):
+            names[name] = vars(self).get("__before__", {}).get((id(names), name), names[name])
+        super().__delattr__(name)
+
+
+def _names_of_today(module: ModuleType, name: str) -> list[dict]:
+    """The namespaces that have a name of the former module, of those that are loaded."""
+    loaded = (sys.modules[today] for today in _todays(module.__name__) if today in sys.modules)
+    return [vars(today) for today in loaded if name in vars(today)]
+
+
 class _FormerModules(MetaPathFinder, Loader):
     """Names modules that are no files any more, and nothing else."""
 
@@ -65,13 +93,14 @@ class _FormerModules(MetaPathFinder, Loader):
         return None
 
     def exec_module(self, module):
-        todays = [f"{__package__}.{today}" for today in FORMER[module.__name__.rpartition(".")[2]].split()]
+        todays = _todays(module.__name__)
         warnings.warn(f"{module.__name__} is {' and '.join(todays)} now", DeprecationWarning, stacklevel=2)
         parts = [importlib.import_module(today) for today in todays]
         if len(parts) == 1:
             sys.modules[module.__name__] = parts[0]  # which import returns in `module`'s place
         for part in parts:
             vars(module).update((name, value) for name, value in vars(part).items() if not name.startswith("__"))
+        module.__class__ = _Former
 
 
 def install() -> None:
@@ -82,10 +111,15 @@ def install() -> None:
     ]
 
 
+def stand_in(package: str) -> None:
+    """Makes a folder that has a former module's name stand in for it."""
+    if _todays(package):
+        sys.modules[package].__class__ = _Former
+
+
 def former_name(package: str, name: str):
     """What the module that had the name of this folder called so; AttributeError if nothing."""
-    for module in REPLACED.get(package.rpartition(".")[2], "").split():
-        today = importlib.import_module(f"{__package__}.{module}")
+    for today in map(importlib.import_module, _todays(package)):
         if hasattr(today, name):
             warnings.warn(f"{package}.{name} is in {today.__name__} now", DeprecationWarning, stacklevel=3)
             return getattr(today, name)

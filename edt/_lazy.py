@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ._former import former_name
+from ._former import former_name, stand_in
 
 
 def lazy(package: str) -> tuple[Callable, Callable, list[str]]:
@@ -33,4 +33,5 @@ def lazy(package: str) -> tuple[Callable, Callable, list[str]]:
         setattr(sys.modules[package], name, value)
         return value
 
+    stand_in(package)
     return get, lambda: sorted({*vars(sys.modules[package]), *modules}), sorted(modules)

@@ -1,10 +1,13 @@
 """What version 0.1 left is read by today's code: a run goes on, its weights and a pipeline load; and its modules'
 names are found."""
 
+import contextlib
 import importlib
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from released import FIXTURES
 from training_runs import TINY
 
 import edt
+from edt._former import REPLACED
 from edt.cli import main
 from edt.data import open_dataset, verify_dataset
 from edt.model import PRESETS
@@ -83,3 +87,37 @@ print(*(warning.message for warning in told if "edt" in str(warning.message)), s
         "edt.config is edt.model.presets now",
         "edt.sampling.check_scheduler is in edt.diffusion.sampler now",
     ]
+
+
+@pytest.mark.filterwarnings("ignore:edt:DeprecationWarning")
+@pytest.mark.parametrize("by", ["pytest", "mock"])
+def test_what_is_set_by_a_former_name_is_what_is_used(by):
+    """As a test of a program on 0.1 does."""
+
+    @contextlib.contextmanager
+    def patch_object(*args):
+        with mock.patch.object(*args) if by == "mock" else pytest.MonkeyPatch.context() as patch:
+            if by == "pytest":
+                patch.setattr(*args)
+            yield
+
+    for former, name, today in (
+        ("edt.train", "open_folder", "edt.train.trainer"),
+        ("edt.sampling", "scheduler_step", "edt.diffusion.sampler"),
+        ("edt.evaluate", "evaluate", "edt.evaluation.evaluator"),
+        ("edt.run_folder", "open_folder", "edt.files.lock"),
+    ):
+        former, today = map(importlib.import_module, (former, today))
+        before = getattr(today, name)
+        with patch_object(former, name, print):
+            assert getattr(today, name) is getattr(former, name) is print
+        assert getattr(today, name) is getattr(former, name) is before
+
+
+@pytest.mark.parametrize("former", sorted(REPLACED))
+def test_a_folder_s_own_modules_are_no_former_names(former):
+    """Which setting them, as their import does, would overwrite."""
+    modules = {path.stem for path in Path(importlib.import_module(f"edt.{former}").__file__).parent.glob("*.py")}
+    for today in REPLACED[former].split():
+        named = vars(importlib.import_module(f"edt.{today}"))
+        assert all(named[name].__name__ == f"edt.{former}.{name}" for name in modules & named.keys())
