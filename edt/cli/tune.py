@@ -12,7 +12,7 @@ import torch
 from edt_kernels._tiles import OPS
 
 from ..model.presets import PRESETS
-from ..options import parse
+from ..options import check_count, parse
 from . import INTERRUPTED
 
 
@@ -39,10 +39,9 @@ class Tune:
 
 def run_tune(args: list[str]) -> int:
     options = parse(Tune, args, "edt tune")
-    if options.batch_size < 1:
-        raise ValueError(f"batch_size is {options.batch_size}; it must be at least 1")
+    check_count("batch_size", options.batch_size)
     if options.seconds is not None and not options.seconds >= 0:
-        raise ValueError(f"seconds is {options.seconds}; it must not be negative")
+        raise ValueError(f"seconds is {options.seconds}; it must be a number of at least 0")
     for name, known in (("ops", OPS), ("models", tuple(PRESETS))):
         if wrong := set(getattr(options, name)) - set(known):
             raise ValueError(f"{name} has {', '.join(sorted(wrong))}; it takes {', '.join(known)}")
