@@ -75,27 +75,43 @@ def run(attention, case: Case, inputs: dict, dtype: torch.dtype | None = None) -
     return {"out": out.detach(), **results}
 
 
-def check(case: Case, dtype: torch.dtype, device: str, logsumexp: float = 0.0) -> None:
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What a result is judged by: see `edt_kernels.testing.error_and_budget`."""
+
+    exact: torch.Tensor
+    eager: torch.Tensor
+    slack: float = 0.0
+
+
+def references(case: Case, dtype: torch.dtype, inputs: dict, logsumexp: float = 0.0) -> dict[str, Reference]:
     """`logsumexp` is the rows' magnitude of it. Backward restores probabilities from it; its rounding, which eager
     does not have, shows in float32 gradients of few numbers."""
-    inputs = make_inputs(case, dtype, device)
-    result = run(edt_kernels.amm_attention, case, inputs)
-    exact = run(edt_kernels.reference.amm_attention, case, inputs, torch.float64)
+    all_exact = run(edt_kernels.reference.amm_attention, case, inputs, torch.float64)
     eager = run(edt_kernels.reference.amm_attention, case, inputs)
-    for name in exact:
-        slack = 0.0 if name == "out" else logsumexp * torch.finfo(torch.float32).eps * exact[name].norm().item()
+    found = {}
+    for name, exact in all_exact.items():
+        slack = 0.0 if name == "out" else logsumexp * torch.finfo(torch.float32).eps * exact.norm().item()
         if case.num_tokens == 1 and name in ("grad of v", "grad of modulation"):
             # The probability is 1; eager has it exactly, the kernel as exp of two logits of up to 4 or so. The
             # table's gradient is a sum of dO·v, which cancel.
-            terms = exact[name]
+            terms = exact
             if name == "grad of modulation":
                 terms = (inputs["grad"].double() * inputs["qkv"][:, :, 2].double()).sum(-1)
             slack = 4 * torch.finfo(torch.float32).eps * terms.norm().item()
         elif case.num_tokens == 1 and case.batch_size > 0 and name != "out":
             # The exact gradient of a constant softmax is 0, the kernel's dO·v − dO·O, with O rounded.
-            terms = (inputs["grad"].double() * exact["out"]).sum(-1).norm().item()
+            terms = (inputs["grad"].double() * all_exact["out"]).sum(-1).norm().item()
             slack = torch.finfo(dtype).eps * terms * inputs["qkv"].abs().max().item()
-        assert_within_budget(name, result[name], exact[name], eager[name], slack)
+        found[name] = Reference(exact, eager[name], slack)
+    return found
+
+
+def check(case: Case, dtype: torch.dtype, device: str, logsumexp: float = 0.0) -> None:
+    inputs = make_inputs(case, dtype, device)
+    result = run(edt_kernels.amm_attention, case, inputs)
+    for name, judge in references(case, dtype, inputs, logsumexp).items():
+        assert_within_budget(name, result[name], judge.exact, judge.eager, judge.slack)
 
 
 def slack_of_saturated_rows(case: Case, inputs: dict, dtype: torch.dtype) -> dict[str, float]:

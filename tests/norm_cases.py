@@ -104,8 +104,8 @@ def run(namespace, case: Case, inputs: dict, dtype: torch.dtype | None = None) -
     return results | {f"grad of {name}": grad for name, grad in zip(leaves, grads)}
 
 
-def check(case: Case, device: str) -> None:
-    inputs = make_inputs(case, device)
+def references(case: Case, inputs: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Of each result: the exact one in float64, and eager's."""
     eager = run(edt_kernels.reference, case, inputs)
     # The upstream gradients as the outputs' dtypes round them, so that both differentiate the same function.
     rounded = dict(inputs)
@@ -113,8 +113,14 @@ def check(case: Case, device: str) -> None:
         if f"grad {i}" in inputs:
             rounded[f"grad {i}"] = inputs[f"grad {i}"].to(eager[f"output {i}"].dtype)
     exact = run(edt_kernels.reference, case, rounded, torch.float64)
+    return {name: (exact[name], eager[name]) for name in exact}
+
+
+def check(case: Case, device: str) -> None:
+    inputs = make_inputs(case, device)
+    judges = references(case, inputs)
     result = run(edt_kernels, case, inputs)
-    assert result.keys() == exact.keys()
-    for name in exact:
-        assert result[name].dtype == eager[name].dtype, name
-        assert_within_budget(name, result[name], exact[name], eager[name])
+    assert result.keys() == judges.keys()
+    for name, (exact, eager) in judges.items():
+        assert result[name].dtype == eager.dtype, name
+        assert_within_budget(name, result[name], exact, eager)

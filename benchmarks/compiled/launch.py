@@ -1,0 +1,123 @@
+"""Triton launches on CPU tensors, by what the compiler makes of them for a GPU that need not be there.
+
+    with executing("sm_90") as launches:
+        out = edt_kernels.amm_attention(q, k, v, grid=(16, 16))
+    launches[0].findings
+"""
+
+import contextlib
+import functools
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from triton import knobs
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction
+
+import edt_kernels._backend as backend
+
+from .. import static
+from .program import Finding, Program, Run, Schedule
+from .ptx import parse
+
+
+@dataclass
+class Executed:
+    """One launch that ran."""
+
+    launch: static.Launch
+    target: str
+    grid: tuple[int, ...]
+    program: Program
+    run: Run
+
+    @property
+    def kernel(self) -> str:
+        return self.launch.kernel
+
+    @property
+    def findings(self) -> list[Finding]:
+        return self.run.findings
+
+
+@functools.cache
+def _cache() -> str:
+    """A folder for Triton's cache of this process and user: entries made here have no machine code."""
+    return os.path.join(tempfile.gettempdir(), f"edt-kernels-ptx-{os.getuid()}")
+
+
+_COMPILED: dict[str, tuple[Program, int, int]] = {}
+
+
+def compile_program(launch: static.Launch, target: str) -> tuple[Program, int, int]:
+    """A launch's program, its bytes of shared memory and its threads. ptxas, half of the time of a compilation, is
+    left out."""
+    key = f"{target} {launch.identity}"
+    if key not in _COMPILED:
+        no_machine_code = mock.patch.object(CUDABackend, "make_cubin", lambda *arguments: b"none")
+        with no_machine_code, knobs.cache.scope():
+            knobs.cache.dir = _cache()
+            compiled = static.compile_launch(launch, target)
+        metadata = compiled.metadata
+        program = Program(parse(compiled.asm["ptx"]))
+        _COMPILED[key] = program, metadata.shared, 32 * metadata.num_warps
+    return _COMPILED[key]
+
+
+@contextlib.contextmanager
+def executing(
+    target: str,
+    schedule: Schedule = Schedule(),
+    *,
+    replace: Callable[[str, Program], Program] | None = None,
+    programs: Callable[[int], list[int]] | None = None,
+    check: bool = True,
+) -> Iterator[list[Executed]]:
+    """Every launch inside runs at once, on CPU tensors, by the program compiled for `target`.
+
+    Args:
+        target: one of `benchmarks.static`'s NVIDIA targets whose instructions the machine knows: sm_80, sm_86, sm_90.
+        schedule: see `Schedule`.
+        replace: given a kernel's name and program, the program to run instead.
+        programs: of a launch, which of so many programs run; all if not given.
+        check: whether to look for races.
+    """
+    launches: list[Executed] = []
+
+    def run(kernel: JITFunction, *args, grid, warmup=False, **kwargs) -> None:
+        launch = static._describe("", kernel, args, kwargs)
+        names = [parameter.name for parameter in kernel.params]
+        values = dict(zip(names, args)) | {name: value for name, value in kwargs.items() if name in names}
+        grid = tuple(grid(values) if callable(grid) else grid)
+        program, shared_bytes, threads = compile_program(launch, target)
+        if replace is not None:
+            program = replace(launch.kernel, program)
+        arguments = [values[name] for name in names if launch.signature[name] != "constexpr"]
+        chosen = None if programs is None else programs(math.prod(grid))
+        result = program.run(grid, arguments, shared_bytes, threads, schedule, chosen, check)
+        launches.append(Executed(launch, target, grid, program, result))
+
+    unit = mock.patch.object(static._LAUNCHERS["amm_attention"], "matrix_unit", return_value=static.MATRIX_UNITS[target])
+    on_cpu = mock.patch.object(backend, "_INTERPRETED", True)  # lets CPU tensors through to the launchers
+    triton = mock.patch.dict(os.environ, EDT_KERNELS_BACKEND="triton")
+    with unit, on_cpu, triton, mock.patch.object(JITFunction, "run", run), _nan_in_new_memory():
+        yield launches
+
+
+@contextlib.contextmanager
+def _nan_in_new_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that results show what a kernel reads and nobody wrote."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

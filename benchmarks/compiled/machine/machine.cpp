@@ -1,0 +1,347 @@
+// The machine: runs a grid of programs, one after another; of a program its warps in turn, each from barrier to
+// barrier; of a warp one instruction at a time for 32 lanes.
+//
+// Generated beside it are `operations.inc` (operand structures and numbers of `semantics.py`'s OPERATIONS, and their
+// dispatch) and `elementwise.inc` (a function for each of its element-wise instructions).
+#include <cstdarg>
+#include <cstdio>
+#include <deque>
+#include <vector>
+#include "memory.hpp"
+
+struct Instruction { int operation, guard, guard_negated, line, operands, registers, num_registers; };
+struct Finding { int kind, line, count, other; u64 where; int program, warp; };
+struct Settings {
+  const Instruction* instructions; const int* operands; const Region* regions; const u8* initial_registers;
+  int num_instructions, num_regions, register_bytes, threads, shared_bytes, shared_base, shared_shift;
+  int grid[3], thread_index, lane_index, warp_index, program_index;
+  int check, backwards, late;
+  const int* programs; int num_programs;
+};
+// What each instruction did; of accesses: requests, their 32-byte sectors or wavefronts, and the fewest possible.
+struct Count { u64 executed, requests, units, ideal, bytes; };
+const int MAX_FINDINGS = 64;
+struct Result { char error[512]; int error_line, num_findings; Finding findings[MAX_FINDINGS]; u64 executed; };
+
+const u32 ALL = 0xffffffffu, POISON = 0x7fffdead;  // a NaN: what registers hold that a product will write
+
+struct Copy { u32 target; int bytes; u8 lane, data[16]; };  // of cp.async
+struct Product {                                            // of wgmma
+  int group = -1, line = 0;
+  const struct Wgmma* operands = nullptr;
+  u64 a = 0, b = 0;               // descriptors
+  u32 a_registers[4][32];         // as they were
+  bool accumulate = false;
+  std::vector<f32> initial, result;
+  std::vector<u32> cells;         // of shared memory, that it reads
+};
+struct Waiting { int target; u32 mask; };  // lanes, and where
+enum WarpState { RUNNING, AT_BARRIER, DONE };
+struct Warp {
+  u8* registers;
+  int index, next, barrier_line;
+  u32 mask, alive, step;
+  std::vector<Waiting> others;    // lanes that went elsewhere
+  int nearest_other;              // the lowest instruction where some wait
+  WarpState state;
+  std::vector<Copy> copies;       // not committed
+  std::deque<std::vector<Copy>> copy_groups;
+  std::deque<Product> products;
+  int groups_committed;
+  u32 fenced_at;
+  bool wgmma_fenced;
+  std::vector<u8> in_flight;      // of each register, by its place / 32, whether a product will write it
+  template <class T> T* reg(int place) { return (T*)(registers + place); }
+};
+
+#define LANES(mask) for (int lane = 0; lane < 32; lane++) if ((mask) >> lane & 1)
+#include "elementwise.inc"
+#include "operations.inc"
+static const int NUM_ELEMENTWISE = sizeof(ELEMENTWISE) / sizeof(*ELEMENTWISE);
+
+struct Machine {
+  const Settings& S;
+  Result& out;
+  Count* counts;
+  std::vector<u8> shared;
+  std::vector<SharedCell> cells;
+  std::vector<Warp> warps;
+  u32 epoch = 0, first_epoch = 0, now = 0;
+  int program = 0, at = 0;        // the running program and instruction
+
+  Machine(const Settings& s, Result& o, Count* c) : S(s), out(o), counts(c) {}
+  const Instruction& current() const { return S.instructions[at]; }
+  Count& count() { return counts[at]; }
+  Thread thread(const Warp& w, int lane) const { return {first_epoch, epoch, w.step, (u8)w.index, (u8)lane}; }
+
+  bool fail(const char* format, ...) {
+    if (out.error[0]) return false;
+    va_list list;
+    va_start(list, format);
+    vsnprintf(out.error, sizeof out.error, format, list);
+    va_end(list);
+    out.error_line = current().line;
+    return false;
+  }
+  void find(Kind kind, const Warp& w, u64 where, int other, int line = 0) {
+    if (!line) line = current().line;
+    for (int i = 0; i < out.num_findings; i++)
+      if (out.findings[i].kind == kind && out.findings[i].line == line) { out.findings[i].count++; return; }
+    if (out.num_findings < MAX_FINDINGS)
+      out.findings[out.num_findings++] = {kind, line, 1, other, where, program, w.index};
+  }
+
+  // Global memory. Returns the host's address, nothing after a fault.
+  u8* global(u64 address, int bytes, const Warp& w, int lane, bool write) {
+    u64 number = address >> 36;
+    if (number == 0 || number > (u64)S.num_regions) {
+      fail("%d bytes at %#llx, which belongs to no argument (program %d, warp %d, lane %d)", bytes,
+           (unsigned long long)address, program, w.index, lane);
+      return nullptr;
+    }
+    const Region& r = S.regions[number - 1];
+    s64 offset = address - r.base;
+    bool inside = offset >= (s64)r.first && offset + bytes <= (s64)r.last;
+    if (inside && r.allowed) inside = !std::memchr(r.allowed + offset, 0, bytes);
+    if (!inside) {
+      fail("out of bounds: %d bytes at byte %lld of argument %d, which has bytes %lld to %lld%s (program %d, warp %d, "
+           "lane %d)", bytes, (long long)(offset - r.first), r.index, 0ll, (long long)(r.last - r.first),
+           r.allowed ? " with gaps" : "", program, w.index, lane);
+      return nullptr;
+    }
+    if (address % bytes) {
+      fail("misaligned: %d bytes at byte %lld of argument %d (program %d, warp %d, lane %d)", bytes,
+           (long long)(offset - r.first), r.index, program, w.index, lane);
+      return nullptr;
+    }
+    for (u64 sector = offset >> 5; sector <= (u64)(offset + bytes - 1) >> 5; sector++)
+      r.sectors[sector] |= write ? 2 : 1;
+    return r.data + offset;
+  }
+  void check_global(u64 address, int bytes, const Warp& w, int lane, bool write, const u8* value = nullptr) {
+    const Region& r = S.regions[(address >> 36) - 1];
+    if (!r.cells) return;
+    u64 offset = address - r.base;
+    Thread t = thread(w, lane);
+    for (u64 i = offset >> r.cell_shift; i <= (offset + bytes - 1) >> r.cell_shift; i++) {
+      GlobalCell& cell = r.cells[i];
+      u64 start = std::max(i << r.cell_shift, offset), end = std::min((i + 1) << r.cell_shift, offset + bytes);
+      bool same = write && value && !std::memcmp(r.data + start, value + (start - offset), end - start);
+      if (cell.writer.of_another_program(t) || (write && cell.reader.of_another_program(t)))
+        find(PROGRAMS_COLLIDE, w, offset - r.first, r.index);
+      if (cell.writer.races(t) && !same) {
+        bool one_warp = cell.writer.warp == w.index;
+        find(!write ? READ_AFTER_WRITE : one_warp ? LANES_COLLIDE : WRITE_AFTER_WRITE, w, offset - r.first, cell.writer.warp);
+      }
+      if (write && cell.reader.races(t)) find(WRITE_AFTER_READ, w, offset - r.first, cell.reader.warp);
+      if (write) cell.writer.set(t); else cell.reader.add(t);
+    }
+  }
+  void count_sectors(const u64* addresses, u32 mask, int bytes) {
+    u64 sectors[32 * 2];
+    int n = 0, lanes = __builtin_popcount(mask);
+    if (!lanes) return;
+    LANES(mask) for (u64 s = addresses[lane] >> 5; s <= (addresses[lane] + bytes - 1) >> 5; s++) sectors[n++] = s;
+    std::sort(sectors, sectors + n);
+    n = std::unique(sectors, sectors + n) - sectors;
+    Count& c = count();
+    c.requests++; c.units += n; c.ideal += (lanes * bytes + 31) / 32; c.bytes += lanes * bytes;
+  }
+
+  // Shared memory, by offset from its start.
+  bool shared_place(u32 address, int bytes, const Warp& w, int lane) {
+    s64 offset = (s64)address - S.shared_base;
+    if (offset < 0 || offset + bytes > S.shared_bytes)
+      return fail("out of bounds: %d bytes at byte %lld of %d bytes of shared memory (program %d, warp %d, lane %d)",
+                  bytes, (long long)offset, S.shared_bytes, program, w.index, lane);
+    if (address % bytes)
+      return fail("misaligned: %d bytes at byte %lld of shared memory (program %d, warp %d, lane %d)", bytes,
+                  (long long)offset, program, w.index, lane);
+    return true;
+  }
+  u8* shared_at(u32 address) { return &shared[address - S.shared_base]; }
+  template <class F> void each_cell(u32 address, int bytes, F body) {
+    u32 offset = address - S.shared_base;
+    for (u32 i = offset >> S.shared_shift; i <= (offset + bytes - 1) >> S.shared_shift; i++) body(cells[i], i);
+  }
+  bool written(const SharedCell& cell) const { return cell.state != NEVER && cell.writer.epoch >= first_epoch; }
+  void check_shared_read(u32 address, int bytes, const Warp& w, int lane, bool by_product = false) {
+    if (!S.check) return;
+    Thread t = thread(w, lane);
+    each_cell(address, bytes, [&](SharedCell& cell, u32 i) {
+      u64 where = (u64)i << S.shared_shift;
+      if (!written(cell)) find(NEVER_WRITTEN, w, where, -1);
+      else if (cell.state == PENDING) find(COPY_PENDING, w, where, cell.writer.warp);
+      else {
+        if (cell.writer.races(t)) find(READ_AFTER_WRITE, w, where, cell.writer.warp);
+        if (by_product && warps[cell.writer.warp].fenced_at <= cell.written_at && w.fenced_at <= cell.written_at)
+          find(NO_PROXY_FENCE, w, where, cell.writer.warp);
+      }
+      cell.reader.add(t);
+    });
+  }
+  void check_shared_write(u32 address, int bytes, const Warp& w, int lane, u8 state, const u8* value = nullptr) {
+    if (!S.check) return;
+    Thread t = thread(w, lane);
+    u32 offset = address - S.shared_base;
+    each_cell(address, bytes, [&](SharedCell& cell, u32 i) {
+      u64 where = (u64)i << S.shared_shift;
+      if (cell.operands) find(OPERAND_OVERWRITTEN, w, where, cell.writer.warp);
+      if (written(cell)) {
+        if (cell.state == PENDING && state == WRITTEN) find(COPY_PENDING, w, where, cell.writer.warp);
+        u32 size = std::min(1 << S.shared_shift, bytes);
+        bool same = value && !std::memcmp(&shared[where], value + (where - offset), size);
+        if (cell.writer.races(t) && !same) find(cell.writer.warp == w.index ? LANES_COLLIDE : WRITE_AFTER_WRITE, w, where, cell.writer.warp);
+      }
+      if (cell.reader.races(t)) find(WRITE_AFTER_READ, w, where, cell.reader.warp);
+      cell.writer.set(t);
+      cell.state = state;
+      cell.written_at = now;
+    });
+  }
+  // Wavefronts: one for each 128 bytes asked for, another one where lanes want different words of one of 32 banks.
+  void count_wavefronts(const u32* addresses, u32 mask, int bytes) {
+    const int lanes_at_once = bytes <= 4 ? 32 : 128 / bytes;
+    u64 wavefronts = 0, ideal = 0;
+    for (int first = 0; first < 32; first += lanes_at_once) {
+      u32 words[32][32];
+      int held[32] = {0}, most = 0;
+      for (int lane = first; lane < first + lanes_at_once; lane++) {
+        if (!(mask >> lane & 1)) continue;
+        for (u32 word = addresses[lane] >> 2; word <= (addresses[lane] + bytes - 1) >> 2; word++) {
+          u32* bank = words[word & 31];
+          int& n = held[word & 31];
+          if (std::find(bank, bank + n, word) == bank + n) { bank[n++] = word; most = std::max(most, n); }
+        }
+      }
+      wavefronts += most; ideal += most > 0;
+    }
+    Count& c = count();
+    c.requests++; c.units += wavefronts; c.ideal += ideal; c.bytes += __builtin_popcount(mask) * bytes;
+  }
+
+#include "operations.hpp"
+#include "matrix.hpp"
+
+  bool step(Warp& w);
+  bool run_warp(Warp& w);
+  bool run_program(int number);
+};
+
+bool Machine::step(Warp& w) {
+  const Instruction& instruction = current();
+  u32 mask = w.mask;
+  if (instruction.guard >= 0) {
+    const u8* predicate = w.reg<u8>(instruction.guard);
+    u32 on = 0;
+    for (int lane = 0; lane < 32; lane++) on |= (u32)(predicate[lane] & 1) << lane;
+    mask &= instruction.guard_negated ? ~on : on;
+  }
+  now++;
+  count().executed++;
+  w.next++;
+  if (!mask) return true;
+  const int* operands = S.operands + instruction.operands;
+  if (!w.products.empty())
+    for (int i = 0; i < instruction.num_registers; i++)
+      if (w.in_flight[S.operands[instruction.registers + i] >> 5]) find(ACCUMULATOR_TOUCHED, w, i, -1);
+  if (instruction.operation < NUM_ELEMENTWISE) {
+    ELEMENTWISE[instruction.operation](w.registers, operands, mask);
+    return true;
+  }
+  return dispatch(*this, w, mask, instruction.operation - NUM_ELEMENTWISE, operands);
+}
+
+bool Machine::run_warp(Warp& w) {
+  while (w.state == RUNNING) {
+    if (w.next >= S.num_instructions) return fail("runs beyond the last instruction");
+    at = w.next;
+    if (!step(w) || out.error[0]) return false;
+    if (w.nearest_other <= w.next || !w.mask) {  // those furthest back go on, and join who waits where they arrive
+      w.others.push_back({w.next, w.mask});
+      w.mask = 0;
+      w.next = S.num_instructions;
+      for (const Waiting& b : w.others) if (b.mask) w.next = std::min(w.next, b.target);
+      std::vector<Waiting> left;
+      w.nearest_other = S.num_instructions;
+      for (const Waiting& b : w.others) {
+        if (b.target == w.next) w.mask |= b.mask;
+        else if (b.mask) { left.push_back(b); w.nearest_other = std::min(w.nearest_other, b.target); }
+      }
+      w.others = left;
+      if (!w.mask) {
+        w.state = DONE;
+        bool copies = !w.copies.empty();
+        for (auto& group : w.copy_groups) copies |= !group.empty();
+        if (copies || !w.products.empty()) find(PENDING_AT_EXIT, w, 0, -1);
+      }
+    }
+  }
+  return true;
+}
+
+bool Machine::run_program(int number) {
+  program = number;
+  now = 0;
+  first_epoch = ++epoch;
+  std::fill(shared.begin(), shared.end(), 0xff);  // NaN in every float type
+  for (Warp& w : warps) {
+    if (!w.products.empty())  // left by a program without a wait
+      for (SharedCell& cell : cells) cell.operands = 0;
+    u8* registers = w.registers;
+    int index = w.index;
+    u32 steps = w.step;
+    w = Warp();
+    w.registers = registers; w.index = index; w.step = steps;
+    w.next = 0; w.mask = w.alive = ALL; w.nearest_other = S.num_instructions; w.state = RUNNING;
+    w.groups_committed = 0; w.fenced_at = 0; w.wgmma_fenced = false;
+    w.in_flight.assign(S.register_bytes / 32 + 1, 0);
+    std::memcpy(registers, S.initial_registers, S.register_bytes);
+    for (int lane = 0; lane < 32; lane++) {
+      w.reg<u32>(S.thread_index)[lane] = index * 32 + lane;
+      w.reg<u32>(S.lane_index)[lane] = lane;
+      w.reg<u32>(S.warp_index)[lane] = index;
+      int place = number;
+      for (int axis = 0; axis < 3; axis++) {
+        w.reg<u32>(S.program_index + 128 * axis)[lane] = place % S.grid[axis];
+        place /= S.grid[axis];
+      }
+    }
+  }
+  const int n = warps.size();
+  for (;;) {
+    for (int i = 0; i < n; i++)
+      if (!run_warp(warps[S.backwards ? n - 1 - i : i])) return false;
+    int done = 0, waiting = 0;
+    for (Warp& w : warps) { done += w.state == DONE; if (w.state == AT_BARRIER) waiting = w.barrier_line; }
+    if (done == n) return true;
+    if (done) { fail("%d of %d warps of program %d never reach this barrier", done, n, number); out.error_line = waiting; return false; }
+    epoch++;
+    for (Warp& w : warps) w.state = RUNNING;
+  }
+}
+
+extern "C" int run_grid(const Settings* settings, Result* result, Count* counts) {
+  const Settings& S = *settings;
+  Machine machine(S, *result, counts);
+  const int n = (S.threads + 31) / 32;
+  machine.shared.resize(S.shared_bytes + 16);
+  machine.cells.resize((S.shared_bytes >> S.shared_shift) + 16);
+  std::vector<u8> registers((size_t)S.register_bytes * n + 64);
+  u8* aligned = (u8*)(((uintptr_t)registers.data() + 63) & ~(uintptr_t)63);
+  machine.warps.resize(n);
+  for (int i = 0; i < n; i++) {
+    machine.warps[i].registers = aligned + (size_t)S.register_bytes * i;
+    machine.warps[i].index = i;
+    machine.warps[i].step = 0;
+  }
+  for (int i = 0; i < S.num_programs; i++)
+    if (!machine.run_program(S.programs[S.backwards ? S.num_programs - 1 - i : i])) break;
+  for (int i = 0; i < S.num_instructions; i++) result->executed += counts[i].executed;
+  return result->error[0] != 0;
+}
+
+extern "C" int size_of(int what) {
+  const int sizes[] = {sizeof(Instruction), sizeof(Region), sizeof(Settings), sizeof(Result), sizeof(Finding), sizeof(Count), sizeof(GlobalCell)};
+  return sizes[what];
+}
