@@ -1,6 +1,7 @@
 """What the compiled kernels make of a case, executed on the CPU, and the verdict."""
 
 import functools
+import zlib
 from dataclasses import dataclass
 
 import attention_cases
@@ -24,6 +25,16 @@ class Verdict:
     findings: list[Finding]
     differing: list[str]  # results whose bits depend on the schedule
     launches: list[Executed]
+
+    def summary(self) -> dict:
+        """For the report of all tests: see conftest.py."""
+        return {
+            "launches": len(self.launches),
+            "kernels": sorted({f"{launch.target} {launch.kernel}" for launch in self.launches}),
+            "codes": sorted({f"{zlib.crc32(launch.program.kernel.text.encode()):x}" for launch in self.launches}),
+            "instructions": sum(launch.run.executed for launch in self.launches),
+            "over_budget": max(self.over_budget.values()),
+        }
 
     def faults(self) -> list[str]:
         too_far = [f"{name}: error {ratio:.2f} of its budget" for name, ratio in self.over_budget.items() if ratio > 1]
