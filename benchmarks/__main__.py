@@ -23,6 +23,7 @@ COMMANDS = {
     "report": ("report", "pages and plots of committed results, and READMEs' tables; or the page of a folder"),
     "gpu_suite": ("gpu_suite", "all that needs a GPU, in 9 minutes: tests, quick benchmarks, loss curves, tiles"),
     "static": ("static", "what the compiler makes of the kernels; needs no GPU"),
+    "executed": ("compiled.cost", "what the compiled kernels do, counted while they run on the CPU; needs g++"),
     "loss_curves": ("loss_curves", "does training on the kernels go as without them"),
     "step_cache": ("step_cache", "what step caching saves and what it costs"),
     "schedulers": ("schedulers", "what other schedulers make of few steps"),

@@ -33,6 +33,7 @@ class Executed:
     launch: static.Launch
     target: str
     grid: tuple[int, ...]
+    programs: int  # that ran: all, or some of the grid's
     program: Program
     run: Run
 
@@ -85,7 +86,7 @@ def executing(
         schedule: see `Schedule`.
         replace: given a kernel's name and program, the program to run instead.
         programs: of a launch, which of so many programs run; all if not given.
-        check: whether to look for races.
+        check: whether to look for races, and to fill new memory with NaN.
     """
     launches: list[Executed] = []
 
@@ -98,20 +99,23 @@ def executing(
         if replace is not None:
             program = replace(launch.kernel, program)
         arguments = [values[name] for name in names if launch.signature[name] != "constexpr"]
-        chosen = None if programs is None else programs(math.prod(grid))
+        chosen = list(range(math.prod(grid))) if programs is None else programs(math.prod(grid))
         result = program.run(grid, arguments, shared_bytes, threads, schedule, chosen, check)
-        launches.append(Executed(launch, target, grid, program, result))
+        launches.append(Executed(launch, target, grid, len(chosen), program, result))
 
     unit = mock.patch.object(static._LAUNCHERS["amm_attention"], "matrix_unit", return_value=static.MATRIX_UNITS[target])
     on_cpu = mock.patch.object(backend, "_INTERPRETED", True)  # lets CPU tensors through to the launchers
     triton = mock.patch.dict(os.environ, EDT_KERNELS_BACKEND="triton")
-    with unit, on_cpu, triton, mock.patch.object(JITFunction, "run", run), _nan_in_new_memory():
+    with unit, on_cpu, triton, mock.patch.object(JITFunction, "run", run), _nan_in_new_memory(check):
         yield launches
 
 
 @contextlib.contextmanager
-def _nan_in_new_memory() -> Iterator[None]:
+def _nan_in_new_memory(enabled: bool) -> Iterator[None]:
     """`torch.empty` gives NaN, so that results show what a kernel reads and nobody wrote."""
+    if not enabled:
+        yield
+        return
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -14,7 +14,7 @@ import torch
 
 from . import build
 from .ptx import Instruction, Kernel, UnsupportedError, address, elements
-from .semantics import ELEMENTWISE, FUNCTIONS, MATRIX_TYPES, OPERATIONS, SHUFFLES, VOTES, canonical
+from .semantics import ELEMENTWISE, FUNCTIONS, MATRIX_TYPES, OPERATIONS, SHUFFLES, VOTES, WHOLE_WARP, canonical
 
 _SHARED_BASE = 1024  # of the address window of shared memory: nothing real is at 0
 # Written by the machine for each thread or run.
@@ -82,11 +82,11 @@ class Run:
     findings: list[Finding]
     counts: np.ndarray  # of `_COUNT`, one for each instruction
     executed: int  # warp instructions
-    sectors: list[np.ndarray]  # of each array argument's storage: 1 where a 32-byte sector was read, 2 written, or 3
+    touched: list[torch.Tensor]  # the array arguments that were read or written at all
 
 
 _INSTRUCTION = np.dtype([(name, "i4") for name in
-                         "operation guard guard_negated line operands registers num_registers".split()])  # fmt: skip
+                         "operation whole_warp guard guard_negated line operands registers num_registers".split()])  # fmt: skip
 _COUNT = np.dtype([(name, "u8") for name in "executed requests units ideal bytes".split()])
 
 
@@ -96,7 +96,7 @@ def _structure(name: str, **fields) -> type[ctypes.Structure]:
 
 _INT, _PTR, _U64 = ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64
 _Region = _structure("_Region", base=_U64, data=_PTR, bytes=_U64, first=_U64, last=_U64, allowed=_PTR, cells=_PTR,
-                     sectors=_PTR, cell_shift=_INT, index=_INT)  # fmt: skip
+                     touched=_PTR, cell_shift=_INT, index=_INT)  # fmt: skip
 _Settings = _structure(
     "_Settings",
     **dict.fromkeys("instructions operands regions initial_registers".split(), _PTR),
@@ -119,6 +119,7 @@ class Program:
         self._parameters: dict[tuple[str, int, str], int] = {}  # (name, register's bytes, type) → place
         self._top = 0
         self._instructions: list[tuple[int, ...]] = []
+        self.sources: list[Instruction] = []  # of each of the machine's instructions
         self._operands: list[int] = []
         for name in (*_THREAD_REGISTERS, *_RUN_REGISTERS):
             self._places[name] = self._allocate(4)
@@ -190,9 +191,10 @@ class Program:
         text = " ".join(operand for operand in instruction.operands if operand not in untouched)
         registers = [self._places[r] for r in re.findall(r"%?[\w$]+", text) if r in self._places]
         at = len(self._operands)
+        self.sources.append(instruction)
         self._operands += [*operands, *registers]
         self._instructions.append(
-            (build.NUMBERS[name], self._register(guard) if guard else -1, int(instruction.guard.startswith("!")),
+            (build.NUMBERS[name], int(name in WHOLE_WARP), self._register(guard) if guard else -1, int(instruction.guard.startswith("!")),
              instruction.line, at, at + len(operands), len(registers))
         )  # fmt: skip
 
@@ -421,7 +423,7 @@ class Program:
             arguments: a tensor on the CPU or a number for each parameter; parameters after them get 0.
             shared_bytes: of a program.
             threads: of a program, where the text does not say.
-            check: whether to look for races; bounds are checked always.
+            check: whether to look for races, and for gaps of views; the ends of views are checked always.
 
         Raises:
             Fault: with the instruction and its place in the Triton source.
@@ -462,7 +464,7 @@ class Program:
             Finding(KINDS[f.kind], kernel.where(f.line), f.count, f.where, f.program, f.warp, f.other)
             for f in result.findings[: result.num_findings]
         ]
-        return Run(findings, counts, result.executed, memory.sectors)
+        return Run(findings, counts, result.executed, memory.touched())
 
     def _argument(self, values: list, name: str, kind: str) -> int:
         """The bits of a parameter as an instruction of that type loads it; extended by its sign if it has one."""
@@ -481,8 +483,8 @@ class _Memory:
     through a view of a storage is checked against that view, and races against the storage."""
 
     def __init__(self, arguments: list, check: bool):
-        self.regions, self.values, self.sectors = [], [], []
-        self._keep = []
+        self.regions, self.values = [], []
+        self._kept = []  # what the regions point to
         storages: dict[int, tuple] = {}
         for number, argument in enumerate(arguments):
             if not isinstance(argument, torch.Tensor):
@@ -494,26 +496,29 @@ class _Memory:
                 # Two bytes a cell: no element that kernels write to global memory is smaller, but for bytes.
                 shift = 0 if argument.element_size() == 1 else 1
                 cells = np.zeros(((size >> shift) + 1) * _GLOBAL_CELL_BYTES, np.uint8) if check else None
-                storages[start] = shift, cells, np.zeros(size // 32 + 2, np.uint8)
-            shift, cells, sectors = storages[start]
-            first, last, allowed = _extent(argument, size)
+                storages[start] = shift, cells
+            shift, cells = storages[start]
+            touched = np.zeros(1, np.uint8)
+            first, last, allowed = _extent(argument, size, check)
             base = ((len(self.regions) + 1) << 36) + 4096 + start % 256  # aligned as on the host
             self.regions.append(
                 _Region(base, start, size, first, last, None if allowed is None else allowed.ctypes.data,
-                        None if cells is None else cells.ctypes.data, sectors.ctypes.data, shift, number)
+                        None if cells is None else cells.ctypes.data, touched.ctypes.data, shift, number)
             )  # fmt: skip
-            self.sectors.append(sectors)
-            self._keep.append((argument, cells, allowed))
+            self._kept.append((argument, touched, cells, allowed))
             self.values.append(base + argument.data_ptr() - start)
 
+    def touched(self) -> list[torch.Tensor]:
+        return [argument for argument, touched, *_ in self._kept if touched[0]]
 
-def _extent(view: torch.Tensor, storage_bytes: int) -> tuple[int, int, np.ndarray | None]:
-    """First byte and end of a view in its storage, and, where it has gaps, which bytes it has."""
+
+def _extent(view: torch.Tensor, storage_bytes: int, gaps: bool) -> tuple[int, int, np.ndarray | None]:
+    """First byte and end of a view in its storage, and, where it has gaps and they matter, which bytes it has."""
     size, first = view.element_size(), view.storage_offset() * view.element_size()
     if view.numel() == 0:
         return 0, 0, None
     last = first + size * (1 + sum((n - 1) * stride for n, stride in zip(view.shape, view.stride())))
-    if last - first == view.numel() * size:
+    if not gaps or last - first == view.numel() * size:
         return first, last, None
     allowed = torch.zeros(storage_bytes, dtype=torch.uint8)
     elements = allowed[: storage_bytes // size * size].view(-1, size)

@@ -243,6 +243,11 @@ OPERATIONS = {
     "pack": "result part_bytes *parts",
     "unpack": "value part_bytes *parts",
 }
+# All lanes of a warp execute these together (.sync, .aligned).
+WHOLE_WARP = frozenset(
+    "barrier warp_barrier load_matrices store_matrices mma wgmma fence_wgmma commit_wgmma wait_wgmma shuffle vote elect "
+    "reduce_warp".split()
+)
 MATRIX_TYPES = {"f16": 0, "bf16": 1, "tf32": 2}
 SHUFFLES = {"up": 0, "down": 1, "bfly": 2, "idx": 3}
 VOTES = {"ballot": 0, "any": 1, "all": 2, "uni": 3}

@@ -248,3 +248,22 @@ def test_what_the_machine_does_not_know_is_named(body, reason):
 def test_a_text_without_a_kernel():
     with pytest.raises(UnsupportedError, match=r"no \.entry"):
         parse(".version 8.7")
+
+
+def test_lanes_that_went_far_ahead_come_back_to_a_barrier():
+    """A rare path that the compiler put behind the end: the others wait at the barrier, not for ever."""
+    body = """
+        setp.eq.u32 %p1, %r1, 3;
+        mov.b32 %r10, 1;
+        @%p1 bra $RARE;
+    $BACK:
+        bar.sync 0;
+        mad.wide.u32 %d5, %r0, 4, %d0;
+        st.global.b32 [%d5], %r10;
+        ret;
+    $RARE:
+        mov.b32 %r10, 2;
+        bra.uni $BACK;"""
+    out = torch.zeros(64, dtype=torch.int32)
+    run(body, out, threads=64)
+    assert out.tolist() == [2 if i % 32 == 3 else 1 for i in range(64)]

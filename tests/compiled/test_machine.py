@@ -163,9 +163,15 @@ def test_a_barrier_that_some_warps_never_reach():
         run("setp.eq.s32 %p1, %r2, 0; @%p1 bra $END; bar.sync 0; $END:", threads=64)
 
 
-def test_a_barrier_that_some_lanes_never_reach():
-    with pytest.raises(Fault, match="divergent warp"):
-        run("setp.lt.s32 %p1, %r1, 5; @%p1 bra $END; bar.sync 0; $END: mov.b32 %r10, 0;")
+def test_lanes_of_a_warp_at_different_barriers():
+    body = "setp.lt.s32 %p1, %r1, 5; @%p1 bra $OTHER; bar.sync 0; bra.uni $END; $OTHER: bar.sync 0; $END: mov.b32 %r10, 0;"
+    with pytest.raises(Fault, match="a warp-wide instruction in a divergent warp: lanes"):
+        run(body)
+
+
+def test_a_barrier_that_a_guard_keeps_lanes_from():
+    with pytest.raises(Fault, match="a warp-wide instruction for some lanes: 0000001f of ffffffff"):
+        run("setp.lt.s32 %p1, %r1, 5; @%p1 bar.sync 0;")
 
 
 def test_a_fault_names_the_line_of_the_source():

@@ -9,7 +9,7 @@
 #include <vector>
 #include "memory.hpp"
 
-struct Instruction { int operation, guard, guard_negated, line, operands, registers, num_registers; };
+struct Instruction { int operation, whole_warp, guard, guard_negated, line, operands, registers, num_registers; };
 struct Finding { int kind, line, count, other; u64 where; int program, warp; };
 struct Settings {
   const Instruction* instructions; const int* operands; const Region* regions; const u8* initial_registers;
@@ -92,7 +92,7 @@ struct Machine {
   }
 
   // Global memory. Returns the host's address, nothing after a fault.
-  u8* global(u64 address, int bytes, const Warp& w, int lane, bool write) {
+  u8* global(u64 address, int bytes, const Warp& w, int lane) {
     u64 number = address >> 36;
     if (number == 0 || number > (u64)S.num_regions) {
       fail("%d bytes at %#llx, which belongs to no argument (program %d, warp %d, lane %d)", bytes,
@@ -114,8 +114,7 @@ struct Machine {
            (long long)(offset - r.first), r.index, program, w.index, lane);
       return nullptr;
     }
-    for (u64 sector = offset >> 5; sector <= (u64)(offset + bytes - 1) >> 5; sector++)
-      r.sectors[sector] |= write ? 2 : 1;
+    *r.touched = 1;
     return r.data + offset;
   }
   void check_global(u64 address, int bytes, const Warp& w, int lane, bool write, const u8* value = nullptr) {
@@ -224,6 +223,7 @@ struct Machine {
 #include "matrix.hpp"
 
   bool step(Warp& w);
+  bool choose_lanes(Warp& w);
   bool run_warp(Warp& w);
   bool run_program(int number);
 };
@@ -241,6 +241,8 @@ bool Machine::step(Warp& w) {
   count().executed++;
   w.next++;
   if (!mask) return true;
+  if (instruction.whole_warp && mask != w.alive)
+    return fail("a warp-wide instruction for some lanes: %08x of %08x (program %d, warp %d)", mask, w.alive, program, w.index);
   const int* operands = S.operands + instruction.operands;
   if (!w.products.empty())
     for (int i = 0; i < instruction.num_registers; i++)
@@ -252,30 +254,51 @@ bool Machine::step(Warp& w) {
   return dispatch(*this, w, mask, instruction.operation - NUM_ELEMENTWISE, operands);
 }
 
+// Lanes that parted go on apart until they meet: those furthest back first, but none beyond an instruction that all
+// lanes must execute together, as far as others can still come.
+bool Machine::choose_lanes(Warp& w) {
+  w.others.push_back({w.next, w.mask});
+  std::vector<Waiting> groups;
+  for (const Waiting& other : w.others) {
+    auto same = std::find_if(groups.begin(), groups.end(), [&](const Waiting& g) { return g.target == other.target; });
+    if (!other.mask) continue;
+    if (same == groups.end()) groups.push_back(other); else same->mask |= other.mask;
+  }
+  w.others.clear();
+  w.nearest_other = S.num_instructions;
+  w.mask = 0;
+  if (groups.empty()) {
+    w.state = DONE;
+    bool copies = !w.copies.empty();
+    for (auto& group : w.copy_groups) copies |= !group.empty();
+    if (copies || !w.products.empty()) find(PENDING_AT_EXIT, w, 0, -1);
+    return true;
+  }
+  auto blocked = [&](const Waiting& g) { return S.instructions[g.target].whole_warp && g.mask != w.alive; };
+  std::sort(groups.begin(), groups.end(), [&](const Waiting& a, const Waiting& b) {
+    return blocked(a) != blocked(b) ? blocked(b) : a.target < b.target;
+  });
+  w.next = groups[0].target;
+  w.mask = groups[0].mask;
+  w.others.assign(groups.begin() + 1, groups.end());
+  for (const Waiting& other : w.others) w.nearest_other = std::min(w.nearest_other, other.target);
+  at = w.next;
+  if (blocked(groups[0]))
+    return fail("a warp-wide instruction in a divergent warp: lanes %08x of %08x (program %d, warp %d)", w.mask, w.alive, program, w.index);
+  return true;
+}
+
 bool Machine::run_warp(Warp& w) {
   while (w.state == RUNNING) {
     if (w.next >= S.num_instructions) return fail("runs beyond the last instruction");
     at = w.next;
-    if (!step(w) || out.error[0]) return false;
-    if (w.nearest_other <= w.next || !w.mask) {  // those furthest back go on, and join who waits where they arrive
-      w.others.push_back({w.next, w.mask});
-      w.mask = 0;
-      w.next = S.num_instructions;
-      for (const Waiting& b : w.others) if (b.mask) w.next = std::min(w.next, b.target);
-      std::vector<Waiting> left;
-      w.nearest_other = S.num_instructions;
-      for (const Waiting& b : w.others) {
-        if (b.target == w.next) w.mask |= b.mask;
-        else if (b.mask) { left.push_back(b); w.nearest_other = std::min(w.nearest_other, b.target); }
-      }
-      w.others = left;
-      if (!w.mask) {
-        w.state = DONE;
-        bool copies = !w.copies.empty();
-        for (auto& group : w.copy_groups) copies |= !group.empty();
-        if (copies || !w.products.empty()) find(PENDING_AT_EXIT, w, 0, -1);
-      }
+    if (current().whole_warp && w.mask != w.alive) {
+      if (!choose_lanes(w)) return false;
+      at = w.next;
     }
+    if (!step(w) || out.error[0]) return false;
+    if (w.nearest_other <= w.next || !w.mask)
+      if (!choose_lanes(w)) return false;
   }
   return true;
 }

@@ -24,7 +24,6 @@ void load_a(const u32* const* registers, int count, int type, f32 (*a)[16]) {
 // ldmatrix: matrix m is 8 rows of 16 bytes at the addresses of lanes 8·m to 8·m + 7; lane 4·r + c gets elements
 // 2·c and 2·c + 1 of row r, or of column r.
 bool load_matrices(Warp& w, u32 mask, const LoadMatrices& x) {
-  if (!whole(w, mask)) return false;
   u32 addresses[32];
   shared_addresses(w, x.address, x.offset, addresses);
   for (int m = 0; m < x.count; m++) {
@@ -47,7 +46,6 @@ bool load_matrices(Warp& w, u32 mask, const LoadMatrices& x) {
 }
 
 bool store_matrices(Warp& w, u32 mask, const StoreMatrices& x) {
-  if (!whole(w, mask)) return false;
   u32 addresses[32];
   shared_addresses(w, x.address, x.offset, addresses);
   for (int m = 0; m < x.count; m++) {
@@ -72,7 +70,6 @@ bool store_matrices(Warp& w, u32 mask, const StoreMatrices& x) {
 // mma.sync: D (16, 8) = A (16, k)·B (k, 8) + C. B's register i of lane 4·g + t holds column g and, of 16-bit types,
 // rows 2·t + 8·i and the next; of TF32 row t + 4·i.
 bool mma(Warp& w, u32 mask, const Mma& x) {
-  if (!whole(w, mask)) return false;
   const int per_register = x.type == 2 ? 1 : 2, num_b = x.k / (4 * per_register), num_a = 2 * num_b;
   f32 a[16][16], b[16][8];
   const u32* a_registers[4];
@@ -162,7 +159,6 @@ static bool same_accumulators(const Product& p, const Product& q) {
 }
 
 bool wgmma(Warp& w, u32 mask, const Wgmma& x) {
-  if (!whole(w, mask)) return false;
   if (!w.wgmma_fenced) find(NO_WGMMA_FENCE, w, 0, -1);
   Product product;
   product.operands = &x;
@@ -204,18 +200,16 @@ bool wgmma(Warp& w, u32 mask, const Wgmma& x) {
   return true;
 }
 
-bool fence_wgmma(Warp& w, u32 mask, const FenceWgmma&) { return whole(w, mask) && (w.wgmma_fenced = true); }
+bool fence_wgmma(Warp& w, u32 mask, const FenceWgmma&) { return w.wgmma_fenced = true; }
 bool fence_proxy(Warp& w, u32, const FenceProxy&) { w.fenced_at = now; return true; }
 
 bool commit_wgmma(Warp& w, u32 mask, const CommitWgmma&) {
-  if (!whole(w, mask)) return false;
   for (Product& p : w.products) if (p.group < 0) p.group = w.groups_committed;
   w.groups_committed++;
   return true;
 }
 
 bool wait_wgmma(Warp& w, u32 mask, const WaitWgmma& x) {
-  if (!whole(w, mask)) return false;
   while (!w.products.empty() && w.products.front().group >= 0 && w.products.front().group < w.groups_committed - x.groups_left) {
     Product p = std::move(w.products.front());
     w.products.pop_front();

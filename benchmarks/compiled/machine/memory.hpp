@@ -47,7 +47,7 @@ struct Region {
   u64 bytes, first, last;
   const u8* allowed;
   GlobalCell* cells;  // of the storage, one for 1 << cell_shift bytes; without them races are not looked for
-  u8* sectors;        // of the storage, one for each 32 bytes: 1 read, 2 written
+  u8* touched;        // whether it is read or written at all
   int cell_shift, index;
 };
 

@@ -1,10 +1,5 @@
 // The operations of `Machine` besides matrix products; included into it. Each gets the lanes that execute it.
 
-// Instructions for whole warps (.sync, .aligned) need all its lanes.
-bool whole(const Warp& w, u32 mask) {
-  return mask == w.alive || fail("a warp-wide instruction in a divergent warp: lanes %08x of %08x (program %d, warp %d)", mask, w.alive, program, w.index);
-}
-
 bool nothing(Warp&, u32, const Nothing&) { return true; }
 
 bool branch(Warp& w, u32 mask, const Branch& x) {
@@ -24,14 +19,12 @@ bool exit(Warp& w, u32 mask, const Exit&) {
 bool trap(Warp& w, u32, const Trap&) { return fail("trap (program %d, warp %d)", program, w.index); }
 
 bool barrier(Warp& w, u32 mask, const Barrier&) {
-  if (!whole(w, mask)) return false;
   w.state = AT_BARRIER;
   w.barrier_line = current().line;
   return true;
 }
 
 bool warp_barrier(Warp& w, u32 mask, const WarpBarrier&) {
-  if (!whole(w, mask)) return false;
   w.step++;
   return true;
 }
@@ -62,7 +55,7 @@ bool load_global(Warp& w, u32 mask, const LoadGlobal& x) {
   const int bytes = x.count * x.element_bytes;
   count_sectors(addresses, mask, bytes);
   LANES(mask) {
-    u8* from = global(addresses[lane], bytes, w, lane, false);
+    u8* from = global(addresses[lane], bytes, w, lane);
     if (!from) return false;
     check_global(addresses[lane], bytes, w, lane, false);
     into_registers(w, lane, from, x.count, x.values, x.element_bytes, x.register_bytes, x.is_signed);
@@ -76,7 +69,7 @@ bool store_global(Warp& w, u32 mask, const StoreGlobal& x) {
   const int bytes = x.count * x.element_bytes;
   count_sectors(addresses, mask, bytes);
   LANES(mask) {
-    u8 value[32], *to = global(addresses[lane], bytes, w, lane, true);
+    u8 value[32], *to = global(addresses[lane], bytes, w, lane);
     if (!to) return false;
     from_registers(w, lane, value, x.count, x.values, x.element_bytes, x.register_bytes);
     check_global(addresses[lane], bytes, w, lane, true, value);
@@ -146,7 +139,7 @@ bool atomic(Warp& w, u32 mask, const Atomic& x) {
       at = shared_at(address);
     } else {
       u64 address = w.reg<u64>(x.address)[lane] + (s64)x.offset;
-      if (!(at = global(address, x.bytes, w, lane, true))) return false;
+      if (!(at = global(address, x.bytes, w, lane))) return false;
     }
     switch (x.function) {
       case 2: case 22: case 23: combine_at<f32>(w, at, x, lane); break;
@@ -176,7 +169,7 @@ bool copy_async(Warp& w, u32 mask, const CopyAsync& x) {
     if (n && sources[lane] % x.bytes) return fail("misaligned source of cp.async (program %d, warp %d, lane %d)", program, w.index, lane);
     for (u32 i = 0; i < n; i += n == (u32)x.bytes ? n : 1) {  // whole, or byte by byte
       const int size = n == (u32)x.bytes ? n : 1;
-      u8* from = global(sources[lane] + i, size, w, lane, false);
+      u8* from = global(sources[lane] + i, size, w, lane);
       if (!from) return false;
       check_global(sources[lane] + i, size, w, lane, false);
       std::memcpy(copy.data + i, from, size);
@@ -214,7 +207,6 @@ bool wait_copies(Warp& w, u32, const WaitCopies& x) {
 
 // PTX ISA, "shfl.sync": segments of lanes by the clamp's bits 8 to 12, the last lane in range by its bits 0 to 4.
 bool shuffle(Warp& w, u32 mask, const Shuffle& x) {
-  if (!whole(w, mask)) return false;
   const u32 *values = w.reg<u32>(x.value), *lanes = w.reg<u32>(x.lane), *clamps = w.reg<u32>(x.clamp);
   u32 result[32];
   u8 in_range[32];
@@ -231,7 +223,6 @@ bool shuffle(Warp& w, u32 mask, const Shuffle& x) {
 }
 
 bool vote(Warp& w, u32 mask, const Vote& x) {
-  if (!whole(w, mask)) return false;
   u32 ballot = 0;
   for (int i = 0; i < 32; i++) ballot |= (u32)(w.reg<u8>(x.value)[i] & 1) << i;
   if (x.mode == 0) { std::fill_n(w.reg<u32>(x.result), 32, ballot); return true; }
@@ -241,14 +232,12 @@ bool vote(Warp& w, u32 mask, const Vote& x) {
 }
 
 bool elect(Warp& w, u32 mask, const Elect& x) {
-  if (!whole(w, mask)) return false;
   if (x.result >= 0) std::fill_n(w.reg<u32>(x.result), 32, 0);
   for (int i = 0; i < 32; i++) w.reg<u8>(x.predicate)[i] = i == 0;
   return true;
 }
 
 bool reduce_warp(Warp& w, u32 mask, const ReduceWarp& x) {
-  if (!whole(w, mask)) return false;
   const u32* values = w.reg<u32>(x.value);
   u32 result = values[0];
   for (int i = 1; i < 32; i++)
