@@ -48,9 +48,13 @@ def library() -> ctypes.CDLL:
             for name, text in files.items():
                 Path(work, name).write_text(text, encoding="utf-8")
             made = Path(work, "machine.so")
-            result = subprocess.run([*_COMPILER, "-o", made, Path(work, "machine.cpp")], capture_output=True, text=True)
+            result = subprocess.run(
+                [*_COMPILER, "-o", made, Path(work, "machine.cpp")], capture_output=True, text=True
+            )
             if result.returncode:
-                raise RuntimeError(f"g++ could not compile the machine of benchmarks/compiled:\n{result.stderr[-2000:]}")
+                raise RuntimeError(
+                    f"g++ could not compile the machine of benchmarks/compiled:\n{result.stderr[-2000:]}"
+                )
             os.replace(made, built)
     return ctypes.CDLL(str(built))
 

@@ -191,7 +191,8 @@ def execute(call: Call, target: str) -> list[Executed]:
     """The launches of one call, of which some programs run."""
     op, arguments = call
     tensors = [
-        torch.empty_strided(a[0], a[1], dtype=a[2]) if isinstance(a, tuple) and len(a) == 3 else a for a in arguments
+        torch.empty_strided(a[0], a[1], dtype=a[2]) if isinstance(a, tuple) and len(a) == 3 else a
+        for a in arguments
     ]
     with executing(target, programs=_sample, check=False) as launches:
         getattr(torch.ops.edt_kernels, op)(*tensors)
@@ -332,7 +333,14 @@ def _floors(measured: list[Row]) -> str:
         cells = [f"{1e3 * seconds:.4f}" for seconds in first.values()]
         memory = f"{1e3 * second['memory']:.4f}"
         table.append((*key, *cells, memory, max(first, key=first.get), max(second, key=second.get)))
-    titles = ["kernel", "shape", *(f"{limit}" for limit in limits), "memory, H200", "limit on H100", "limit on H200"]
+    titles = [
+        "kernel",
+        "shape",
+        *(f"{limit}" for limit in limits),
+        "memory, H200",
+        "limit on H100",
+        "limit on H200",
+    ]
     return _markdown(titles, table)
 
 
@@ -354,13 +362,13 @@ def _memory(measured: list[Row]) -> str:
             (*key, f"{work.global_bytes / 1e6:.1f}", f"{work.array_bytes / 1e6:.1f}", sectors, wavefronts,
              f"{work.barriers / row.programs / row.warps:.0f}")
         )  # fmt: skip
-    return _markdown(["kernel", "shape", "MB asked for", "MB of arrays", "sectors", "wavefronts", "barriers"], table)
+    return _markdown(
+        ["kernel", "shape", "MB asked for", "MB of arrays", "sectors", "wavefronts", "barriers"], table
+    )
 
 
 def _worst(measured: list[Row]) -> str:
-    table = [
-        (*key, f"{ratio:.1f}×", where) for key, row in _kernels(measured) for ratio, where in row.wide[:3]
-    ]
+    table = [(*key, f"{ratio:.1f}×", where) for key, row in _kernels(measured) for ratio, where in row.wide[:3]]
     return _markdown(["kernel", "shape", "ratio", "instruction and place"], table)
 
 

@@ -1,8 +1,8 @@
 """Triton launches on CPU tensors, by what the compiler makes of them for a GPU that need not be there.
 
-    with executing("sm_90") as launches:
-        out = edt_kernels.amm_attention(q, k, v, grid=(16, 16))
-    launches[0].findings
+with executing("sm_90") as launches:
+    out = edt_kernels.amm_attention(q, k, v, grid=(16, 16))
+launches[0].findings
 """
 
 import contextlib
@@ -103,7 +103,9 @@ def executing(
         result = program.run(grid, arguments, shared_bytes, threads, schedule, chosen, check)
         launches.append(Executed(launch, target, grid, len(chosen), program, result))
 
-    unit = mock.patch.object(static._LAUNCHERS["amm_attention"], "matrix_unit", return_value=static.MATRIX_UNITS[target])
+    unit = mock.patch.object(
+        static._LAUNCHERS["amm_attention"], "matrix_unit", return_value=static.MATRIX_UNITS[target]
+    )
     on_cpu = mock.patch.object(backend, "_INTERPRETED", True)  # lets CPU tensors through to the launchers
     triton = mock.patch.dict(os.environ, EDT_KERNELS_BACKEND="triton")
     with unit, on_cpu, triton, mock.patch.object(JITFunction, "run", run), _nan_in_new_memory(check):

@@ -1,7 +1,7 @@
 """A kernel's instructions with places instead of names, and runs of it on host memory.
 
-    program = Program(parse(text))
-    run = program.run((2, 1, 1), [tensor, 3, 0.5], shared_bytes=0)
+program = Program(parse(text))
+run = program.run((2, 1, 1), [tensor, 3, 0.5], shared_bytes=0)
 """
 
 import ctypes
@@ -86,8 +86,8 @@ class Run:
 
 
 _INSTRUCTION = np.dtype([(name, "i4") for name in
-                         "operation whole_warp guard guard_negated line operands registers num_registers".split()])  # fmt: skip
-_COUNT = np.dtype([(name, "u8") for name in "executed requests units ideal bytes".split()])
+                         ["operation", "whole_warp", "guard", "guard_negated", "line", "operands", "registers", "num_registers"]])  # fmt: skip
+_COUNT = np.dtype([(name, "u8") for name in ["executed", "requests", "units", "ideal", "bytes"]])
 
 
 def _structure(name: str, **fields) -> type[ctypes.Structure]:
@@ -99,10 +99,10 @@ _Region = _structure("_Region", base=_U64, data=_PTR, bytes=_U64, first=_U64, la
                      touched=_PTR, cell_shift=_INT, index=_INT)  # fmt: skip
 _Settings = _structure(
     "_Settings",
-    **dict.fromkeys("instructions operands regions initial_registers".split(), _PTR),
-    **dict.fromkeys("num_instructions num_regions register_bytes threads shared_bytes shared_base".split(), _INT),
+    **dict.fromkeys(["instructions", "operands", "regions", "initial_registers"], _PTR),
+    **dict.fromkeys(["num_instructions", "num_regions", "register_bytes", "threads", "shared_bytes", "shared_base"], _INT),
     shared_shift=_INT, grid=_INT * 3,
-    **dict.fromkeys("thread_index lane_index warp_index program_index check backwards late".split(), _INT),
+    **dict.fromkeys(["thread_index", "lane_index", "warp_index", "program_index", "check", "backwards", "late"], _INT),
     programs=_PTR, num_programs=_INT,
 )  # fmt: skip
 _Found = _structure("_Found", kind=_INT, line=_INT, count=_INT, other=_INT, where=_U64, program=_INT, warp=_INT)
@@ -114,7 +114,9 @@ _GLOBAL_CELL_BYTES = 24
 class Program:
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
-        self._places: dict[str, int] = {}  # of registers, in bytes of a warp's register file: 32 lanes side by side
+        self._places: dict[
+            str, int
+        ] = {}  # of registers, in bytes of a warp's register file: 32 lanes side by side
         self._constants: dict[tuple[int, int], int] = {}  # (value, bytes) → place
         self._parameters: dict[tuple[str, int, str], int] = {}  # (name, register's bytes, type) → place
         self._top = 0
@@ -198,7 +200,9 @@ class Program:
              instruction.line, at, at + len(operands), len(registers))
         )  # fmt: skip
 
-    def _operate(self, instruction: Instruction, name: str, *, untouched: tuple[str, ...] = (), **operands) -> None:
+    def _operate(
+        self, instruction: Instruction, name: str, *, untouched: tuple[str, ...] = (), **operands
+    ) -> None:
         """An operation of the machine, with its operands by the names of `OPERATIONS`."""
         values = []
         for field in OPERATIONS[name].split():
@@ -237,7 +241,9 @@ class Program:
             self._emit(instruction, (name, flush), places)
 
     def _plain(self, instruction, opcode, operands) -> None:
-        name = {"ret": "exit", "exit": "exit", "trap": "trap", "bar.warp.sync": "warp_barrier"}.get(opcode, "nothing")
+        name = {"ret": "exit", "exit": "exit", "trap": "trap", "bar.warp.sync": "warp_barrier"}.get(
+            opcode, "nothing"
+        )
         self._operate(instruction, name)
 
     def _branch(self, instruction, opcode, operands) -> None:
@@ -341,9 +347,7 @@ class Program:
         if what == "wait_group":
             self._operate(instruction, "wait_wgmma", groups_left=int(operands[0], 0))
             return
-        form = re.fullmatch(
-            r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.f32\.(f16|bf16|tf32)\.\3", opcode
-        )
+        form = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.f32\.(f16|bf16|tf32)\.\3", opcode)
         if form is None:
             raise UnsupportedError(f"the machine does not know {instruction.opcode}")
         d, a, b, accumulate, *flags = operands
@@ -455,7 +459,11 @@ class Program:
             int(check), int(schedule.backwards), int(schedule.late), chosen.ctypes.data, len(chosen),
         )  # fmt: skip
         machine = build.library()
-        sizes = (_INSTRUCTION.itemsize, *map(ctypes.sizeof, (_Region, _Settings, _Result, _Found)), _COUNT.itemsize)
+        sizes = (
+            _INSTRUCTION.itemsize,
+            *map(ctypes.sizeof, (_Region, _Settings, _Result, _Found)),
+            _COUNT.itemsize,
+        )
         assert sizes == tuple(machine.size_of(i) for i in range(len(sizes))), "Python and C++ disagree on layouts"
         machine.run_grid(ctypes.byref(settings), ctypes.byref(result), ctypes.c_void_p(counts.ctypes.data))
         if result.error:

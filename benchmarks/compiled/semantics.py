@@ -245,8 +245,7 @@ OPERATIONS = {
 }
 # All lanes of a warp execute these together (.sync, .aligned).
 WHOLE_WARP = frozenset(
-    "barrier warp_barrier load_matrices store_matrices mma wgmma fence_wgmma commit_wgmma wait_wgmma shuffle vote elect "
-    "reduce_warp".split()
+    ["barrier", "warp_barrier", "load_matrices", "store_matrices", "mma", "wgmma", "fence_wgmma", "commit_wgmma", "wait_wgmma", "shuffle", "vote", "elect", "reduce_warp"]
 )
 MATRIX_TYPES = {"f16": 0, "bf16": 1, "tf32": 2}
 SHUFFLES = {"up": 0, "down": 1, "bfly": 2, "idx": 3}
@@ -255,8 +254,7 @@ VOTES = {"ballot": 0, "any": 1, "all": 2, "uni": 3}
 FUNCTIONS = {
     name: number
     for number, name in enumerate(
-        "add.u32 add.u64 add.f32 add.f64 min.u32 min.s32 min.u64 min.s64 max.u32 max.s32 max.u64 max.s64 "
-        "and.b32 or.b32 xor.b32 and.b64 or.b64 xor.b64 exch.b32 exch.b64 cas.b32 cas.b64 min.f32 max.f32".split()
+        ["add.u32", "add.u64", "add.f32", "add.f64", "min.u32", "min.s32", "min.u64", "min.s64", "max.u32", "max.s32", "max.u64", "max.s64", "and.b32", "or.b32", "xor.b32", "and.b64", "or.b64", "xor.b64", "exch.b32", "exch.b64", "cas.b32", "cas.b64", "min.f32", "max.f32"]
     )
 }
 FUNCTIONS |= {"add.s32": FUNCTIONS["add.u32"]}

@@ -37,8 +37,14 @@ class Verdict:
         }
 
     def faults(self) -> list[str]:
-        too_far = [f"{name}: error {ratio:.2f} of its budget" for name, ratio in self.over_budget.items() if ratio > 1]
-        return too_far + list(map(str, self.findings)) + [f"{name} depends on the schedule" for name in self.differing]
+        too_far = [
+            f"{name}: error {ratio:.2f} of its budget" for name, ratio in self.over_budget.items() if ratio > 1
+        ]
+        return (
+            too_far
+            + list(map(str, self.findings))
+            + [f"{name} depends on the schedule" for name in self.differing]
+        )
 
 
 def judge(case, dtype: torch.dtype, target: str, schedules=SCHEDULES, **options) -> Verdict:

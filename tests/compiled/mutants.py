@@ -61,7 +61,9 @@ def mutants(program: Program, values: int, seed: int = 0) -> Iterator[Mutant]:
         except UnsupportedError:
             continue
         place = program.kernel.places.get(number + 1, "")
-        yield Mutant(kind, mutant, f"line {number + 1}: {lines[number].strip()} → {changed.strip() or 'nothing'}, {place}")
+        yield Mutant(
+            kind, mutant, f"line {number + 1}: {lines[number].strip()} → {changed.strip() or 'nothing'}, {place}"
+        )
 
 
 @dataclass

@@ -11,7 +11,9 @@ from benchmarks.compiled.semantics import ELEMENTWISE, canonical
 
 pytestmark = pytest.mark.skipif(bool(build.needs()), reason=build.needs())
 
-INTEGERS = np.array([0, 1, 2, 3, 7, 31, 32, 33, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1], np.uint32)
+INTEGERS = np.array(
+    [0, 1, 2, 3, 7, 31, 32, 33, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1], np.uint32
+)
 FLOATS = np.array([0.0, -0.0, 1.0, -1.5, 3.25e-39, 1e-30, 2.5, 3.5, 65504.0, 1e10, -1e10, np.inf, -np.inf, np.nan, 0.1, 7.0],
                   np.float32)  # fmt: skip
 
@@ -75,7 +77,9 @@ def funnel(low, high, n, left: bool) -> np.ndarray:
 
 
 def bits(x: np.ndarray, start: np.ndarray, count: np.ndarray) -> np.ndarray:
-    return np.array([a >> s & (1 << n) - 1 for a, s, n in zip(x.tolist(), start.tolist(), count.tolist())], np.uint32)
+    return np.array(
+        [a >> s & (1 << n) - 1 for a, s, n in zip(x.tolist(), start.tolist(), count.tolist())], np.uint32
+    )
 
 
 np.seterr(all="ignore")  # of the expected values of this module

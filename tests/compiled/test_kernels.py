@@ -89,7 +89,14 @@ def norm_cases(dtype: torch.dtype) -> list[Norm]:
         mixed = {"stream": F32, "branch": dtype, "modulation": dtype}
         out = {} if op in ("gated_residual", "token_split_concat_adaln") else {"out_dtype": dtype}
         resizes = op.startswith("token")
-        for grid, channels in (((4, 4), 312), ((4, 6), 416), ((2, 4), 1152), ((2, 2), 1248), ((2, 2), 2080), ((2, 2), 52)):
+        for grid, channels in (
+            ((4, 4), 312),
+            ((4, 6), 416),
+            ((2, 4), 1152),
+            ((2, 2), 1248),
+            ((2, 2), 2080),
+            ((2, 2), 52),
+        ):
             if channels <= 1300 or not resizes:
                 cases.append(Norm(op, grid, channels, **mixed, **out))
         keep = {"keep": True} if op == "token_merge_adaln" else {}
@@ -121,7 +128,9 @@ def parameters(cover: dict, everything) -> list:
         quick = cover.get((target, dtype), [])
         found += [pytest.param(target, dtype, case) for case in quick]
         found += [
-            pytest.param(target, dtype, case, marks=pytest.mark.slow) for case in everything(dtype) if case not in quick
+            pytest.param(target, dtype, case, marks=pytest.mark.slow)
+            for case in everything(dtype)
+            if case not in quick
         ]
     return found
 
@@ -140,7 +149,11 @@ def test_attention(target, dtype, case, record_property):
 
 @pytest.mark.parametrize(
     ("target", "dtype", "case"),
-    [p for p in parameters(RESIDENT_COVER, lambda dtype: RESIDENT) if p.values[0] == "sm_90" and p.values[1] != F32],
+    [
+        p
+        for p in parameters(RESIDENT_COVER, lambda dtype: RESIDENT)
+        if p.values[0] == "sm_90" and p.values[1] != F32
+    ],
     ids=str,
 )
 def test_attention_with_whole_heads_on_the_chip(target, dtype, case, record_property, monkeypatch):
@@ -163,7 +176,11 @@ def test_attention_over_whole_images(target, case, record_property):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "case"),
-    [*itertools.product(("sm_90", "sm_80"), [*EDT[:2], *EDT[6:8], *EDT[10:12]]), ("sm_86", EDT[0]), ("sm_86", EDT[7])],
+    [
+        *itertools.product(("sm_90", "sm_80"), [*EDT[:2], *EDT[6:8], *EDT[10:12]]),
+        ("sm_86", EDT[0]),
+        ("sm_86", EDT[7]),
+    ],
     ids=str,
 )
 def test_every_schedule_gives_the_same_bits(target, case, record_property):

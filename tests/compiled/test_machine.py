@@ -41,7 +41,9 @@ def test_loads_inside_an_argument():
 
 @pytest.mark.parametrize("byte", [4, -4, 4000])
 def test_a_load_outside_of_an_argument(byte):
-    with pytest.raises(Fault, match=r"out of bounds: 4 bytes at byte .* of argument 0.*line \d+ of small's PTX, 'ld"):
+    with pytest.raises(
+        Fault, match=r"out of bounds: 4 bytes at byte .* of argument 0.*line \d+ of small's PTX, 'ld"
+    ):
         run(load_each(byte), numbers(32))
 
 
@@ -107,7 +109,11 @@ def test_a_barrier_orders_warps_in_global_memory():
     body = f"{PLACES} mad.wide.u32 %d5, %r0, 4, %d0; mad.wide.u32 %d6, %r21, 4, %d0; st.global.b32 [%d5], %r0; BARRIER ld.global.b32 %r30, [%d6];"  # fmt: skip
     assert not run(body.replace("BARRIER", "bar.sync 0;"), numbers(64), threads=64).findings
     races = kinds(run(body.replace("BARRIER", ""), numbers(64), threads=64))
-    assert races in ([READ_AFTER_WRITE], [WRITE_AFTER_READ, READ_AFTER_WRITE], [READ_AFTER_WRITE, WRITE_AFTER_READ])
+    assert races in (
+        [READ_AFTER_WRITE],
+        [WRITE_AFTER_READ, READ_AFTER_WRITE],
+        [READ_AFTER_WRITE, WRITE_AFTER_READ],
+    )
 
 
 # Shared memory.
@@ -149,7 +155,9 @@ def test_shared_memory_that_nobody_wrote():
 
 @pytest.mark.parametrize("shared", [124, 0])
 def test_beyond_the_shared_memory(shared):
-    with pytest.raises(Fault, match=rf"out of bounds: 4 bytes at byte {shared} of {shared} bytes of shared memory"):
+    with pytest.raises(
+        Fault, match=rf"out of bounds: 4 bytes at byte {shared} of {shared} bytes of shared memory"
+    ):
         run(f"{PLACES} st.shared.b32 [%r11], 1;", shared=shared)
 
 
@@ -306,5 +314,7 @@ def test_sectors_and_wavefronts_are_counted():
     counts = [tuple(int(n) for n in row)[1:] for row in result.counts if row["requests"]]
     assert counts == [(1, 32, 1, 128), (1, 32, 4, 128)]  # one bank for all lanes; a sector for each lane
     dense = f"{PLACES} st.shared.b32 [%r11], 1; mad.wide.u32 %d5, %r0, 4, %d0; ld.global.b32 %r30, [%d5];"
-    counts = [tuple(int(n) for n in row)[1:] for row in run(dense, numbers(32), shared=128).counts if row["requests"]]
+    counts = [
+        tuple(int(n) for n in row)[1:] for row in run(dense, numbers(32), shared=128).counts if row["requests"]
+    ]
     assert counts == [(1, 1, 1, 128), (1, 4, 4, 128)]

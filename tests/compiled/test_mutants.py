@@ -12,7 +12,6 @@ from norm_cases import Case as Norm
 
 import edt_kernels
 from benchmarks.compiled import build
-from edt_kernels.amm_attention import autograd
 
 pytestmark = pytest.mark.skipif(bool(build.needs()), reason=build.needs())
 BF16 = torch.bfloat16

@@ -59,7 +59,9 @@ TILES = [
 def product_cases() -> list:
     kinds = [*((dtype, "tf32") for dtype in HALVES), (torch.float32, "tf32"), (torch.float32, "ieee")]
     cases = []
-    for (tile, quick), (dtype, precision), transposed in itertools.product(TILES, kinds, itertools.product((0, 1), (0, 1))):
+    for (tile, quick), (dtype, precision), transposed in itertools.product(
+        TILES, kinds, itertools.product((0, 1), (0, 1))
+    ):
         large = tile[0] * tile[1] > 64 * 64
         if dtype == torch.float32 and (tile[0] * tile[1] > 128 * 64 or tile[2] > 64):
             continue  # does not fit into shared memory, or takes long
