@@ -1,8 +1,8 @@
 """Runs what the compiler made: the PTX of compiled kernels, executed on the CPU.
 
 Triton's interpreter shows that a kernel's Python is right. What the compiler made of it, layouts, barriers,
-asynchronous copies, matrix instructions, runs here: every instruction of the PTX is executed as the PTX ISA defines
-it (the manual's sections are named where they are needed), on the CPU, by warps of 32 lanes.
+asynchronous copies, matrix instructions, runs here: every instruction of the PTX is executed as the PTX ISA
+defines it (the manual's sections are named where they are needed), on the CPU, by warps of 32 lanes.
 
     ptx.py        text → instructions
     semantics.py  what each instruction computes, as a table

@@ -14,7 +14,8 @@ from .semantics import ELEMENTWISE, OPERATIONS, Elementwise, register_bits
 _SOURCES = Path(__file__).parent / "machine"
 _COMPILER = ("g++", "-std=c++17", "-O2", "-ftree-vectorize", "-march=native", "-fno-math-errno", "-fwrapv",
              "-fno-strict-aliasing", "-ffp-contract=off", "-shared", "-fPIC")  # fmt: skip
-# Every element-wise instruction twice where it can flush: the numbers of the machine's operations start after them.
+# Every element-wise instruction twice where it can flush: the numbers of the machine's operations start after
+# them.
 VARIANTS = [
     (opcode, flush)
     for opcode, row in ELEMENTWISE.items()

@@ -3,9 +3,10 @@
     python -m benchmarks executed [--models EDT-S/2] [--out executed.md]
 
 The ops of one training step (a full and a masked pass, forward and backward, in autocast to bfloat16) at batch 256
-and 256² pixels are found by running the model on fake tensors. Each different call is then made with real arguments
-of those shapes, and of each launch some programs, spread over the grid, are executed on the CPU: what they did, times
-the programs of the launch, is what it does. Instructions are PTX's: the assembler drops some moves and joins others.
+and 256² pixels are found by running the model on fake tensors. Each different call is then made with real
+arguments of those shapes, and of each launch some programs, spread over the grid, are executed on the CPU: what
+they did, times the programs of the launch, is what it does. Instructions are PTX's: the assembler drops some moves
+and joins others.
 """
 
 import argparse
@@ -37,7 +38,8 @@ _SAMPLED = 48
 
 @dataclass(frozen=True)
 class Device:
-    """Rates that cannot be exceeded. Matrix: dense bfloat16. Clock: the highest, which no device keeps under load."""
+    """Rates that cannot be exceeded. Matrix: dense bfloat16. Clock: the highest, which no device keeps under
+    load."""
 
     name: str
     memory: float  # bytes a second
@@ -50,9 +52,10 @@ class Device:
         return 1 / (per_clock * self.clock * self.multiprocessors)
 
 
-# Data sheets of H100 SXM and H200 SXM: memory bandwidth, tensor cores without sparsity. Per clock and multiprocessor
-# of compute capability 9.0 (CUDA C++ programming guide, "Arithmetic Instructions" and "Shared Memory"): 128 float32
-# results, 16 special functions, 128 bytes of shared memory, here taken as those of L1 too, which is the same memory.
+# Data sheets of H100 SXM and H200 SXM: memory bandwidth, tensor cores without sparsity. Per clock and
+# multiprocessor of compute capability 9.0 (CUDA C++ programming guide, "Arithmetic Instructions" and "Shared
+# Memory"): 128 float32 results, 16 special functions, 128 bytes of shared memory, here taken as those of L1 too,
+# which is the same memory.
 DEVICES = (Device("H100", 3.35e12), Device("H200", 4.8e12))
 _FLOATS, _SPECIALS = 128, 16
 
@@ -254,16 +257,17 @@ def report(measured: list[Row], target: str) -> str:
     versions = f"PyTorch {torch.__version__.partition('+')[0]}, Triton {triton.__version__}"
     sections = [
         "# What the compiled kernels do, counted while they ran on the CPU",
-        f"Written by `python -m benchmarks executed` ({versions}, {target}). The ops of a training step (a full and a "
-        f"masked pass, forward and backward) at 256² pixels and batch {BATCH_SIZE}. Of each launch {_SAMPLED} programs "
-        "ran, spread over the grid; numbers are of a whole launch or step. Instructions are those of PTX: the "
-        "assembler drops and joins some.",
-        "**Floors are bounds, not timings**: no device that keeps to its published rates can be faster. How far above "
-        "them it is, latency, occupancy and the order of instructions decide, of which nothing is known here. Rates: "
+        f"Written by `python -m benchmarks executed` ({versions}, {target}). The ops of a training step (a full "
+        f"and a masked pass, forward and backward) at 256² pixels and batch {BATCH_SIZE}. Of each launch "
+        f"{_SAMPLED} programs ran, spread over the grid; numbers are of a whole launch or step. Instructions are those of "
+        "PTX: the assembler drops and joins some.",
+        "**Floors are bounds, not timings**: no device that keeps to its published rates can be faster. How far "
+        "above them it is, latency, occupancy and the order of instructions decide, of which nothing is known "
+        "here. Rates: "
         + "; ".join(_rates(device) for device in DEVICES)
-        + ". Memory: every array that a launch touches once, as if none were in the L2 cache. L1+shared: a wavefront "
-        "of shared memory or four sectors of global memory a clock; what matrix instructions read there is not "
-        "counted.",
+        + ". Memory: every array that a launch touches once, as if none were in the L2 cache. L1+shared: a "
+        "wavefront of shared memory or four sectors of global memory a clock; what matrix instructions read there "
+        "is not counted.",
         "## A training step",
         _steps(measured),
         "## Floors of each kernel, milliseconds a launch",
@@ -271,9 +275,9 @@ def report(measured: list[Row], target: str) -> str:
         "## Warp instructions of each kernel, thousands a program, by class",
         _instructions(measured),
         "## Memory",
-        "Bytes that lanes ask for, in MB a launch; sectors of 32 bytes over as many as those bytes fill (fewer, where "
-        "lanes ask for the same ones); wavefronts of shared memory over those without conflicts of banks; barriers "
-        "that a warp waits at in a program.",
+        "Bytes that lanes ask for, in MB a launch; sectors of 32 bytes over as many as those bytes fill (fewer, "
+        "where lanes ask for the same ones); wavefronts of shared memory over those without conflicts of banks; "
+        "barriers that a warp waits at in a program.",
         _memory(measured),
         "## Accesses that take more than 1.5 times the fewest sectors or wavefronts",
         "At most three a kernel, of those that are a tenth of all its sectors and wavefronts.",
@@ -307,14 +311,17 @@ def _steps(measured: list[Row]) -> str:
                 f"{1e3 * sum(row.launches * max(row.work.floors(device).values()) for row in chosen):.2f}"
                 for device in DEVICES
             ]
-            table.append(
-                (model, part, sum(row.launches for row in chosen), f"{sum(work.instructions.values()) / 1e9:.2f}",
-                 f"{work.matrix_operations / 1e12:.2f}", f"{work.specials / 1e9:.1f}", f"{work.array_bytes / 1e9:.1f}",
-                 f"{32 * work.sectors / 1e9:.1f}", f"{work.wavefronts / 1e9:.2f}", *floors)
-            )  # fmt: skip
-    titles = ["model", "ops", "launches", "10⁹ warp instructions", "10¹² matrix operations", "10⁹ special functions",
-              "GB of arrays", "GB of sectors", "10⁹ wavefronts", *(f"floor on {d.name}, ms" for d in DEVICES)]  # fmt: skip
-    return _markdown(titles, table)
+            counts = {
+                "launches": sum(row.launches for row in chosen),
+                "10⁹ warp instructions": f"{sum(work.instructions.values()) / 1e9:.2f}",
+                "10¹² matrix operations": f"{work.matrix_operations / 1e12:.2f}",
+                "10⁹ special functions": f"{work.specials / 1e9:.1f}",
+                "GB of arrays": f"{work.array_bytes / 1e9:.1f}",
+                "GB of sectors": f"{32 * work.sectors / 1e9:.1f}",
+                "10⁹ wavefronts": f"{work.wavefronts / 1e9:.2f}",
+            }
+            table.append((model, part, *counts.values(), *floors))
+    return _markdown(["model", "ops", *counts, *(f"floor on {d.name}, ms" for d in DEVICES)], table)
 
 
 def _kernels(measured: list[Row]) -> Iterator[tuple[tuple[str, str], Row]]:

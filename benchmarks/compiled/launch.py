@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 import edt_kernels._backend as backend
 
 from .. import static
-from .program import Finding, Program, Run, Schedule
+from .program import AS_WRITTEN, Finding, Program, Run, Schedule
 from .ptx import parse
 
 
@@ -60,7 +60,7 @@ def compile_program(launch: static.Launch, target: str) -> tuple[Program, int, i
     left out."""
     key = f"{target} {launch.identity}"
     if key not in _COMPILED:
-        no_machine_code = mock.patch.object(CUDABackend, "make_cubin", lambda *arguments: b"none")
+        no_machine_code = mock.patch.object(CUDABackend, "make_cubin", return_value=b"none")
         with no_machine_code, knobs.cache.scope():
             knobs.cache.dir = _cache()
             compiled = static.compile_launch(launch, target)
@@ -73,7 +73,7 @@ def compile_program(launch: static.Launch, target: str) -> tuple[Program, int, i
 @contextlib.contextmanager
 def executing(
     target: str,
-    schedule: Schedule = Schedule(),
+    schedule: Schedule = AS_WRITTEN,
     *,
     replace: Callable[[str, Program], Program] | None = None,
     programs: Callable[[int], list[int]] | None = None,
@@ -82,7 +82,7 @@ def executing(
     """Every launch inside runs at once, on CPU tensors, by the program compiled for `target`.
 
     Args:
-        target: one of `benchmarks.static`'s NVIDIA targets whose instructions the machine knows: sm_80, sm_86, sm_90.
+        target: one of `benchmarks.static`'s whose instructions the machine knows: sm_80, sm_86, sm_90.
         schedule: see `Schedule`.
         replace: given a kernel's name and program, the program to run instead.
         programs: of a launch, which of so many programs run; all if not given.

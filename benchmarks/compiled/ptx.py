@@ -1,4 +1,5 @@
-"""PTX text → its instructions. Knows the syntax (PTX ISA, "Syntax" and "Directives"), not what instructions mean."""
+"""PTX text → its instructions. Knows the syntax (PTX ISA, "Syntax" and "Directives"), not what instructions
+mean."""
 
 import re
 from dataclasses import dataclass, field
@@ -51,15 +52,24 @@ def parse(text: str) -> Kernel:
         kernel.parameters.append((words[-1].partition("[")[0], words[0][1:]))
     if threads := re.search(r"\.reqntid\s+(\d+)", plain):
         kernel.threads = int(threads.group(1))
-    place = ""
+    place = begun = ""
     for number, raw in enumerate(plain[head.end() :].split("\n"), plain[: head.end()].count("\n") + 1):
         if ".section" in raw:
             break
         if found := re.search(r"\.loc\s.*?//\s*(.*)", raw):
             place = found.group(1)
-        for statement in raw.partition("//")[0].split(";"):
+        *statements, begun = f"{begun} {raw.partition('//')[0].strip()}".split(";")
+        # What needs no semicolon, and what goes on in the next line.
+        if _is_complete(begun):
+            statements, begun = [*statements, begun], ""
+        for statement in statements:
             _statement(kernel, _without_block(statement), number, place)
     return kernel
+
+
+def _is_complete(text: str) -> bool:
+    """Of directives, braces and labels, which end with their line."""
+    return re.fullmatch(r"\s*([{}\s]*|\.(?!reg\b).*|[$\w]+:\s*)", text) is not None
 
 
 def _without_block(statement: str) -> str:

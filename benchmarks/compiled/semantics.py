@@ -1,14 +1,14 @@
 """What each instruction computes: a table of the element-wise ones, and the operands of the machine's operations.
 
-Element-wise instructions read and write registers of one lane. Each row gives, for opcodes that share a meaning, the
-type of the result, the types of the operands and the result as a C expression in the operands a, b, c, d. (PTX ISA,
-"Instruction Set": integer arithmetic, floating point, half precision, comparison and selection, logic and shift,
-data movement and conversion.) In a row, T is each of its types in turn, U the unsigned type of that width, W the type
-twice as wide. Functions are those of `machine/numbers.hpp`.
+Element-wise instructions read and write registers of one lane. Each row gives, for opcodes that share a meaning,
+the type of the result, the types of the operands and the result as a C expression in the operands a, b, c, d. (PTX
+ISA, "Instruction Set": integer arithmetic, floating point, half precision, comparison and selection, logic and
+shift, data movement and conversion.) In a row, T is each of its types in turn, U the unsigned type of that width,
+W the type twice as wide. Functions are those of `machine/numbers.hpp`.
 
-Modifiers that say how much precision is asked for (.rn, .approx, .full) are dropped: everything is computed with one
-rounding, which the hardware's approximations (ex2, rcp, ...) come within two units in the last place of. The modifier
-.ftz flushes subnormal operands and results to zero.
+Modifiers that say how much precision is asked for (.rn, .approx, .full) are dropped: everything is computed with
+one rounding, which the hardware's approximations (ex2, rcp, ...) come within two units in the last place of. The
+modifier .ftz flushes subnormal operands and results to zero.
 """
 
 import re
@@ -244,17 +244,14 @@ OPERATIONS = {
     "unpack": "value part_bytes *parts",
 }
 # All lanes of a warp execute these together (.sync, .aligned).
-WHOLE_WARP = frozenset(
-    ["barrier", "warp_barrier", "load_matrices", "store_matrices", "mma", "wgmma", "fence_wgmma", "commit_wgmma", "wait_wgmma", "shuffle", "vote", "elect", "reduce_warp"]
-)
+_WHOLE_WARP = """barrier warp_barrier load_matrices store_matrices mma wgmma fence_wgmma commit_wgmma wait_wgmma
+    shuffle vote elect reduce_warp"""
+WHOLE_WARP = frozenset(_WHOLE_WARP.split())
 MATRIX_TYPES = {"f16": 0, "bf16": 1, "tf32": 2}
 SHUFFLES = {"up": 0, "down": 1, "bfly": 2, "idx": 3}
 VOTES = {"ballot": 0, "any": 1, "all": 2, "uni": 3}
 # Functions of atom, red and redux, by name and type.
-FUNCTIONS = {
-    name: number
-    for number, name in enumerate(
-        ["add.u32", "add.u64", "add.f32", "add.f64", "min.u32", "min.s32", "min.u64", "min.s64", "max.u32", "max.s32", "max.u64", "max.s64", "and.b32", "or.b32", "xor.b32", "and.b64", "or.b64", "xor.b64", "exch.b32", "exch.b64", "cas.b32", "cas.b64", "min.f32", "max.f32"]
-    )
-}
-FUNCTIONS |= {"add.s32": FUNCTIONS["add.u32"]}
+_FUNCTIONS = """add.u32 add.u64 add.f32 add.f64 min.u32 min.s32 min.u64 min.s64 max.u32 max.s32 max.u64 max.s64
+    and.b32 or.b32 xor.b32 and.b64 or.b64 xor.b64 exch.b32 exch.b64 cas.b32 cas.b64 min.f32 max.f32"""
+FUNCTIONS = {name: number for number, name in enumerate(_FUNCTIONS.split())}
+FUNCTIONS["add.s32"] = FUNCTIONS["add.u32"]

@@ -20,10 +20,11 @@ def pytest_terminal_summary(terminalreporter):
         codes = {code for row in _executed for code in row["codes"]}
         kernels = {kernel for row in _executed for kernel in row["kernels"]}
         terminalreporter.section("compiled kernels, executed")
+        launches, instructions = (sum(row[name] for row in _executed) for name in ("launches", "instructions"))
+        worst = max(row["over_budget"] for row in _executed)
         terminalreporter.line(
-            f"{len(_executed)} cases, {sum(row['launches'] for row in _executed)} launches of {len(codes)} codes "
-            f"of {len(kernels)} kernels × targets, {sum(row['instructions'] for row in _executed) / 1e6:.0f} million "
-            f"warp instructions; worst error {max(row['over_budget'] for row in _executed):.2f} of its budget"
+            f"{len(_executed)} cases, {launches} launches of {len(codes)} codes of {len(kernels)} kernels × targets, "
+            f"{instructions / 1e6:.0f} million warp instructions; worst error {worst:.2f} of its budget"
         )
     for kind in sorted({name.partition(":")[0] for name in _mutants}):
         found, missed = _mutants[f"{kind}:found"], _mutants[f"{kind}:missed"]

@@ -9,7 +9,7 @@ import torch
 from executed import SCHEDULES
 
 from benchmarks.compiled.launch import executing
-from benchmarks.compiled.program import Fault, Program
+from benchmarks.compiled.program import FaultError, Program
 from benchmarks.compiled.ptx import UnsupportedError, parse
 
 _SYNCHRONISING = re.compile(
@@ -85,7 +85,7 @@ class Launch:
         """Whether a run of it faults, finds something, depends on the schedule or gives other numbers."""
         try:
             results = [self.repeat(program, schedule) for schedule in SCHEDULES]
-        except Fault:
+        except FaultError:
             return True
         if any(findings for _, findings in results):
             return True

@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.compiled.program import Program, Run, Schedule
+from benchmarks.compiled.program import AS_WRITTEN, Program, Run, Schedule
 from benchmarks.compiled.ptx import parse
 
 
@@ -42,7 +42,7 @@ def run(
     threads: int = 32,
     programs: int = 1,
     shared: int = 0,
-    schedule: Schedule = Schedule(),
+    schedule: Schedule = AS_WRITTEN,
 ) -> Run:
     return program(body, len(arguments), threads).run((programs,), list(arguments), shared, schedule=schedule)
 

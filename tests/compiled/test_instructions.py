@@ -14,8 +14,10 @@ pytestmark = pytest.mark.skipif(bool(build.needs()), reason=build.needs())
 INTEGERS = np.array(
     [0, 1, 2, 3, 7, 31, 32, 33, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1], np.uint32
 )
-FLOATS = np.array([0.0, -0.0, 1.0, -1.5, 3.25e-39, 1e-30, 2.5, 3.5, 65504.0, 1e10, -1e10, np.inf, -np.inf, np.nan, 0.1, 7.0],
-                  np.float32)  # fmt: skip
+FLOATS = np.array(
+    [0.0, -0.0, 1.0, -1.5, 3.25e-39, 1e-30, 2.5, 3.5, 65504.0, 1e10, -1e10, np.inf, -np.inf, np.nan, 0.1, 7.0],
+    np.float32,
+)
 
 
 def lanes(values: np.ndarray, shift: int) -> np.ndarray:
@@ -76,6 +78,15 @@ def funnel(low, high, n, left: bool) -> np.ndarray:
     return ((both << u64(n)) >> np.uint64(32) if left else both >> u64(n)).astype(np.uint32)
 
 
+def to_integers(x: np.ndarray) -> np.ndarray:
+    """Towards zero; out of range the nearest, NaN zero."""
+    return np.clip(np.nan_to_num(np.trunc(x.astype("f8"))), -(2**31), 2**31 - 1).astype("i8").astype("i4")
+
+
+def tf32(x: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(x), (x.view("u4") + 0x1000 & 0xFFFFE000).view("f4"), x)
+
+
 def bits(x: np.ndarray, start: np.ndarray, count: np.ndarray) -> np.ndarray:
     return np.array(
         [a >> s & (1 << n) - 1 for a, s, n in zip(x.tolist(), start.tolist(), count.tolist())], np.uint32
@@ -83,6 +94,7 @@ def bits(x: np.ndarray, start: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 np.seterr(all="ignore")  # of the expected values of this module
+HALVES_SUM = bf16(from_bf16(HALVES[0]) + from_bf16(HALVES[1]))
 INSTRUCTIONS = {
     "add.s32 $o, $a, $b": ([A, B], A + B),
     "sub.s32 $o, $a, $b": ([A, B], A - B),
@@ -127,13 +139,13 @@ INSTRUCTIONS = {
     "cvt.rn.bf16x2.f32 $o, $a, $b": ([FA, FB], packed(bf16(FB), bf16(FA))),
     "cvt.rn.f16.f32 $o, $a": ([FA], FA.astype(np.float16).view(np.uint16)),
     "cvt.f32.bf16 $o, $a": ([HALVES[0]], from_bf16(HALVES[0])),
-    "cvt.rzi.s32.f32 $o, $a": ([FA], np.clip(np.nan_to_num(np.trunc(FA.astype("f8"))), -(2**31), 2**31 - 1).astype("i8").astype("i4")),
+    "cvt.rzi.s32.f32 $o, $a": ([FA], to_integers(FA)),
     "cvt.rn.f32.s32 $o, $a": ([A], s32(A).astype(np.float32)),
     "cvt.s64.s32 $o, $a": ([A], s32(A).astype(np.int64)),
     "cvt.u32.u64 $o, $a": ([u64(A) << np.uint64(7)], A << 7),
     "cvt.u16.u32 $o, $a": ([A], A.astype(np.uint16)),
-    "cvt.rna.tf32.f32 $o, $a": ([FA], np.where(np.isfinite(FA), (FA.view("u4") + 0x1000 & 0xFFFFE000).view("f4"), FA)),
-    "add.bf16x2 $o, $a, $b": ([packed(*HALVES), packed(*HALVES[::-1])], packed(*[bf16(from_bf16(HALVES[0]) + from_bf16(HALVES[1]))] * 2)),
+    "cvt.rna.tf32.f32 $o, $a": ([FA], tf32(FA)),
+    "add.bf16x2 $o, $a, $b": ([packed(*HALVES), packed(*HALVES[::-1])], packed(HALVES_SUM, HALVES_SUM)),
 }  # fmt: skip
 np.seterr(all="warn")
 

@@ -1,5 +1,5 @@
-"""Every kernel that dispatch chooses, compiled and executed: right numbers, nothing out of bounds, no race, the same
-bits under every schedule.
+"""Every kernel that dispatch chooses, compiled and executed: right numbers, nothing out of bounds, no race, the
+same bits under every schedule.
 
 The unmarked tests are a cover of kernels, switches, targets and dtypes; those marked slow are everything.
 """
@@ -19,7 +19,8 @@ from edt_kernels.amm_attention import autograd
 pytestmark = pytest.mark.skipif(bool(build.needs()), reason=build.needs())
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
-# EDT's stages with all that they are called with: AMM and a bias; the bias alone, as EDT trains; AMM in other models.
+# EDT's stages with all that they are called with: AMM and a bias; the bias alone, as EDT trains; AMM in other
+# models.
 EDT = [
     Attention((16, 16), heads=2, batch_size=1),
     Attention((16, 16), heads=2, batch_size=1, modulation=None),

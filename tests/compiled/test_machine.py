@@ -5,12 +5,24 @@ import torch
 from small_programs import kinds, run
 
 from benchmarks.compiled import build
-from benchmarks.compiled.program import KINDS, Fault, Schedule
+from benchmarks.compiled.program import KINDS, FaultError, Schedule
 
 pytestmark = pytest.mark.skipif(bool(build.needs()), reason=build.needs())
-(READ_AFTER_WRITE, WRITE_AFTER_READ, WRITE_AFTER_WRITE, LANES_COLLIDE, PROGRAMS_COLLIDE, NEVER_WRITTEN, COPY_PENDING,
- OPERAND_OVERWRITTEN, NO_PROXY_FENCE, A_REGISTERS_CHANGED, ACCUMULATOR_TOUCHED, NO_WGMMA_FENCE,
- PENDING_AT_EXIT) = KINDS  # fmt: skip
+(
+    READ_AFTER_WRITE,
+    WRITE_AFTER_READ,
+    WRITE_AFTER_WRITE,
+    LANES_COLLIDE,
+    PROGRAMS_COLLIDE,
+    NEVER_WRITTEN,
+    COPY_PENDING,
+    OPERAND_OVERWRITTEN,
+    NO_PROXY_FENCE,
+    A_REGISTERS_CHANGED,
+    ACCUMULATOR_TOUCHED,
+    NO_WGMMA_FENCE,
+    PENDING_AT_EXIT,
+) = KINDS
 
 # Each thread has 4 bytes of shared memory at %r11; %r12 is its neighbour's place, in the next warp %r13's.
 PLACES = """
@@ -42,7 +54,7 @@ def test_loads_inside_an_argument():
 @pytest.mark.parametrize("byte", [4, -4, 4000])
 def test_a_load_outside_of_an_argument(byte):
     with pytest.raises(
-        Fault, match=r"out of bounds: 4 bytes at byte .* of argument 0.*line \d+ of small's PTX, 'ld"
+        FaultError, match=r"out of bounds: 4 bytes at byte .* of argument 0.*line \d+ of small's PTX, 'ld"
     ):
         run(load_each(byte), numbers(32))
 
@@ -50,19 +62,23 @@ def test_a_load_outside_of_an_argument(byte):
 def test_a_load_through_another_view_of_the_same_storage():
     """Keys read through the queries of a packed projection: other memory of the same tensor."""
     q, k, _ = numbers(4, 3, 8).unbind(1)
-    row = "and.b32 %r10, %r1, 7; shr.u32 %r11, %r1, 3; mad.lo.s32 %r10, %r11, 24, %r10; mad.wide.u32 %d5, %r10, 4, %d0;"
+    row = """
+        and.b32 %r10, %r1, 7;
+        shr.u32 %r11, %r1, 3;
+        mad.lo.s32 %r10, %r11, 24, %r10;
+        mad.wide.u32 %d5, %r10, 4, %d0;"""
     assert not run(f"{row} ld.global.b32 %r12, [%d5];", q, k).findings
-    with pytest.raises(Fault, match=r"argument 0, which has bytes 0 to 320 with gaps"):
+    with pytest.raises(FaultError, match=r"argument 0, which has bytes 0 to 320 with gaps"):
         run(f"{row} ld.global.b32 %r12, [%d5+32];", q, k)
 
 
 def test_a_misaligned_load():
-    with pytest.raises(Fault, match="misaligned: 8 bytes at byte 4 of argument 0"):
+    with pytest.raises(FaultError, match="misaligned: 8 bytes at byte 4 of argument 0"):
         run(load_each(0, 8), numbers(64))
 
 
 def test_an_address_of_no_argument():
-    with pytest.raises(Fault, match="belongs to no argument"):
+    with pytest.raises(FaultError, match="belongs to no argument"):
         run("mov.b64 %d5, 64; ld.global.b32 %r10, [%d5];", numbers(1))
 
 
@@ -106,7 +122,12 @@ def test_two_lanes_write_different_values_to_one_place():
 
 
 def test_a_barrier_orders_warps_in_global_memory():
-    body = f"{PLACES} mad.wide.u32 %d5, %r0, 4, %d0; mad.wide.u32 %d6, %r21, 4, %d0; st.global.b32 [%d5], %r0; BARRIER ld.global.b32 %r30, [%d6];"  # fmt: skip
+    body = f"""{PLACES}
+        mad.wide.u32 %d5, %r0, 4, %d0;
+        mad.wide.u32 %d6, %r21, 4, %d0;
+        st.global.b32 [%d5], %r0;
+        BARRIER
+        ld.global.b32 %r30, [%d6];"""
     assert not run(body.replace("BARRIER", "bar.sync 0;"), numbers(64), threads=64).findings
     races = kinds(run(body.replace("BARRIER", ""), numbers(64), threads=64))
     assert races in (
@@ -120,7 +141,13 @@ def test_a_barrier_orders_warps_in_global_memory():
 
 
 def exchange(place: str, between: str) -> str:
-    return f"{PLACES} st.shared.b32 [%r11], %r0; {between} ld.shared.b32 %r30, [{place}]; mad.wide.u32 %d5, %r0, 4, %d0; st.global.b32 [%d5], %r30;"  # fmt: skip
+    """Each thread writes its number into its place and reads `place`."""
+    return f"""{PLACES}
+        st.shared.b32 [%r11], %r0;
+        {between}
+        ld.shared.b32 %r30, [{place}];
+        mad.wide.u32 %d5, %r0, 4, %d0;
+        st.global.b32 [%d5], %r30;"""
 
 
 def test_a_barrier_shows_what_another_warp_wrote():
@@ -156,35 +183,44 @@ def test_shared_memory_that_nobody_wrote():
 @pytest.mark.parametrize("shared", [124, 0])
 def test_beyond_the_shared_memory(shared):
     with pytest.raises(
-        Fault, match=rf"out of bounds: 4 bytes at byte {shared} of {shared} bytes of shared memory"
+        FaultError, match=rf"out of bounds: 4 bytes at byte {shared} of {shared} bytes of shared memory"
     ):
         run(f"{PLACES} st.shared.b32 [%r11], 1;", shared=shared)
 
 
 def test_misaligned_shared_memory():
-    with pytest.raises(Fault, match="misaligned: 16 bytes at byte 4 of shared memory"):
+    with pytest.raises(FaultError, match="misaligned: 16 bytes at byte 4 of shared memory"):
         run(f"{PLACES} st.shared.v4.b32 [%r11], {{%r0, %r0, %r0, %r0}};", shared=256)
 
 
 def test_a_barrier_that_some_warps_never_reach():
-    with pytest.raises(Fault, match=r"1 of 2 warps of program 0 never reach this barrier: line \d+ .*bar.sync"):
+    with pytest.raises(
+        FaultError, match=r"1 of 2 warps of program 0 never reach this barrier: line \d+ .*bar.sync"
+    ):
         run("setp.eq.s32 %p1, %r2, 0; @%p1 bra $END; bar.sync 0; $END:", threads=64)
 
 
 def test_lanes_of_a_warp_at_different_barriers():
-    body = "setp.lt.s32 %p1, %r1, 5; @%p1 bra $OTHER; bar.sync 0; bra.uni $END; $OTHER: bar.sync 0; $END: mov.b32 %r10, 0;"
-    with pytest.raises(Fault, match="a warp-wide instruction in a divergent warp: lanes"):
+    body = """
+        setp.lt.s32 %p1, %r1, 5;
+        @%p1 bra $OTHER;
+        bar.sync 0;
+        bra.uni $END;
+    $OTHER:
+        bar.sync 0;
+    $END:"""
+    with pytest.raises(FaultError, match="a warp-wide instruction in a divergent warp: lanes"):
         run(body)
 
 
 def test_a_barrier_that_a_guard_keeps_lanes_from():
-    with pytest.raises(Fault, match="a warp-wide instruction for some lanes: 0000001f of ffffffff"):
+    with pytest.raises(FaultError, match="a warp-wide instruction for some lanes: 0000001f of ffffffff"):
         run("setp.lt.s32 %p1, %r1, 5; @%p1 bar.sync 0;")
 
 
 def test_a_fault_names_the_line_of_the_source():
     body = f".loc 1 12 8 // kernels.py:12:8\n{load_each(4)}"
-    with pytest.raises(Fault, match=r"from kernels\.py:12:8$"):
+    with pytest.raises(FaultError, match=r"from kernels\.py:12:8$"):
         run(body, numbers(32))
 
 
@@ -252,7 +288,8 @@ PRODUCT = """
     or.b64 %d10, %d10, 0x80000;
     or.b64 %d10, %d10, 0x800000000000;
     FENCE
-    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r50, %r51, %r52, %r53}, {%r60, %r61, %r62, %r63}, %d10, 1, 1, 1, 0;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+        {%r50, %r51, %r52, %r53}, {%r60, %r61, %r62, %r63}, %d10, 1, 1, 1, 0;
     wgmma.commit_group.sync.aligned;
     MEANWHILE
     WAIT
@@ -309,12 +346,15 @@ def test_a_product_reads_its_operands_late():
 
 
 def test_sectors_and_wavefronts_are_counted():
-    scattered = f"{PLACES} mad.lo.s32 %r14, %r0, 128, %r10; st.shared.b32 [%r14], 1; mad.wide.u32 %d5, %r0, 64, %d0; ld.global.b32 %r30, [%d5];"  # fmt: skip
-    result = run(scattered, numbers(32 * 16), shared=32 * 128)
-    counts = [tuple(int(n) for n in row)[1:] for row in result.counts if row["requests"]]
-    assert counts == [(1, 32, 1, 128), (1, 32, 4, 128)]  # one bank for all lanes; a sector for each lane
-    dense = f"{PLACES} st.shared.b32 [%r11], 1; mad.wide.u32 %d5, %r0, 4, %d0; ld.global.b32 %r30, [%d5];"
-    counts = [
-        tuple(int(n) for n in row)[1:] for row in run(dense, numbers(32), shared=128).counts if row["requests"]
-    ]
-    assert counts == [(1, 1, 1, 128), (1, 4, 4, 128)]
+    def counts(shared_stride: int, global_stride: int) -> list[tuple[int, ...]]:
+        body = f"""
+            mov.u32 %r10, global_smem;
+            mad.lo.s32 %r14, %r0, {shared_stride}, %r10;
+            st.shared.b32 [%r14], 1;
+            mad.wide.u32 %d5, %r0, {global_stride}, %d0;
+            ld.global.b32 %r30, [%d5];"""
+        result = run(body, numbers(32 * 16), shared=32 * 128)
+        return [tuple(int(n) for n in row)[1:] for row in result.counts if row["requests"]]
+
+    assert counts(4, 4) == [(1, 1, 1, 128), (1, 4, 4, 128)]
+    assert counts(128, 64) == [(1, 32, 1, 128), (1, 32, 4, 128)]  # one bank for all lanes; a sector for each lane
