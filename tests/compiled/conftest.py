@@ -23,8 +23,8 @@ def pytest_terminal_summary(terminalreporter):
         launches, instructions = (sum(row[name] for row in _executed) for name in ("launches", "instructions"))
         worst = max(row["over_budget"] for row in _executed)
         terminalreporter.line(
-            f"{len(_executed)} cases, {launches} launches of {len(codes)} codes of {len(kernels)} kernels × targets, "
-            f"{instructions / 1e6:.0f} million warp instructions; worst error {worst:.2f} of its budget"
+            f"{len(_executed)} cases, {launches} launches of {len(codes)} codes of {len(kernels)} kernels × "
+            f"targets, {instructions / 1e6:.0f} million warp instructions; worst error {worst:.2f} of its budget"
         )
     for kind in sorted({name.partition(":")[0] for name in _mutants}):
         found, missed = _mutants[f"{kind}:found"], _mutants[f"{kind}:missed"]
