@@ -259,8 +259,8 @@ def report(measured: list[Row], target: str) -> str:
         "# What the compiled kernels do, counted while they ran on the CPU",
         f"Written by `python -m benchmarks executed` ({versions}, {target}). The ops of a training step (a full "
         "and a masked pass, forward and backward) at 256² pixels and batch "
-        f"{BATCH_SIZE}. Of each launch {_SAMPLED} programs ran, spread over the grid; numbers are of a whole launch "
-        "or step. Instructions are those of PTX: the assembler drops and joins some.",
+        f"{BATCH_SIZE}. Of each launch {_SAMPLED} programs ran, spread over the grid; numbers are of a whole "
+        "launch or step. Instructions are those of PTX: the assembler drops and joins some.",
         "**Floors are bounds, not timings**: no device that keeps to its published rates can be faster. How far "
         "above them it is, latency, occupancy and the order of instructions decide, of which nothing is known "
         "here. Rates: "

@@ -150,8 +150,10 @@ def load_logsumexp(logsumexp, first, i, N, valid, EXACT: tl.constexpr):
     not exist get +∞, which makes their probabilities zero."""
     if EXACT:
         row_max = tl.load(logsumexp + 2 * first + i, mask=valid, other=0.0)
-        return row_max, tl.load(logsumexp + 2 * first + N + i, mask=valid, other=float("inf"))
-    return tl.load(logsumexp + first + i, mask=valid, other=float("inf")), 0.0
+        row_log_sum = tl.load(logsumexp + 2 * first + N + i, mask=valid, other=float("inf"))
+    else:
+        row_max, row_log_sum = tl.load(logsumexp + first + i, mask=valid, other=float("inf")), 0.0
+    return row_max, row_log_sum  # one return: where there are two, the compiler wants one type of both
 
 
 @triton.jit
