@@ -41,8 +41,8 @@ def tally(case, target: str, values: int, kernels: tuple[str, ...]) -> tuple[Cou
 
 
 # Of each kind, the share that is found at least. What is missed is redundant in that place: a barrier right after
-# another one; a proxy fence with nothing written before it; a wait that the next one covers before anybody reads the
-# result, and the groups that it splits; a number that no value of the case makes matter.
+# another one; a proxy fence with nothing written before it; a wait that the next one covers before anybody reads
+# the result, and the groups that it splits; a number that no value of the case makes matter.
 LEAST_FOUND = {"cp.async.wait_group": 1.0, "wgmma.fence": 1.0, "bar.sync": 0.8, "value": 0.7}
 
 QUICK = [
