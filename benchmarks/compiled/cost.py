@@ -190,14 +190,14 @@ def calls_of_training_step(model: str, batch_size: int = BATCH_SIZE) -> Counter[
     return recorder.calls
 
 
-def execute(call: Call, target: str) -> list[Executed]:
-    """The launches of one call, of which some programs run."""
+def execute(call: Call, target: str, every_program: bool = False) -> list[Executed]:
+    """The launches of one call; of each some of the programs run, or all."""
     op, arguments = call
     tensors = [
         torch.empty_strided(a[0], a[1], dtype=a[2]) if isinstance(a, tuple) and len(a) == 3 else a
         for a in arguments
     ]
-    with executing(target, programs=_sample, check=False) as launches:
+    with executing(target, programs=None if every_program else _sample, check=False) as launches:
         getattr(torch.ops.edt_kernels, op)(*tensors)
     return launches
 
