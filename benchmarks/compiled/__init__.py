@@ -5,13 +5,14 @@ asynchronous copies, matrix instructions, runs here: every instruction of the PT
 defines it (the manual's sections are named where they are needed), on the CPU, by warps of 32 lanes.
 
     ptx.py        text → instructions
-    semantics.py  what each instruction computes, as a table
-    program.py    instructions with names → instructions with places, for the machine; running them
-    machine/      the machine in C++: warps, barriers, asynchronous groups, memory and its checks, matrix products
+    semantics.py  what each instruction computes: a table of the element-wise ones, the operands of the others
+    lowering.py   instructions with names → the machine's, with places
+    machine/      the machine in C++: numbers, memory and its checks, warps and barriers, asynchronous copies, matrix
+                  products, the tensor memory accelerator
     build.py      the machine compiled, once, by g++
-    launch.py     a Triton launch → its compiled program → run on CPU tensors; `executing()` for whole ops
-    cases.py      what is executed of this project, and its verdict
-    cost.py       what was counted while it ran, and the floors that follow
+    program.py    a compiled kernel, and runs of it on the memory of tensors
+    launch.py     Triton launches on CPU tensors: whole ops, by the programs compiled for a GPU
+    cost.py       what a training step's kernels do, counted while they run, and the floors that follow
 
 What a run proves, and what not, is said in benchmarks/README.md.
 """

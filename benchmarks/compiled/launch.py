@@ -52,12 +52,19 @@ def _cache() -> str:
     return os.path.join(tempfile.gettempdir(), f"edt-kernels-ptx-{os.getuid()}")
 
 
-_COMPILED: dict[str, tuple[Program, int, int]] = {}
+@dataclass
+class Compiled:
+    program: Program
+    shared_bytes: int
+    threads: int
+    scratch_bytes: int  # of global memory, for each program
 
 
-def compile_program(launch: static.Launch, target: str) -> tuple[Program, int, int]:
-    """A launch's program, its bytes of shared memory and its threads. ptxas, half of the time of a compilation, is
-    left out."""
+_COMPILED: dict[str, Compiled] = {}
+
+
+def compile_program(launch: static.Launch, target: str) -> Compiled:
+    """Without ptxas, which is half of the time of a compilation."""
     key = f"{target} {launch.identity}"
     if key not in _COMPILED:
         no_machine_code = mock.patch.object(CUDABackend, "make_cubin", return_value=b"none")
@@ -66,7 +73,8 @@ def compile_program(launch: static.Launch, target: str) -> tuple[Program, int, i
             compiled = static.compile_launch(launch, target)
         metadata = compiled.metadata
         program = Program(parse(compiled.asm["ptx"]))
-        _COMPILED[key] = program, metadata.shared, 32 * metadata.num_warps
+        scratch = getattr(metadata, "global_scratch_size", 0) or 0
+        _COMPILED[key] = Compiled(program, metadata.shared, 32 * metadata.num_warps, scratch)
     return _COMPILED[key]
 
 
@@ -95,12 +103,13 @@ def executing(
         names = [parameter.name for parameter in kernel.params]
         values = dict(zip(names, args)) | {name: value for name, value in kwargs.items() if name in names}
         grid = tuple(grid(values) if callable(grid) else grid)
-        program, shared_bytes, threads = compile_program(launch, target)
-        if replace is not None:
-            program = replace(launch.kernel, program)
+        compiled = compile_program(launch, target)
+        program = compiled.program if replace is None else replace(launch.kernel, compiled.program)
         arguments = [values[name] for name in names if launch.signature[name] != "constexpr"]
+        if compiled.scratch_bytes:
+            arguments.append(torch.empty(compiled.scratch_bytes * math.prod(grid), dtype=torch.uint8))
         chosen = list(range(math.prod(grid))) if programs is None else programs(math.prod(grid))
-        result = program.run(grid, arguments, shared_bytes, threads, schedule, chosen, check)
+        result = program.run(grid, arguments, compiled.shared_bytes, compiled.threads, schedule, chosen, check)
         launches.append(Executed(launch, target, grid, len(chosen), program, result))
 
     unit = mock.patch.object(

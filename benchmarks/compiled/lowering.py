@@ -10,7 +10,17 @@ import numpy as np
 
 from . import build
 from .ptx import Instruction, Kernel, UnsupportedError, address, elements
-from .semantics import ELEMENTWISE, FUNCTIONS, MATRIX_TYPES, OPERATIONS, SHUFFLES, VOTES, WHOLE_WARP, canonical
+from .semantics import (
+    ELEMENTWISE,
+    FUNCTIONS,
+    MATRIX_TYPES,
+    OPERATIONS,
+    SHUFFLES,
+    TENSOR_MAP_FIELDS,
+    VOTES,
+    WHOLE_WARP,
+    canonical,
+)
 
 _FIELDS = ("operation", "whole_warp", "guard", "guard_negated", "line", "operands", "registers", "num_registers")
 INSTRUCTION = np.dtype([(name, "i4") for name in _FIELDS])
@@ -24,7 +34,8 @@ _FIXED_REGISTERS = {"%tid.y": 0, "%tid.z": 0, "%ntid.y": 1, "%ntid.z": 1}
 # Without effect here: where data is cached; fences of memory, as instructions are executed in order; how many
 # registers warps have; what waits for earlier launches, as launches do not overlap.
 _NOTHING = re.compile(
-    r"membar\.|fence\.(acq_rel|sc)|griddepcontrol\.|discard\.|prefetch\.|setmaxnreg\.|nanosleep\.|applypriority\."
+    r"membar\.|fence\.(acq_rel|sc|mbarrier_init|proxy\.tensormap)|griddepcontrol\.|discard\.|prefetch\.|setmaxnreg\."
+    r"|nanosleep\.|applypriority\."
 )
 _CACHE_HINTS = re.compile(
     r"\.(L1::\w+|L2::\w+|nc|weak|relaxed|acquire|release|acq_rel|gpu|cta|volatile|ca|cg|cs|lu|cv|wb|wt)(?=\.)"
@@ -188,7 +199,9 @@ class Lowered:
 
     def _branch(self, instruction, opcode, operands) -> None:
         self._branches.append(len(self._operands))
-        self._operate(instruction, "branch", target=self.kernel.labels[operands[0]])
+        here = self.kernel.instructions.index(instruction)
+        target = min(self.kernel.labels[operands[0]], key=lambda at: abs(at - here))  # that of this block
+        self._operate(instruction, "branch", target=target)
 
     def _barrier(self, instruction, opcode, operands) -> None:
         if operands[0] != "0" or (len(operands) > 1 and operands[1] != str(self.kernel.threads)):
@@ -253,6 +266,74 @@ class Lowered:
                 instruction, "copy_async", target=target[0], target_offset=target[1], source=source[0],
                 source_offset=source[1], bytes=size, source_bytes=given,
             )  # fmt: skip
+        else:
+            raise UnsupportedError(f"the machine does not know {instruction.opcode}")
+
+    def _bulk(self, instruction, opcode, operands) -> None:
+        """Of the tensor memory accelerator, tiles of one to five dimensions."""
+        if opcode.startswith("cp.async.bulk.commit_group"):
+            self._operate(instruction, "commit_stores")
+        elif opcode.startswith("cp.async.bulk.wait_group"):
+            self._operate(instruction, "wait_stores", groups_left=int(operands[0], 0))
+        elif re.fullmatch(r"cp\.async\.bulk\.tensor\.\dd\.shared\.global(\.tile)?\.mbarrier\S*", opcode):
+            target, barrier = self._address(operands[0], 4), self._address(operands[2], 4)
+            tensor_map, coordinates = self._tile(operands[1])
+            self._operate(
+                instruction, "load_tile", target=target[0], target_offset=target[1], map=tensor_map[0],
+                map_offset=tensor_map[1], barrier=barrier[0], barrier_offset=barrier[1], coordinates=coordinates,
+            )  # fmt: skip
+        elif re.fullmatch(r"cp\.async\.bulk\.tensor\.\dd\.global\.shared(\.tile)?\.bulk_group", opcode):
+            source = self._address(operands[1], 4)
+            tensor_map, coordinates = self._tile(operands[0])
+            self._operate(
+                instruction, "store_tile", source=source[0], source_offset=source[1], map=tensor_map[0],
+                map_offset=tensor_map[1], coordinates=coordinates,
+            )  # fmt: skip
+        else:
+            raise UnsupportedError(f"the machine does not know {instruction.opcode}")
+
+    def _tile(self, operand: str) -> tuple[tuple[int, int], list[int]]:
+        """The address of the tensor map and the coordinates of "[%rd1, {%r1, %r2}]"."""
+        tensor_map, _, coordinates = operand.strip("[] ").partition(",")
+        return self._address(f"[{tensor_map}]", 8), [self._operand(c, 4) for c in elements(coordinates)]
+
+    def _tensor_map(self, instruction, opcode, operands) -> None:
+        if opcode.startswith("tensormap.cp_fenceproxy.global.shared"):
+            target, source = (self._address(operand, 8) for operand in operands[:2])
+            self._operate(instruction, "copy_tensor_map", target=target[0], target_offset=target[1],
+                          source=source[0], source_offset=source[1])  # fmt: skip
+            return
+        form = re.fullmatch(r"tensormap\.replace\.tile\.(\w+)\.shared\.b1024\.b(32|64)", opcode)
+        if form is None:
+            raise UnsupportedError(f"the machine does not know {instruction.opcode}")
+        (base, offset), size = self._address(operands[0], 8), int(form.group(2)) // 8
+        ordinal = int(operands[1], 0) if len(operands) == 3 else 0
+        self._operate(
+            instruction, "replace_tensor_map", address=base, offset=offset, ordinal=ordinal, value_bytes=size,
+            field=TENSOR_MAP_FIELDS.index(form.group(1)), value=self._operand(operands[-1], size),
+        )  # fmt: skip
+
+    def _mbarrier(self, instruction, opcode, operands) -> None:
+        form = re.fullmatch(
+            r"mbarrier\.(init|inval|arrive\.expect_tx|(?:try|test)_wait\.parity)\.shared\.b64", opcode
+        )
+        kind = form and form.group(1)
+        if kind == "init":
+            base, offset = self._address(operands[0], 4)
+            self._operate(instruction, "init_mbarrier", address=base, offset=offset,
+                          arrivals=self._operand(operands[1], 4))  # fmt: skip
+        elif kind == "inval":
+            base, offset = self._address(operands[0], 4)
+            self._operate(instruction, "end_mbarrier", address=base, offset=offset)
+        elif kind == "arrive.expect_tx" and operands[0] == "_":
+            base, offset = self._address(operands[1], 4)
+            self._operate(
+                instruction, "expect_bytes", address=base, offset=offset, bytes=self._operand(operands[2], 4)
+            )
+        elif kind and kind.endswith("parity"):
+            base, offset = self._address(operands[1], 4)
+            self._operate(instruction, "wait_mbarrier", result=self._operand(operands[0], 1), address=base,
+                          offset=offset, parity=self._operand(operands[2], 4))  # fmt: skip
         else:
             raise UnsupportedError(f"the machine does not know {instruction.opcode}")
 
@@ -371,7 +452,10 @@ _LOWERINGS = (
     (r"ld\.param", Lowered._parameter),
     (r"(ld|st)\.", Lowered._access),
     (r"(atom|red)\.", Lowered._atomic),
+    (r"cp\.async\.bulk", Lowered._bulk),
     (r"cp\.", Lowered._copy),
+    (r"tensormap\.", Lowered._tensor_map),
+    (r"mbarrier\.", Lowered._mbarrier),
     (r"(ld|st)matrix\.", Lowered._matrices),
     (r"mma\.", Lowered._mma),
     (r"wgmma\.", Lowered._wgmma),

@@ -25,7 +25,9 @@ class Kernel:
     threads: int | None = None  # of a program, where the text says
     register_bytes: dict[str, int] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)  # → the number of instructions before it
+    labels: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # → instructions before it, in each block that has it
     source: dict[int, str] = field(default_factory=dict)  # line → instruction
     places: dict[int, str] = field(default_factory=dict)  # line → "kernels.py:104:16 @[ short_kernels.py:111:54 ]"
 
@@ -79,7 +81,7 @@ def _without_block(statement: str) -> str:
 
 def _statement(kernel: Kernel, statement: str, line: int, place: str) -> None:
     while label := re.match(r"([$\w]+):\s*", statement):
-        kernel.labels[label.group(1)] = len(kernel.instructions)
+        kernel.labels.setdefault(label.group(1), []).append(len(kernel.instructions))
         statement = _without_block(statement[label.end() :])
     if not statement or statement in "{}" or statement.startswith(_IGNORED_DIRECTIVES):
         return

@@ -50,6 +50,7 @@ _ROWS = [
     # opcode, types, result, operands, expression
     ("mov.T", f"{_BITS} {_INTEGERS} {_FLOATS} pred", "T", "T", "a"),
     ("cvta.to.global.T", "u64", "T", "T", "a"),
+    ("cvta.global.T", "u64", "T", "T", "a"),
     ("add.T", _INTEGERS, "U", "U U", "a + b"),
     ("sub.T", _INTEGERS, "U", "U U", "a - b"),
     ("mul.lo.T", _INTEGERS, "U", "U U", "a * b"),
@@ -236,6 +237,16 @@ OPERATIONS = {
     "commit_wgmma": "",
     "wait_wgmma": "groups_left",
     "fence_proxy": "",
+    "replace_tensor_map": "address offset field ordinal value value_bytes",
+    "copy_tensor_map": "target target_offset source source_offset",
+    "load_tile": "target target_offset map map_offset barrier barrier_offset *coordinates",
+    "store_tile": "source source_offset map map_offset *coordinates",
+    "commit_stores": "",
+    "wait_stores": "groups_left",
+    "init_mbarrier": "address offset arrivals",
+    "end_mbarrier": "address offset",
+    "expect_bytes": "address offset bytes",
+    "wait_mbarrier": "result address offset parity",
     "shuffle": "result predicate value lane clamp mode",
     "vote": "result value mode",
     "elect": "result predicate",
@@ -248,6 +259,10 @@ _WHOLE_WARP = """barrier warp_barrier load_matrices store_matrices mma wgmma fen
     shuffle vote elect reduce_warp"""
 WHOLE_WARP = frozenset(_WHOLE_WARP.split())
 MATRIX_TYPES = {"f16": 0, "bf16": 1, "tf32": 2}
+# Of a tensor map, in the order of `machine/bulk.hpp`.
+_TENSOR_MAP_FIELDS = """global_address rank box_dim global_dim global_stride element_stride elemtype
+    interleave_layout swizzle_mode fill_mode"""
+TENSOR_MAP_FIELDS = tuple(_TENSOR_MAP_FIELDS.split())
 SHUFFLES = {"up": 0, "down": 1, "bfly": 2, "idx": 3}
 VOTES = {"ballot": 0, "any": 1, "all": 2, "uni": 3}
 # Functions of atom, red and redux, by name and type.

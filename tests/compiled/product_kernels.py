@@ -47,3 +47,16 @@ def chained(a, b, c, out, K, M: tl.constexpr, BLOCK: tl.constexpr, D: tl.constex
             accumulator = tl.dot(p, c_tile, accumulator)
     if not TRANSPOSED:
         tl.store(out + m[:, None] * D + d[None, :], accumulator)
+
+
+@triton.jit
+def product_by_descriptors(a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """c = a·b, of dense matrices, by the tensor memory accelerator."""
+    a_tiles = tl.make_tensor_descriptor(a, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
+    b_tiles = tl.make_tensor_descriptor(b, [K, N], [N, 1], [BLOCK_K, BLOCK_N])
+    c_tiles = tl.make_tensor_descriptor(c, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+    m, n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        accumulator = tl.dot(a_tiles.load([m, k]), b_tiles.load([k, n]), accumulator)
+    c_tiles.store([m, n], accumulator.to(c.dtype.element_ty))

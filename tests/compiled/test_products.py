@@ -5,10 +5,12 @@ import itertools
 import pytest
 import torch
 from executed import SCHEDULES
-from product_kernels import chained, product, softmax
+from product_kernels import chained, product, product_by_descriptors, softmax
 
 from benchmarks.compiled import build
 from benchmarks.compiled.launch import executing
+from benchmarks.compiled.program import KINDS, FaultError, Program
+from benchmarks.compiled.ptx import parse
 
 pytestmark = pytest.mark.skipif(bool(build.needs()), reason=build.needs())
 TARGETS = ("sm_80", "sm_90")
@@ -19,12 +21,12 @@ def relative_error(result, exact) -> float:
     return ((result.double() - exact).norm() / exact.norm()).item()
 
 
-def run(target: str, kernel, grid: int, arguments: tuple, **constants) -> list[str]:
+def run(target: str, kernel, grid: int | tuple[int, int], arguments: tuple, **constants) -> list[str]:
     """Under each schedule, whose results must not differ; what was found."""
     found, results = [], []
     for schedule in SCHEDULES:
         with executing(target, schedule) as launches:
-            kernel[(grid,)](*arguments, **constants)
+            kernel[grid if isinstance(grid, tuple) else (grid,)](*arguments, **constants)
         found += [str(finding) for finding in launches[0].findings]
         results.append([t.clone() for t in arguments if isinstance(t, torch.Tensor)])
     assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -120,3 +122,44 @@ def test_a_product_of_a_product(target, tile, dtype, transposed):
     )  # fmt: skip
     # Where a float32 sum lies between two 16-bit numbers, p's rounding may go the other way.
     assert relative_error(out, p.t() @ a.double() if transposed else p @ c.double()) <= 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("tile", [(64, 64, 64), (64, 32, 32), (128, 64, 16)], ids=str)
+def test_a_product_by_the_tensor_memory_accelerator(tile, dtype, stages):
+    """Tiles with swizzles of 128, 64 and 32 bytes, cut off by the matrices' ends."""
+    M, N, K = 104, 72, 200
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((M, K), (K, N)))
+    c = torch.full((M, N), float("nan"), dtype=dtype)
+    grid = (-(-M // tile[0]), -(-N // tile[1]))
+    sizes = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile))
+    assert not run(
+        "sm_90", product_by_descriptors, grid, (a, b, c, M, N, K), **sizes, num_stages=stages, num_warps=4
+    )
+    assert relative_error(c, a.double() @ b.double()) <= torch.finfo(dtype).eps
+
+
+def run_changed(old: str, new: str) -> list[str]:
+    """Kinds of what is found in that kernel with a piece of its PTX replaced."""
+    a, b, c = torch.randn(64, 128).bfloat16(), torch.randn(128, 64).bfloat16(), torch.empty(64, 64).bfloat16()
+
+    def replace(_, program):
+        assert old in program.kernel.text
+        return Program(parse(program.kernel.text.replace(old, new)))
+
+    with executing("sm_90", replace=replace) as launches:
+        product_by_descriptors[(1, 1)](a, b, c, 64, 64, 128, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4)
+    return [finding.kind for finding in launches[0].findings]
+
+
+def test_faults_around_the_tensor_memory_accelerator():
+    assert not run_changed("bar.sync", "bar.sync")
+    assert KINDS[6] in run_changed("@!complete bra.uni waitLoop;", "")  # one try is no wait
+    assert KINDS[8] in run_changed("fence.proxy.async", "// fence.proxy.async")
+    assert KINDS[12] in run_changed("cp.async.bulk.commit_group;", "")
+    with pytest.raises(FaultError, match="no mbarrier was initialised there"):
+        run_changed("mbarrier.init.shared::cta.b64", "prefetch.global.L2")
+    with pytest.raises(FaultError, match="4 of 4 warps of program 0 wait for ever at an mbarrier"):
+        run_changed("16384;", "16385;")

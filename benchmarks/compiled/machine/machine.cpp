@@ -6,6 +6,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <deque>
+#include <map>
 #include <vector>
 #include "memory.hpp"
 
@@ -35,8 +36,12 @@ struct Product {                                            // of wgmma
   std::vector<f32> initial, result;
   std::vector<u32> cells;         // of shared memory, that it reads
 };
+struct TensorMap { u64 address, stride[4]; u32 rank, box[5], size[5], type, swizzle; };
+struct Mbarrier { u32 expected, pending; s64 bytes; u32 phase, tried[32]; };
+struct Tile { u32 barrier, phase; std::vector<Copy> pieces; u32 seen_by; };  // of a load: phase 0 until it arrived
+struct TileStore { TensorMap map; s32 first[5]; u32 source; u8 lane; std::vector<u32> cells; };
 struct Waiting { int target; u32 mask; };  // lanes, and where
-enum WarpState { RUNNING, AT_BARRIER, DONE };
+enum WarpState { RUNNING, AT_BARRIER, YIELDED, DONE };
 struct Warp {
   u8* registers;
   int index, next, barrier_line;
@@ -46,6 +51,8 @@ struct Warp {
   WarpState state;
   std::vector<Copy> copies;       // not committed
   std::deque<std::vector<Copy>> copy_groups;
+  std::vector<TileStore> stores;
+  std::deque<std::vector<TileStore>> store_groups;
   std::deque<Product> products;
   int groups_committed;
   u32 fenced_at;
@@ -66,6 +73,9 @@ struct Machine {
   std::vector<u8> shared;
   std::vector<SharedCell> cells;
   std::vector<Warp> warps;
+  std::vector<Tile> tiles;
+  std::map<u64, TensorMap> shared_maps, global_maps;
+  std::map<u32, Mbarrier> mbarriers;
   u32 epoch = 0, first_epoch = 0, now = 0;
   int program = 0, at = 0;        // the running program and instruction
 
@@ -171,7 +181,10 @@ struct Machine {
       u64 where = (u64)i << S.shared_shift;
       if (!written(cell)) find(NEVER_WRITTEN, w, where, -1);
       else if (cell.state == PENDING) find(COPY_PENDING, w, where, cell.writer.warp);
-      else {
+      else if (cell.state == ARRIVED) {
+        const bool seen = tiles[cell.written_at].seen_by >> w.index & 1;
+        if (!seen && cell.writer.races(t)) find(READ_AFTER_WRITE, w, where, cell.writer.warp);
+      } else {
         if (cell.writer.races(t)) find(READ_AFTER_WRITE, w, where, cell.writer.warp);
         if (by_product && warps[cell.writer.warp].fenced_at <= cell.written_at && w.fenced_at <= cell.written_at)
           find(NO_PROXY_FENCE, w, where, cell.writer.warp);
@@ -190,7 +203,8 @@ struct Machine {
         if (cell.state == PENDING && state == WRITTEN) find(COPY_PENDING, w, where, cell.writer.warp);
         u32 size = std::min(1 << S.shared_shift, bytes);
         bool same = value && !std::memcmp(&shared[where], value + (where - offset), size);
-        if (cell.writer.races(t) && !same) find(cell.writer.warp == w.index ? LANES_COLLIDE : WRITE_AFTER_WRITE, w, where, cell.writer.warp);
+        const bool seen = cell.state == ARRIVED && tiles[cell.written_at].seen_by >> w.index & 1;
+        if (cell.writer.races(t) && !same && !seen) find(cell.writer.warp == w.index ? LANES_COLLIDE : WRITE_AFTER_WRITE, w, where, cell.writer.warp);
       }
       if (cell.reader.races(t)) find(WRITE_AFTER_READ, w, where, cell.reader.warp);
       cell.writer.set(t);
@@ -221,6 +235,7 @@ struct Machine {
 
 #include "operations.hpp"
 #include "matrix.hpp"
+#include "bulk.hpp"
 
   bool step(Warp& w);
   bool choose_lanes(Warp& w);
@@ -269,8 +284,9 @@ bool Machine::choose_lanes(Warp& w) {
   w.mask = 0;
   if (groups.empty()) {
     w.state = DONE;
-    bool copies = !w.copies.empty();
+    bool copies = !w.copies.empty() || !w.stores.empty();
     for (auto& group : w.copy_groups) copies |= !group.empty();
+    for (auto& group : w.store_groups) copies |= !group.empty();
     if (copies || !w.products.empty()) find(PENDING_AT_EXIT, w, 0, -1);
     return true;
   }
@@ -308,8 +324,11 @@ bool Machine::run_program(int number) {
   now = 0;
   first_epoch = ++epoch;
   std::fill(shared.begin(), shared.end(), 0xff);  // NaN in every float type
+  tiles.clear();
+  shared_maps.clear();
+  mbarriers.clear();
   for (Warp& w : warps) {
-    if (!w.products.empty())  // left by a program without a wait
+    if (!w.products.empty() || !w.stores.empty() || !w.store_groups.empty())  // left by a program without a wait
       for (SharedCell& cell : cells) cell.operands = 0;
     u8* registers = w.registers;
     int index = w.index;
@@ -332,13 +351,28 @@ bool Machine::run_program(int number) {
     }
   }
   const int n = warps.size();
+  int rounds = 0;  // of waits at mbarriers since the last barrier
   for (;;) {
     for (int i = 0; i < n; i++)
       if (!run_warp(warps[S.backwards ? n - 1 - i : i])) return false;
-    int done = 0, waiting = 0;
-    for (Warp& w : warps) { done += w.state == DONE; if (w.state == AT_BARRIER) waiting = w.barrier_line; }
+    int done = 0, yielded = 0, waiting = 0;
+    for (Warp& w : warps) {
+      done += w.state == DONE;
+      yielded += w.state == YIELDED;
+      if (w.state == AT_BARRIER) waiting = w.barrier_line;
+    }
     if (done == n) return true;
-    if (done) { fail("%d of %d warps of program %d never reach this barrier", done, n, number); out.error_line = waiting; return false; }
+    if (yielded) {  // the others may let those pass that wait at an mbarrier
+      if (++rounds > 1000) return fail("%d of %d warps of program %d wait for ever at an mbarrier", yielded, n, number);
+      for (Warp& w : warps) if (w.state == YIELDED) w.state = RUNNING;
+      continue;
+    }
+    rounds = 0;
+    if (done) {
+      fail("%d of %d warps of program %d never reach this barrier", done, n, number);
+      out.error_line = waiting;
+      return false;
+    }
     epoch++;
     for (Warp& w : warps) w.state = RUNNING;
   }

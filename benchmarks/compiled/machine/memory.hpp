@@ -51,10 +51,10 @@ struct Region {
   int cell_shift, index;
 };
 
-enum : u8 { NEVER, WRITTEN, PENDING };
+enum : u8 { NEVER, WRITTEN, PENDING, ARRIVED };  // arrived: by the tensor memory accelerator
 struct SharedCell {
   Stamp writer, reader;
-  u32 written_at;  // instructions before it, for proxy fences
+  u32 written_at;  // instructions before it, for proxy fences; of what arrived, which tile it was
   u16 operands;    // products in flight that read it
   u8 state, unused;
 };
