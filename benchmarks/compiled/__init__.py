@@ -7,7 +7,7 @@ defines it (the manual's sections are named where they are needed), on the CPU, 
     ptx.py        text → instructions
     semantics.py  what each instruction computes: a table of the element-wise ones, the operands of the others
     lowering.py   instructions with names → the machine's, with places
-    machine/      the machine in C++: numbers, memory and its checks, warps and barriers, asynchronous copies, matrix
+    machine/      the machine in C++: numbers, memory and its checks, warps and barriers, copies, matrix
                   products, the tensor memory accelerator
     build.py      the machine compiled, once, by g++
     program.py    a compiled kernel, and runs of it on the memory of tensors
