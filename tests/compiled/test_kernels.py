@@ -119,6 +119,7 @@ NORMS_COVER = {
     # The first width and the strided one of each op; then DiT's width, all in one dtype.
     ("sm_90", BF16): [case for case in norm_cases(BF16) if case.channels in (312, 37) and case.batch_size > 1],
     ("sm_80", F16): [case for case in norm_cases(F16) if case.channels == 1152],
+    ("sm_90", F32): [case for case in norm_cases(F32) if case.channels == 52],
 }
 ALL = [(target, dtype) for target in ("sm_90", "sm_80") for dtype in (BF16, F16, F32)]
 
