@@ -62,7 +62,9 @@ def parse(assembly: str) -> tuple[list[Instruction], dict[str, int]]:
             place, guard, opcode, operands = sass.groups(default="")
             jump = re.search(r"`\((\.L\w+)\)", operands) if opcode.startswith("BRA") else None
             instructions.append(
-                Instruction(opcode, jump and jump.group(1), place, guard, tuple(re.split(r",\s*", operands.strip())))
+                Instruction(
+                    opcode, jump and jump.group(1), place, guard, tuple(re.split(r",\s*", operands.strip()))
+                )
             )
         elif gcn := re.match(r"\s+([vs]_\w+|ds_\w+|global_\w+|buffer_\w+|flat_\w+|scratch_\w+)\b(.*)", line):
             jump = re.match(r"\s+(\.L\w+)", gcn.group(2)) if "branch" in gcn.group(1) else None

@@ -1,19 +1,19 @@
 """Whether machine code of Hopper (sm_90) keeps the rules of its asynchronous matrix products.
 
 An HGMMA (PTX: wgmma.mma_async) is issued by the four warps of a warpgroup and runs on beside them. Until its group
-is waited for (WARPGROUP.DEPBAR.LE gsb0, n: until n groups are left) its accumulators may be neither read nor written
-and the registers of its A operand not written. What it reads in shared memory may not be written until *every*
-warpgroup has waited: the wait orders one warpgroup alone, so a barrier has to follow before another warpgroup, or
-this one, stores there. Triton before 3.9 leaves that barrier out (its issue 11047). ptxas, where it finds that
-accumulators are touched, waits after every single HGMMA (its warning C7515): right, but slow.
+is waited for (WARPGROUP.DEPBAR.LE gsb0, n: until n groups are left) its accumulators may be neither read nor
+written, and the registers of its operand A not written. What it reads of shared memory may not be written until
+every warpgroup that reads it has waited: a wait orders one warpgroup alone, so a barrier has to come before the
+others store there. Triton before 3.9 does not see to that (its issue 11047). And where ptxas finds accumulators
+touched between a group's products, it waits after every single one (its warning C7515): right, but slow.
 
-`hazards` walks SASS along all branches, each loop a few times, for all threads of a program at once. It computes what
-integer instructions make of thread numbers and constants; all that comes from arguments and memory is unknown. So it
-has the addresses of stores to shared memory and of the products' operands as numbers, swizzles, buffers and all.
+`hazards` walks SASS along all branches, each loop a few times, with all threads of a program at once. It computes
+what integer instructions make of thread numbers and constants; what comes from arguments and memory is unknown.
+That decides where stores to shared memory and the products' operands lie, swizzles and buffers included.
 
-What it leaves: it takes all stores whose predicate is unknown to be made, loops to end after any number of turns, and
-operands to be as large as their swizzled rows, so that it may report what does not happen; and it does not see waits
-in other functions, named barriers, the TMA, or a hazard that needs more turns of a loop than `_TURNS`.
+What it leaves: predicates that are not known may be either, so that it may report what never happens. Named
+barriers, functions that are called, the TMA and what needs more turns of a loop than `_TURNS` are not looked at;
+nor is whether stores come before the products that read them.
 """
 
 import functools
@@ -39,7 +39,7 @@ class _Product:
     place: str
     accumulators: set[int]  # numbers of registers
     operand: set[int]  # registers of A
-    reads: np.ndarray | None  # (warpgroups, granules): what it reads of shared memory
+    reads: np.ndarray  # (warpgroups, granules): what it reads of shared memory
 
 
 @dataclass
@@ -71,7 +71,7 @@ def product_faults(sass: str, ptx: str, num_warps: int) -> list[str]:
     found = hazards(sass, num_warps)
     groups, waits = ptx.count("wgmma.commit_group"), sass.count("WARPGROUP.DEPBAR")
     if waits > groups:
-        found.append(f"waits {waits} times for {groups} groups of products")
+        found.append(f"waits {waits} times for {groups} groups of products: ptxas serialises them")
     return found
 
 
@@ -104,36 +104,27 @@ class _Walk:
             state = paths.pop()
             while state.at < len(self.instructions):
                 instruction = self.instructions[state.at]
-                jumps = self._guard(state, instruction)
-                if instruction.opcode.startswith(("EXIT", "RET")) and jumps == [True]:
-                    break
-                if instruction.target:
-                    taken = self._jump(state, self.labels[instruction.target]) if True in jumps else None
-                    if taken is not None and False in jumps:
+                guard = self._predicate(state, instruction.guard or "PT")
+                some, others = (True, True) if guard is None else (guard.any(), not guard.all())
+                if some and instruction.target:
+                    target = self.labels[instruction.target]
+                    if others:
                         paths.append(state.fork(state.at + 1))
-                    if taken is not None:
-                        state.at = taken
+                    if target > state.at or self._turn(state):
+                        state.at = target
                         continue
-                    if False not in jumps:  # a loop that does not end by itself
+                    if others or not instruction.guard:
                         break
-                elif True in jumps:
+                elif some and not others and instruction.opcode == "EXIT":
+                    break
+                elif some:
                     self._step(state, instruction)
                 state.at += 1
 
-    def _guard(self, state: _State, instruction: Instruction) -> list[bool]:
-        """Whether threads execute the instruction: some, some not, or both."""
-        if not instruction.guard:
-            return [True]
-        guard = self._predicate(state, instruction.guard)
-        return [True, False] if guard is None else sorted({bool(value) for value in guard})
-
-    def _jump(self, state: _State, target: int) -> int | None:
-        """Where the path goes on, or None where it had its turns."""
-        if target <= state.at:
-            state.turns[state.at] = state.turns.get(state.at, 0) + 1
-            if state.turns[state.at] >= _TURNS:
-                return None
-        return target
+    def _turn(self, state: _State) -> bool:
+        """Whether a path jumps back once more."""
+        state.turns[state.at] = state.turns.get(state.at, 0) + 1
+        return state.turns[state.at] < _TURNS
 
     def _step(self, state: _State, instruction: Instruction) -> None:
         opcode = instruction.opcode
@@ -171,36 +162,32 @@ class _Walk:
     # Products and stores.
 
     def _issue(self, state: _State, instruction: Instruction) -> None:
-        rows = int(re.match(r"HGMMA\.64x(\d+)x", instruction.opcode).group(1))
-        accumulator, a, *rest = instruction.operands
-        first = int(accumulator[1:])
-        operand: set[int] = set()
+        """HGMMA.64xNxK accumulators, A in registers if not in shared memory, descriptors of A and B in a row."""
+        columns = int(re.match(r"HGMMA\.64x(\d+)x", instruction.opcode).group(1))
+        first, a, *rest = instruction.operands
         if a.startswith("R"):
-            (b, *rest) = rest
-            operand = set(range(int(a[1:]), int(a[1:]) + 4))
-            places = [(b, "B", rows, 2)]
+            operand, matrices = set(range(int(a[1:]), int(a[1:]) + 4)), [(rest[0], "B", columns, 2)]
         else:
-            places = [(a, "A", 64, 0), (a, "B", rows, 2)]
-        reads: np.ndarray | None = self._no_memory()
-        for descriptor, letter, size, offset in places:
+            operand, matrices = set(), [(a, "A", 64, 0), (a, "B", columns, 2)]
+        reads = self._no_memory()
+        for descriptor, letter, rows, offset in matrices:
             number = int(re.search(r"UR(\d+)", descriptor).group(1)) + offset
             low, high = (state.registers.get(f"UR{number + word}") for word in (0, 1))
             if low is None or high is None:
-                reads = None
-                break
-            transposed = f"tnsp{letter}" in descriptor
-            for warpgroup, thread in enumerate(range(0, self.threads, _WARPGROUP)):
-                for start, end in _extents(int(low[thread]), int(high[thread]), size, transposed):
+                self._report(instruction, "reads shared memory at an unknown address")
+                continue
+            for warpgroup in range(len(reads)):
+                thread = warpgroup * _WARPGROUP
+                for start, end in _extents(
+                    int(low[thread]), int(high[thread]), rows, f"tnsp{letter}" in descriptor
+                ):
                     reads[warpgroup, start // _GRANULE : -(-end // _GRANULE)] = True
-        product = _Product(instruction.place, set(range(first, first + rows // 2)), operand, reads)
-        if reads is None:
-            self._report(instruction, "reads shared memory at an unknown address")
-        else:
-            self.read |= reads
+        self.read |= reads
         for earlier in state.in_flight():
             if operand & earlier.accumulators:
                 self._report(instruction, "reads accumulators of", earlier)
-        state.open.append(product)
+        accumulators = set(range(int(first[1:]), int(first[1:]) + columns // 2))
+        state.open.append(_Product(instruction.place, accumulators, operand, reads))
         if "gsb0" in instruction.operands:
             state.groups.append(state.open)
             state.open = []
@@ -213,22 +200,20 @@ class _Walk:
                 self._report(instruction, "stores at an unknown address, perhaps what is read by", pending[-1])
             return
         size = 16 if instruction.opcode.startswith("STSM") else _size(instruction.opcode)
-        guard = self._predicate(state, instruction.guard) if instruction.guard else None
+        guard = self._predicate(state, instruction.guard or "PT")
         stored = self._no_memory()
-        for warpgroup, thread in enumerate(range(0, self.threads, _WARPGROUP)):
-            threads = slice(thread, thread + _WARPGROUP)
+        for warpgroup in range(len(stored)):
+            threads = slice(warpgroup * _WARPGROUP, (warpgroup + 1) * _WARPGROUP)
             places = address[threads] if guard is None else address[threads][guard[threads]]
-            stored[warpgroup, places % _SHARED_MEMORY // _GRANULE] = True
-            stored[warpgroup, (places + size - 1) % _SHARED_MEMORY // _GRANULE] = True
+            for end in (places, places + size - 1):
+                stored[warpgroup, end % _SHARED_MEMORY // _GRANULE] = True
         self.stored |= stored
         waited = {id(product) for product in state.waited}
         for product in pending:
-            if product.reads is None:
-                continue
             for reader, reads in enumerate(product.reads):
-                # A warpgroup's own wait orders its own stores.
-                own = [g for g in range(len(stored)) if g != reader or id(product) not in waited]
-                if (stored[own].any(0) & reads).any():
+                # Its own wait orders the stores of a warpgroup.
+                others = [g for g in range(len(stored)) if g != reader or id(product) not in waited]
+                if (stored[others].any(0) & reads).any():
                     self._report(instruction, "overwrites shared memory of", product)
                     break
 
@@ -258,7 +243,7 @@ class _Walk:
     def _compute(self, state: _State, instruction: Instruction) -> None:
         """Does an integer instruction, or forgets what an instruction writes."""
         predicates, target, sources = _split(instruction)
-        guard = self._predicate(state, instruction.guard) if instruction.guard else np.ones(self.threads, bool)
+        guard = self._predicate(state, instruction.guard or "PT")
         results = {}
         if guard is not None and _INTEGER.match(instruction.opcode):
             results = self._results(state, instruction.opcode, target, sources)
@@ -285,10 +270,11 @@ class _Walk:
         values = [self._value(state, text) for text in numbers]
         if any(value is None for value in values):
             return {}
-        if name == "ISETP" and "EX" not in flags:
-            other = carries[0] if carries else None
+        if name == "ISETP":
             result = _compare(flags, *values[:2])
-            return {} if result is None or other is None else {"P": result & other if "AND" in flags else result | other}
+            if result is None or carries[0] is None:
+                return {}
+            return {"P": result & carries[0] if "AND" in flags else result | carries[0]}
         if name == "IADD3":
             total = sum(values)
             if "X" in flags:
@@ -334,6 +320,8 @@ def _next(text: str) -> str:
 
 
 def _compare(flags: list[str], a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+    if "EX" in flags:  # of high words
+        return None
     if "U32" not in flags:
         a, b = (np.where(value > _MASK >> 1, value - (1 << 32), value) for value in (a, b))
     return {"EQ": a == b, "NE": a != b, "LT": a < b, "LE": a <= b, "GT": a > b, "GE": a >= b}.get(flags[0])
@@ -437,7 +425,11 @@ def _registers(instruction: Instruction) -> tuple[set[int], set[int]]:
     written = {int(name[1:]) for name in _names(instruction) if name.startswith("R")}
     read = {int(number) for text in sources for number in re.findall(r"(?<![A-Z])R(\d+)", text)}
     if instruction.opcode.startswith("ST") and (data := re.fullmatch(r"R(\d+)(?:\.reuse)?", sources[-1])):
-        words = int(instruction.opcode[-1]) if instruction.opcode.startswith("STSM") else _size(instruction.opcode) // 4
+        words = (
+            int(instruction.opcode[-1])
+            if instruction.opcode.startswith("STSM")
+            else _size(instruction.opcode) // 4
+        )
         read |= {int(data.group(1)) + i for i in range(words)}
     return written, read
 
@@ -446,9 +438,9 @@ def _extents(low: int, high: int, rows: int, transposed: bool) -> list[tuple[int
     """The bytes that a matrix descriptor of `rows` by 16 elements of 16 bits covers, in whole swizzled rows.
 
     PTX ISA, "Matrix descriptor": bits 0-13 start, 16-29 leading and 32-45 stride byte offset, each over 16; 62-63
-    swizzle of 128, 64 or 32 bytes (1, 2, 3) or none. Eight rows of so many bytes are one block. Along K a matrix as
-    it is lies in one block, its rows in one block every stride. Transposed, its 16 rows along K are two blocks, and
-    as many beside each other as rows have bytes; which offset is whose depends, so both are covered.
+    swizzle of 128, 64 or 32 bytes (1, 2, 3) or none. Eight rows of so many bytes are a block. A matrix as it is
+    has one block below another, a stride apart. Transposed, its 16 rows along K are two blocks, beside which are as
+    many more as a row has bytes for; which of both offsets is whose varies, so both ways are covered.
     """
     start, leading, stride = ((word & 0x3FFF) << 4 for word in (low, low >> 16, high))
     width = {1: 128, 2: 64, 3: 32}.get(high >> 30, 16)
@@ -458,5 +450,10 @@ def _extents(low: int, high: int, rows: int, transposed: bool) -> list[tuple[int
         blocks = {i * stride + k for i in range(rows // 8) for k in ({0} if width > 16 else {0, leading})}
     else:
         across = range(max(1, 2 * rows // width))
-        blocks = {i * one + j * other for one, other in ((leading, stride), (stride, leading)) for i in across for j in (0, 1)}
+        blocks = {
+            i * one + j * other
+            for one, other in ((leading, stride), (stride, leading))
+            for i in across
+            for j in (0, 1)
+        }
     return [(start + offset, start + offset + block) for offset in blocks]

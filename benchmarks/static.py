@@ -375,7 +375,8 @@ def _run(*command) -> str:
 
 
 def store(rows: list[Report], path: Path) -> None:
-    """Writes JSON, a line for each row, and its summary. Rows that differ in their shapes only become one."""
+    """Writes JSON, a line for each row, and its summary; where the path is that of Markdown, the summary alone.
+    Rows that differ in their shapes only become one."""
     merged: dict[str, Report] = {}
     for row in rows:
         one = merged.setdefault(
@@ -385,7 +386,8 @@ def store(rows: list[Report], path: Path) -> None:
         one.fingerprints += row.fingerprints
     lines = [json.dumps(asdict(row), separators=(",", ":")) for row in merged.values()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    if path.suffix != ".md":
+        path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
     path.with_suffix(".md").write_text(summary(list(merged.values())))
 
 
@@ -406,7 +408,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="print the faults alone, and compile only what the stored table has not",
     )
     output.add_argument(
-        "--out", type=Path, help="store the table here as JSON, and a summary beside it as Markdown"
+        "--out",
+        type=Path,
+        help="store the table here as JSON, and a summary beside it as Markdown; with FILE.md, the summary alone",
     )
     options = parser.parse_args(arguments)
     # One job for each code, whichever shapes launch it.

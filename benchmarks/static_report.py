@@ -102,12 +102,12 @@ def summary(rows: list[Report]) -> str:
     ]
     sections = [
         "# What the compiler makes of every kernel",
-        f"Written by `python -m benchmarks static` ({versions}). Every row, with its tile, is in the JSON beside "
-        "this file. Letters in brackets are compile-time switches: "
+        f"Written by `python -m benchmarks static` ({versions}). Every row of `table.md`, with its tile, is in "
+        "`table.json`. Letters in brackets are compile-time switches: "
         + ", ".join(f"{letter} {flag}" for flag, letter in FLAGS.items())
         + ".",
         f"{len(rows)} kernels, {len(found)} faults: a spill, a matrix product off the matrix unit, a narrow load "
-        "of rows, too much shared memory, one of Hopper's products that is not waited for or waited for too often.",
+        "of rows, too much shared memory, a product of Hopper's that is not waited for or waited for too often.",
         "\n".join(found),
         "## Resources",
         "Ranges are over shapes and switches. Programs: how many fit on a multiprocessor at once, and what limits "
