@@ -71,7 +71,7 @@ def product_faults(sass: str, ptx: str, num_warps: int) -> list[str]:
     found = hazards(sass, num_warps)
     groups, waits = ptx.count("wgmma.commit_group"), sass.count("WARPGROUP.DEPBAR")
     if waits > groups:
-        found.append(f"waits {waits} times for {groups} groups of products: ptxas serialises them")
+        found.append(f"waits {waits} times for {groups} groups of products")
     return found
 
 
@@ -439,8 +439,8 @@ def _extents(low: int, high: int, rows: int, transposed: bool) -> list[tuple[int
 
     PTX ISA, "Matrix descriptor": bits 0-13 start, 16-29 leading and 32-45 stride byte offset, each over 16; 62-63
     swizzle of 128, 64 or 32 bytes (1, 2, 3) or none. Eight rows of so many bytes are a block. A matrix as it is
-    has one block below another, a stride apart. Transposed, its 16 rows along K are two blocks, beside which are as
-    many more as a row has bytes for; which of both offsets is whose varies, so both ways are covered.
+    has one block below another, a stride apart. Transposed, its 16 rows along K are two blocks, beside which are
+    as many more as a row has bytes for; which of both offsets is whose varies, so both ways are covered.
     """
     start, leading, stride = ((word & 0x3FFF) << 4 for word in (low, low >> 16, high))
     width = {1: 128, 2: 64, 3: 32}.get(high >> 30, 16)

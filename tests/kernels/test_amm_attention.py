@@ -300,6 +300,7 @@ def test_imports_and_runs_where_triton_is_missing():
         ("wgmma", 256, 64, 263, False, "forward"),  # too few heads to fill a device by one program each
         ("wgmma", 256, 52, 1024, True, "forward"),
         ("wgmma", 256, 72, 1024, False, "forward"),
+        ("wgmma", 256, 32, 1024, False, "forward"),
         ("wgmma", 257, 52, 1024, False, "forward"),
         ("mma", 256, 52, 1024, False, "forward"),
         ("tcgen05", 256, 52, 1024, False, "forward"),
