@@ -38,8 +38,8 @@ import triton.language as tl
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 NO_BIAS_FACTOR_ONE: tl.constexpr = tl.constexpr(0x3F800000 << 32)  # float32 0 and 1 as one 64-bit word
 # Whether these arguments are multiples of 16 tells the compiler nothing (of strides ALIGN does); asked, it would
-# make the same code again for each combination. Nor does whether those that the batch size decides are 1.
-ANY_ALIGNMENT = ["stride_qn", "stride_kn", "stride_vn", "stride_on", "stride_gn", "heads", "before"]
+# make the same code again for each combination. Nor is it worth codes that what the batch size decides is 1.
+ANY_ALIGNMENT = ["stride_qn", "stride_kn", "stride_vn", "stride_on", "stride_gn", "heads"]
 ANY_VALUE = ["B", "steps", "groups_per_split", "splits"]
 
 
@@ -263,8 +263,9 @@ def forward(
     running_sum = tl.zeros((BLOCK_M,), tl.float32)
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     position_j, on_grid_j = grid_positions(tl.arange(0, BLOCK_N), before, H, W)
-    # Without this ptxas finds accumulators set beside the loop, and serialises all its WGMMA (its warning C7515).
-    tl.assume(N > 0)
+    if BLOCK_M == 128:  # WGMMA's tiles; of smaller ones one spills with it on sm_120
+        # Else ptxas finds accumulators set on the way past the loop, and serialises its WGMMA (its warning C7515).
+        tl.assume(N > 0)
     for start in range(0, N, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         if not EVEN:
@@ -326,7 +327,6 @@ def backward_q(
     row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, i < N, EXACT)
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     position_j, on_grid_j = grid_positions(tl.arange(0, BLOCK_N), before, H, W)
-    tl.assume(N > 0)  # see `forward`
     for start in range(0, N, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         if not EVEN:

@@ -24,7 +24,7 @@ def zero_dropped(values, keep, places, row_exists):
     return tl.where(norm.load(keep, places, row_exists) != 0, values, 0.0)
 
 
-@triton.jit(do_not_specialize_on_alignment=norm.ANY_ALIGNMENT)
+@triton.jit
 def forward(
     x, shift, scale, keep, out, mean, rstd,
     stride_xb, stride_xn, stride_shift, stride_scale, stride_keep, N, W, eps,
@@ -43,7 +43,7 @@ def forward(
     norm.store(out, number * (4 * C) + place, result, mask)
 
 
-@triton.jit(do_not_specialize=norm.ANY_VALUE, do_not_specialize_on_alignment=norm.ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=norm.ANY_VALUE)
 def backward(
     grad_out, x, scale, keep, mean, rstd, grad_x, partials,
     stride_gb, stride_gn, stride_xb, stride_xn, stride_scale, stride_keep, N, W, rows_per_program,

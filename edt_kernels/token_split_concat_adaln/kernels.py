@@ -18,7 +18,7 @@ def coarse_tokens(row, W, C: tl.constexpr):
     return y // 2 * W + x // 2, (2 * (y % 2) + x % 2) * C
 
 
-@triton.jit(do_not_specialize_on_alignment=norm.ANY_ALIGNMENT)
+@triton.jit
 def forward(
     x, skip, shift, scale, out, mean, rstd,
     stride_xb, stride_xn, stride_skip_b, stride_skip_n, stride_shift, stride_scale, N, W, eps,
@@ -37,7 +37,7 @@ def forward(
     norm.store(out, number * (2 * C) + place, result, mask)
 
 
-@triton.jit(do_not_specialize=norm.ANY_VALUE, do_not_specialize_on_alignment=norm.ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=norm.ANY_VALUE)
 def backward(
     grad_out, x, skip, scale, mean, rstd, grad_x, grad_skip, partials,
     stride_gb, stride_gn, stride_xb, stride_xn, stride_skip_b, stride_skip_n, stride_scale,
