@@ -46,6 +46,9 @@ def classify(opcode: str) -> str:
 class Instruction:
     opcode: str
     target: str | None  # the label that a branch jumps to
+    place: str = ""  # of SASS: its address in the code, the predicate that guards it, its operands
+    guard: str = ""
+    operands: tuple[str, ...] = ()
 
 
 def parse(assembly: str) -> tuple[list[Instruction], dict[str, int]]:
@@ -55,9 +58,14 @@ def parse(assembly: str) -> tuple[list[Instruction], dict[str, int]]:
         # LLVM says which of its blocks belong to a loop; others may be jumped back to because they were moved.
         if label := re.match(r"(\.L(?!BB)\w+|\.LBB\w+(?=:.*Loop)):", line):
             labels[label.group(1)] = len(instructions)
-        elif sass := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            jump = re.search(r"`\((\.L\w+)\)", sass.group(2)) if sass.group(1).startswith("BRA") else None
-            instructions.append(Instruction(sass.group(1), jump and jump.group(1)))
+        elif sass := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*)", line):
+            place, guard, opcode, operands = sass.groups(default="")
+            jump = re.search(r"`\((\.L\w+)\)", operands) if opcode.startswith("BRA") else None
+            instructions.append(
+                Instruction(
+                    opcode, jump and jump.group(1), place, guard, tuple(re.split(r",\s*", operands.strip()))
+                )
+            )
         elif gcn := re.match(r"\s+([vs]_\w+|ds_\w+|global_\w+|buffer_\w+|flat_\w+|scratch_\w+)\b(.*)", line):
             jump = re.match(r"\s+(\.L\w+)", gcn.group(2)) if "branch" in gcn.group(1) else None
             instructions.append(Instruction(gcn.group(1), jump and jump.group(1)))

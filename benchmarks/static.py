@@ -37,6 +37,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 from .assembly import MULTIPROCESSORS, global_loads, instruction_mix, resident_programs
+from .hopper import product_faults
 from .shapes import EDT_ATTENTION, EDT_NORMS, OTHER_ATTENTION, OTHER_NORMS, AttentionShape, NormShape
 from .static_report import FLAGS, HEADER, NARROW_LOADS, Report, faults, line, summary
 
@@ -121,7 +122,8 @@ def _describe(op: str, kernel: JITFunction, args: tuple, kwargs: dict) -> Launch
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         aligned = False
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
             kind, constants[parameter.name] = "constexpr", value
         elif isinstance(value, Tensor):
             kind, aligned = f"*{_TYPES[value.dtype]}", value.data_ptr() % 16 == 0
@@ -129,7 +131,8 @@ def _describe(op: str, kernel: JITFunction, args: tuple, kwargs: dict) -> Launch
             kind = "fp32"
         else:
             kind = "i32" if abs(value) < 2**31 else "i64"
-            aligned = value % 16 == 0 and not parameter.do_not_specialize_on_alignment
+            free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+            aligned = value % 16 == 0 and not free
         signature[parameter.name] = kind
         if aligned:
             divisible.append(place)
@@ -277,7 +280,7 @@ def _sources(module: str) -> list[str]:
 
 @functools.cache
 def _tools(target: str) -> tuple[str, ...]:
-    code = ("static.py", "static_report.py", "assembly.py")
+    code = ("static.py", "static_report.py", "assembly.py", "hopper.py")
     reporting = [_digest(Path(__file__).with_name(name)) for name in code]
     return (target, triton.__version__, make_backend(TARGETS[target]).hash(), *reporting)
 
@@ -299,24 +302,28 @@ def stored_reports() -> dict[str, Report]:
 
 def report(launch: Launch, target: str, shapes: list[str] = (), disassemble: bool = True) -> Report:
     """Compiles a launch for a target. Without `disassemble`, which is a third of the time, the instructions of the
-    inner loop are not counted."""
+    inner loop are not counted, but for those of kernels with Hopper's asynchronous products."""
     compiled = compile_launch(launch, target)
     pointers = {kind for kind in launch.signature.values() if kind.startswith("*")}
     dtype = " ".join(sorted(kind[1:] for kind in pointers & {"*bf16", "*fp16"})) or "fp32"
     exact = dtype == "fp32" and launch.constants.get("PRECISION") == "ieee"  # only FMA units multiply so
     multiplies = "tt.dot" in compiled.asm["ttir"] and not exact
+    num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    unit, wrong_products = MATRIX_UNITS[target], []
     if target.startswith("gfx"):
         virtual = assembly = compiled.asm["amdgcn"]
         registers, spilled = _amd_registers(assembly)
     else:
         virtual, assembly = compiled.asm["ptx"], ""
+        asynchronous = unit == "wgmma" and "wgmma.mma_async" in virtual
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(compiled.asm["cubin"])
             cubin.flush()
             registers, spilled = _nvidia_registers(cubin.name)
-            if disassemble:
+            if disassemble or asynchronous:
                 assembly = _run(_NVIDIA_TOOLS / "nvdisasm", "-ndf", "-c", cubin.name)
-    num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+        if asynchronous:
+            wrong_products = product_faults(assembly, virtual, num_warps)
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     programs, limited_by = resident_programs(target, num_warps, registers, shared, tensor_memory)
     mix, has_loop = instruction_mix(assembly)
@@ -335,7 +342,8 @@ def report(launch: Launch, target: str, shapes: list[str] = (), disassemble: boo
         spilled_bytes=spilled,
         shared_memory=shared,
         multiplies=multiplies,
-        matrix_instructions=len(re.findall(_MATRIX_INSTRUCTION[MATRIX_UNITS[target]], virtual)),
+        matrix_instructions=len(re.findall(_MATRIX_INSTRUCTION[unit], virtual)),
+        wrong_products=wrong_products,
         programs_per_multiprocessor=programs,
         occupancy=programs * num_warps / MULTIPROCESSORS[target].warps,
         limited_by=limited_by,
@@ -367,7 +375,8 @@ def _run(*command) -> str:
 
 
 def store(rows: list[Report], path: Path) -> None:
-    """Writes JSON, a line for each row, and its summary. Rows that differ in their shapes only become one."""
+    """Writes JSON, a line for each row, and its summary; where the path is that of Markdown, the summary alone.
+    Rows that differ in their shapes only become one."""
     merged: dict[str, Report] = {}
     for row in rows:
         one = merged.setdefault(
@@ -377,7 +386,8 @@ def store(rows: list[Report], path: Path) -> None:
         one.fingerprints += row.fingerprints
     lines = [json.dumps(asdict(row), separators=(",", ":")) for row in merged.values()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    if path.suffix != ".md":
+        path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
     path.with_suffix(".md").write_text(summary(list(merged.values())))
 
 
@@ -398,7 +408,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="print the faults alone, and compile only what the stored table has not",
     )
     output.add_argument(
-        "--out", type=Path, help="store the table here as JSON, and a summary beside it as Markdown"
+        "--out",
+        type=Path,
+        help="store the table here as JSON, and a summary beside it as Markdown; with FILE.md, the summary alone",
     )
     options = parser.parse_args(arguments)
     # One job for each code, whichever shapes launch it.

@@ -49,6 +49,7 @@ class Report:
     # Of each argument: how many loads of how many bytes; what the alignment of rows allows.
     bytes_per_load: dict[str, dict[int, int]] = field(default_factory=dict)
     possible_bytes_per_load: dict[str, int] = field(default_factory=dict)
+    wrong_products: list[str] = field(default_factory=list)  # see `hopper.product_faults`
     fingerprints: list[str] = field(default_factory=list)  # of the compilations that came out so
 
 
@@ -59,6 +60,7 @@ def faults(report: Report) -> list[str]:
         found.append(f"spills {report.spilled_bytes} bytes")
     if report.multiplies and not report.matrix_instructions:
         found.append("multiplies matrices without the matrix unit")
+    found += report.wrong_products
     limit = MULTIPROCESSORS[report.target].shared_memory_of_program
     if report.shared_memory > limit:
         found.append(f"needs {report.shared_memory} bytes of shared memory of {limit}")
@@ -100,12 +102,12 @@ def summary(rows: list[Report]) -> str:
     ]
     sections = [
         "# What the compiler makes of every kernel",
-        f"Written by `python -m benchmarks static` ({versions}). Every row, with its tile, is in the JSON beside "
-        "this file. Letters in brackets are compile-time switches: "
+        f"Written by `python -m benchmarks static` ({versions}). Every row of `table.md`, with its tile, is in "
+        "`table.json`. Letters in brackets are compile-time switches: "
         + ", ".join(f"{letter} {flag}" for flag, letter in FLAGS.items())
         + ".",
         f"{len(rows)} kernels, {len(found)} faults: a spill, a matrix product off the matrix unit, a narrow load "
-        "of rows, too much shared memory.",
+        "of rows, too much shared memory, a product of Hopper's that is not waited for or waited for too often.",
         "\n".join(found),
         "## Resources",
         "Ranges are over shapes and switches. Programs: how many fit on a multiprocessor at once, and what limits "

@@ -406,6 +406,8 @@ def _tiles_of(pass_name: str, kernel: str, key: dict, unit: str) -> Sequence[Til
             continue
         if not short and max(block_m, block_n) > limit:
             continue
+        if kernel == "resident_forward" and block_n != attention.padded(key["head_dim"]):
+            continue
         # Triton gives each warp 16 rows of scores that feed another product; see `amm_attention.autograd._TILES`.
         rows = block_n if kernel == "backward_kv" else block_m
         enough = 16 * num_warps <= rows

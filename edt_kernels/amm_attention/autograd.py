@@ -130,6 +130,13 @@ def matrix_unit(device: torch.device) -> str:
     return {9: "wgmma", 10: "tcgen05"}.get(torch.cuda.get_device_capability(device)[0], "mma")
 
 
+def padded(head_dim: int) -> int:
+    """The channels of a tile of rows. A `resident_forward` needs as many keys in its tiles: its two products then
+    have one layout. Of different ones Triton 3.6 and 3.7 make PTX that copies accumulators before their product is
+    waited for, which the PTX ISA leaves undefined."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
 def tiles_of(unit: str, head_dim: int) -> dict[str, ScoreTile]:
     return _TILES[unit, 64 if head_dim <= 64 else 128]
 
@@ -142,6 +149,7 @@ def choose_forward(unit: str, num_tokens: int, head_dim: int, num_heads: int, ha
     # Only WGMMA reads both operands from shared memory; others would keep them in registers, which are too few, as
     # they are for both tables (16 bytes spill).
     fits = "resident_forward" in tiles and num_tokens <= _RESIDENT_TOKENS and not has_modulation
+    fits = fits and tiles["resident_forward"].block_n == padded(head_dim)
     return "resident_forward" if fits and num_heads >= _RESIDENT_HEADS else "forward"
 
 
@@ -223,7 +231,7 @@ class _Problem:
         tf32 = self.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         return {
             "D": D,
-            "BLOCK_D": max(16, triton.next_power_of_2(D)),
+            "BLOCK_D": padded(D),
             "ALIGN": common_alignment(self.q, self.k, self.v, *tensors),
             "HAS_BIAS": self.has_bias,
             "HAS_MODULATION": self.has_modulation,

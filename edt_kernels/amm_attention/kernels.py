@@ -38,9 +38,9 @@ import triton.language as tl
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 NO_BIAS_FACTOR_ONE: tl.constexpr = tl.constexpr(0x3F800000 << 32)  # float32 0 and 1 as one 64-bit word
 # Whether these arguments are multiples of 16 tells the compiler nothing (of strides ALIGN does); asked, it would
-# make the same code again for each combination.
-ANY_ALIGNMENT = ["stride_qn", "stride_kn", "stride_vn", "stride_on", "stride_gn", "heads", "groups_per_split",
-                 "splits"]  # fmt: skip
+# make the same code again for each combination. Nor is it worth codes that what the batch size decides is 1.
+ANY_ALIGNMENT = ["stride_qn", "stride_kn", "stride_vn", "stride_on", "stride_gn", "heads"]
+ANY_VALUE = ["B", "steps", "groups_per_split", "splits"]
 
 
 @triton.jit
@@ -265,6 +265,9 @@ def forward(
     running_sum = tl.zeros((BLOCK_M,), tl.float32)
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     position_j, on_grid_j = grid_positions(tl.arange(0, BLOCK_N), before, H, W)
+    if BLOCK_M == 128:  # WGMMA's tiles; of smaller ones one spills with it on sm_120
+        # Else ptxas finds accumulators set on the way past the loop, and serialises its WGMMA (its warning C7515).
+        tl.assume(N > 0)
     for start in range(0, N, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         if not EVEN:
@@ -375,6 +378,7 @@ def backward_kv(
     k_accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     v_accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     position_i, on_grid_i = grid_positions(tl.arange(0, BLOCK_M), before, H, W)
+    tl.assume(N > 0)  # see `forward`
     for start in range(0, N, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
         if not EVEN:

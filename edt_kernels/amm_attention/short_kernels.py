@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .kernels import (
     ANY_ALIGNMENT,
+    ANY_VALUE,
     exp_difference,
     finite_maximum,
     gradients_of_scores,
@@ -42,7 +43,7 @@ def store_rows_transposed(pointer, offsets, valid, values, D: tl.constexpr, BLOC
     tl.store(pointer + offsets[None, :] + d, values.to(pointer.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def short_forward(
     q, k, v, table, out, logsumexp,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -92,7 +93,7 @@ def short_forward(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def short_backward(
     q, k, v, table, grad_out, logsumexp, grad_q, grad_k, grad_v, partials,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -154,7 +155,7 @@ def short_backward(
         tl.store(partials + place, bias_sum)
 
 
-@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def reduce_short_partials(
     partials, grad_bias, splits, heads, H, W, before,
     SEQ: tl.constexpr, BLOCK: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,

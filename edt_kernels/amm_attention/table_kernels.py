@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .kernels import (
     ANY_ALIGNMENT,
+    ANY_VALUE,
     gradients_of_scores,
     load_logsumexp,
     load_rows,
@@ -24,7 +25,7 @@ def rows_of_cells(item, cell, head, stride_b, stride_n, stride_h, group, first, 
     )
 
 
-@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def backward_tables(
     q, k, v, table, grad_out, logsumexp, delta, bias_partials, modulation_partials,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -44,7 +45,6 @@ def backward_tables(
     """
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     BLOCK: tl.constexpr = ITEMS * ROWS * COLUMNS
-    RECOMPUTE: tl.constexpr = MASKED and BLOCK == 64  # hoisted out of the loop, the masks spill on sm_100
     tiles_y, tiles_x = tl.cdiv(H, ROWS), tl.cdiv(W, COLUMNS)
     distances = (2 * tiles_y - 1) * (2 * tiles_x - 1)
     distance = tl.program_id(0) % distances
@@ -65,6 +65,8 @@ def backward_tables(
     inside = (tl.abs(offset_y) < H) & (tl.abs(offset_x) < W)
     index = (offset_y + H - 1) * (2 * W - 1) + offset_x + W - 1
     bias, factor = look_up(table + head * stride_table, index, inside, HAS_BIAS, HAS_MODULATION, True)
+    if ITEMS > 1:  # pairs of different items are masked here: in the loop their masks would spill
+        bias = tl.where(item[:, None] == item[None, :], bias, float("-inf"))
 
     if GRAD_BIAS:
         bias_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -74,7 +76,7 @@ def backward_tables(
         y_i, x_i = (first_y + pair // count_x) * ROWS, (first_x + pair % count_x) * COLUMNS
         y_j, x_j = y_i - apart_y * ROWS, x_i - apart_x * COLUMNS
         first_i, first_j = y_i * W + x_i, y_j * W + x_j
-        for step in tl.range(first_group, last_group, disable_licm=RECOMPUTE):
+        for step in range(first_group, last_group):
             group = step * ITEMS
             valid_i = (group + item < B) & (y_i + y < H) & (x_i + x < W)
             valid_j = (group + item < B) & (y_j + y < H) & (x_j + x < W)
@@ -90,10 +92,9 @@ def backward_tables(
             v_tile = load_rows_transposed(v, v_offsets, valid_j, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
 
             row_delta = tl.load(delta + first_row + i, mask=valid_i, other=0.0)
-            pair_valid = valid_j[None, :] & (item[:, None] == item[None, :])
             p, grad_weights, grad_logits, _ = gradients_of_scores(
                 q_tile, k_tile, grad_tile, v_tile, row_max, row_log_sum, row_delta, scale, bias, factor,
-                pair_valid, HAS_BIAS, HAS_MODULATION, MASKED, False, False, EXACT, PRECISION,
+                valid_j[None, :], HAS_BIAS or ITEMS > 1, HAS_MODULATION, MASKED, False, False, EXACT, PRECISION,
             )  # fmt: skip
             if GRAD_BIAS:
                 bias_sum += grad_logits
@@ -107,7 +108,7 @@ def backward_tables(
         tl.store(modulation_partials + partials, modulation_sum)
 
 
-@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def reduce_table_partials(
     partials, grad_table, splits, heads, H, W,
     ITEMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,

@@ -43,7 +43,7 @@ def forward(
     norm.store(out, number * (4 * C) + place, result, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=norm.ANY_VALUE)
 def backward(
     grad_out, x, scale, keep, mean, rstd, grad_x, partials,
     stride_gb, stride_gn, stride_xb, stride_xn, stride_scale, stride_keep, N, W, rows_per_program,

@@ -37,7 +37,7 @@ def forward(
     norm.store(out, number * (2 * C) + place, result, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=norm.ANY_VALUE)
 def backward(
     grad_out, x, skip, scale, mean, rstd, grad_x, grad_skip, partials,
     stride_gb, stride_gn, stride_xb, stride_xn, stride_skip_b, stride_skip_n, stride_scale,

@@ -112,6 +112,13 @@ def test_attention_compiles_at_other_shapes(grid, heads, head_dim, batch_size, e
         assert shared_memory <= assembly.MULTIPROCESSORS["sm_90"].shared_memory_of_program, launch
 
 
+@pytest.mark.parametrize("head_dim", [16, 32])
+def test_attention_with_small_heads_on_sm_90(head_dim):
+    """Whose products have other layouts: no accumulators are copied before they are there."""
+    launches = static.attention_launches((16, 16), 4, head_dim, torch.bfloat16, "sm_90", (128,))
+    check([launch for launch in launches if not launch.constants.get("HAS_MODULATION", True)][:4], "sm_90")
+
+
 @pytest.mark.parametrize(
     ("channels", "wider"),
     [
@@ -244,14 +251,17 @@ def test_a_fingerprint_is_of_all_that_a_report_depends_on(monkeypatch):
 
 
 def test_launches_are_recorded_with_their_specialisations():
-    (forward, *_) = static.attention_launches((4, 4), 10, 52, torch.bfloat16, "sm_90", (1,))
+    (forward, *_) = static.attention_launches((4, 4), 10, 52, torch.bfloat16, "sm_90", (1,), (1, 0))
     assert forward.kernel == "short_forward"
     assert forward.signature["q"] == "*bf16"
     assert forward.signature["logsumexp"] == "*fp32"
     assert forward.signature["table"] == "*i64"  # pairs of float32
-    assert forward.constants["B"] == 1  # integer arguments of 1 are compile-time constants
+    assert forward.signature["B"] == "i32"
+    assert (
+        forward.constants["before"] == 1
+    )  # integer arguments of 1 are compile-time constants, unless named otherwise
     assert forward.constants["ALIGN"] == 4  # heads of 52 are 104 bytes apart, so loads are 8 bytes wide
-    assert (forward.constants["BLOCK"], forward.constants["SEQ"]) == (64, 16)
+    assert (forward.constants["BLOCK"], forward.constants["SEQ"]) == (64, 32)
 
 
 def test_the_number_of_heads_makes_no_other_code():
@@ -265,6 +275,26 @@ def test_the_number_of_heads_makes_no_other_code():
         for heads in (18, 16, 32)
     )
     assert few == more == many
+
+
+def test_the_batch_size_makes_no_other_code():
+    """Apart from the choice between kernels, for which two batch sizes are enough, and all models together."""
+
+    def codes(*batch_sizes: int) -> set[str]:
+        launches = [
+            launch
+            for shape in ATTENTION_256
+            for launch in static.attention_launches(
+                shape.grid, shape.heads, shape.head_dim, torch.bfloat16, "sm_90", batch_sizes
+            )
+        ]
+        for shape, batch_size in itertools.product(NORMS_256, batch_sizes):
+            launches += static.norm_launches(
+                shape.grid, shape.channels, "sm_90", batch_size, resizes=shape.resizes
+            )
+        return {launch.identity for launch in launches}
+
+    assert codes(1, 2, 3, 5, 25, 32, 48, 100, 512) == codes(16, 64)
 
 
 def test_every_launch_asks_for_fused_products_and_sums():
@@ -339,7 +369,10 @@ def test_resident_waves_are_those_that_llvm_states():
         assert by_registers == int(re.search(r"; Occupancy: (\d+)", gcn).group(1)), launch
 
 
-def test_summary_names_what_is_wrong():
+def test_summary_names_what_is_wrong(tmp_path):
     row = static.report(static.launches_of(NARROWEST, "sm_90")[0], "sm_90", ["a shape"])
     assert "1 kernels, 0 faults" in summary([row])
     assert "- sm_90 adaln forward, a shape: spills 8 bytes" in summary([dataclasses.replace(row, spilled_bytes=8)])
+    static.store([dataclasses.replace(row, wrong_products=["waits"])], tmp_path / "triton-0.0.md")
+    assert "- sm_90 adaln forward, a shape: waits" in (tmp_path / "triton-0.0.md").read_text()
+    assert len(list(tmp_path.iterdir())) == 1

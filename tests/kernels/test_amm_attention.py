@@ -51,7 +51,7 @@ def test_interpreted_kernels_stay_within_the_error_budget(case, dtype):
 RESIDENT_CASES = [
     Case((9, 9), batch_size=1, modulation=None),
     Case((16, 16), batch_size=1, heads=1, modulation=None),
-    Case((11, 11), batch_size=1, heads=2, head_dim=32, extra=(7, 5), modulation=None),
+    Case((11, 11), batch_size=1, heads=2, head_dim=40, extra=(7, 5), modulation=None),
     Case((8, 16), batch_size=1, heads=1, bias=False, modulation=None, layout="heads first"),
 ]
 
@@ -300,6 +300,7 @@ def test_imports_and_runs_where_triton_is_missing():
         ("wgmma", 256, 64, 263, False, "forward"),  # too few heads to fill a device by one program each
         ("wgmma", 256, 52, 1024, True, "forward"),
         ("wgmma", 256, 72, 1024, False, "forward"),
+        ("wgmma", 256, 32, 1024, False, "forward"),
         ("wgmma", 257, 52, 1024, False, "forward"),
         ("mma", 256, 52, 1024, False, "forward"),
         ("tcgen05", 256, 52, 1024, False, "forward"),
