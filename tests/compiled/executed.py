@@ -30,7 +30,9 @@ class Verdict:
         """For the report of all tests: see conftest.py."""
         return {
             "launches": len(self.launches),
-            "kernels": sorted({f"{launch.target} {launch.kernel}" for launch in self.launches}),
+            "kernels": sorted(
+                {f"{launch.target} {launch.launch.module} {launch.kernel}" for launch in self.launches}
+            ),
             "codes": sorted({f"{zlib.crc32(launch.program.kernel.text.encode()):x}" for launch in self.launches}),
             "instructions": sum(launch.run.executed for launch in self.launches),
             "over_budget": max(self.over_budget.values()),
