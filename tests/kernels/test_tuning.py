@@ -525,6 +525,7 @@ def test_candidates_are_few_and_none_is_known_to_be_wrong(unit, modulation, toke
                 _tiles._check_entry("", {**entry, "tiles": tuning._to_json({**start, kernel: tile})})
                 rows = getattr(tile, "block_n" if kernel == "backward_kv" else "block_m", None)
                 assert not (unit == "wgmma" and rows == 64 and tile.num_warps == 4), (kernel, tile)
+                assert kernel != "resident_forward" or tile.block_n == 64, tile
                 assert (
                     rows is None
                     or tile in (start[kernel],)
