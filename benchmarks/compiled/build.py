@@ -1,5 +1,6 @@
 """The machine, made into a shared library by g++ when it is first needed and kept in the user's cache."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -9,7 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from .semantics import ELEMENTWISE, OPERATIONS, Elementwise, register_bits
+from .semantics import ELEMENTWISE, FUNCTIONS, OPERATIONS, Elementwise, register_bits
 
 _SOURCES = Path(__file__).parent / "machine"
 _COMPILER = ("g++", "-std=c++17", "-O2", "-ftree-vectorize", "-march=native", "-fno-math-errno", "-fwrapv",
@@ -40,11 +41,9 @@ def library() -> ctypes.CDLL:
     # What -march=native means here: a cache may be shared by machines.
     native = subprocess.run(["g++", "-march=native", "-Q", "--help=target"], capture_output=True, text=True)
     key = hashlib.sha256(repr((files, _COMPILER, native.stdout)).encode()).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(cache if os.path.isabs(cache) else Path.home() / ".cache", "edt-kernels", "machine")
+    folder = _cache()
     built = folder / f"{key}.so"
     if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:  # replaced at once, so that others never see a part
             for name, text in files.items():
                 Path(work, name).write_text(text, encoding="utf-8")
@@ -60,8 +59,22 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(built))
 
 
+def _cache() -> Path:
+    """The user's cache folder; for a user without one, a folder for this user among the temporary files."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    folders = [Path(cache if os.path.isabs(cache) else os.path.expanduser("~/.cache"), "edt-kernels", "machine"),
+               Path(tempfile.gettempdir(), f"edt-kernels-machine-{os.getuid()}")]  # fmt: skip
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    raise RuntimeError(f"the machine needs a folder to be compiled into; none of {folders} can be written")
+
+
 def _operations() -> str:
-    """A structure of each operation's operands, and the call of the machine's function of that name."""
+    """Names of functions; a structure of each operation's operands, and the call of the machine's function of that
+    name."""
     structures, cases = [], []
     for number, (name, fields) in enumerate(OPERATIONS.items()):
         single = [field for field in fields.split() if not field.startswith("*")]
@@ -70,7 +83,20 @@ def _operations() -> str:
         structures.append(f"struct {_camel(name)} {{ {' '.join([ints, *several])} }};")
         cases.append(f"case {number}: return m.{name}(w, mask, *(const {_camel(name)}*)operands);")
     dispatch = "template <class M> bool dispatch(M& m, Warp& w, u32 mask, int operation, const int* operands) {"
-    return "\n".join([*structures, dispatch, "switch (operation) {", *cases, "} return false; }"]) + "\n"
+    functions = ", ".join(name.upper().replace(".", "_") for name in FUNCTIONS)
+    return (
+        "\n".join(
+            [
+                f"enum Function {{ {functions} }};",
+                *structures,
+                dispatch,
+                "switch (operation) {",
+                *cases,
+                "} return false; }",
+            ]
+        )
+        + "\n"
+    )
 
 
 def _camel(name: str) -> str:
@@ -80,8 +106,8 @@ def _camel(name: str) -> str:
 def _elementwise() -> str:
     functions = [_function(f"e{number}", ELEMENTWISE[v[0]], *v) for number, v in enumerate(VARIANTS)]
     names = ", ".join(f"e{number}" for number in range(len(VARIANTS)))
-    kind = "typedef void (*Function)(u8*, const int*, u32);"
-    return "\n".join([*functions, kind, f"static const Function ELEMENTWISE[] = {{{names}}};"]) + "\n"
+    kind = "typedef void (*Elementwise)(u8*, const int*, u32);"
+    return "\n".join([*functions, kind, f"static const Elementwise ELEMENTWISE[] = {{{names}}};"]) + "\n"
 
 
 def _function(name: str, row: Elementwise, opcode: str, flush: bool) -> str:

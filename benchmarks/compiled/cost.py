@@ -28,6 +28,7 @@ import edt_kernels._backend as backend
 from edt.model.presets import PRESETS
 
 from .. import tables
+from . import build
 from .launch import Executed, executing
 
 BATCH_SIZE = 256
@@ -38,12 +39,11 @@ _SAMPLED = 48
 
 @dataclass(frozen=True)
 class Device:
-    """Rates that cannot be exceeded. Matrix: dense bfloat16. Clock: the highest, which no device keeps under
-    load."""
+    """Rates that cannot be exceeded. Clock: the highest, which no device keeps under load."""
 
     name: str
     memory: float  # bytes a second
-    matrix: float = 989.4e12  # operations a second
+    cache: float = 50e6  # bytes of L2, which a launch may find filled with what it reads
     multiprocessors: int = 132
     clock: float = 1.98e9
 
@@ -52,12 +52,12 @@ class Device:
         return 1 / (per_clock * self.clock * self.multiprocessors)
 
 
-# Data sheets of H100 SXM and H200 SXM: memory bandwidth, tensor cores without sparsity. Per clock and
-# multiprocessor of compute capability 9.0 (CUDA C++ programming guide, "Arithmetic Instructions" and "Shared
-# Memory"): 128 float32 results, 16 special functions, 128 bytes of shared memory, here taken as those of L1 too,
-# which is the same memory.
+# Data sheets of H100 SXM and H200 SXM: memory bandwidth, L2 cache, and of tensor cores without sparsity 4096
+# bfloat16 operations a clock and multiprocessor. CUDA C++ programming guide, of compute capability 9.0: 128 float32
+# results and 16 special functions ("Arithmetic Instructions"), 128 bytes of shared memory ("Shared Memory"), here
+# taken as those of L1 too, which is the same memory.
 DEVICES = (Device("H100", 3.35e12), Device("H200", 4.8e12))
-_FLOATS, _SPECIALS = 128, 16
+_MATRIX, _FLOATS, _SPECIALS = 4096, 128, 16
 
 # By opcode, in the order in which they are tried.
 _CLASSES = {
@@ -106,11 +106,11 @@ class Work:
         return Work(instructions, *(factor * getattr(self, f.name) for f in fields(self)[1:]))
 
     def floors(self, device: Device) -> dict[str, float]:
-        """Seconds that no implementation of these instructions can do without, by what limits it."""
+        """Seconds that one launch of these instructions takes at least, by what limits it."""
         results = self.fused + max(self.products, self.sums)
         return {
-            "matrix": self.matrix_operations / device.matrix,
-            "memory": self.array_bytes / device.memory,
+            "matrix": self.matrix_operations * device.seconds(_MATRIX),
+            "memory": max(0.0, self.array_bytes - device.cache) / device.memory,
             "L1+shared": (self.wavefronts + self.sectors / 4) * device.seconds(1),
             "special": self.specials * device.seconds(_SPECIALS),
             "float": results * device.seconds(_FLOATS),
@@ -129,7 +129,7 @@ def count(launch: Executed) -> Work:
         if kind == "matrix":
             m, n, k = map(int, re.search(r"\.m(\d+)n(\d+)k(\d+)", opcode).groups())
             work.matrix_operations += 2 * min(m, 16) * n * k * executed  # of wgmma a warp has 16 rows
-        elif kind == "special":
+        elif kind == "special" and not opcode.startswith("div"):  # of which the assembler may make products
             work.specials += 32 * executed
         elif kind == "float" and opcode.endswith("f32"):
             name = opcode.partition(".")[0]
@@ -146,8 +146,19 @@ def count(launch: Executed) -> Work:
         elif opcode.startswith("bar."):
             work.barriers += executed
     work *= math.prod(launch.grid) / launch.programs
-    work.array_bytes = sum(array.numel() * array.element_size() for array in launch.run.touched)
+    work.array_bytes = _bytes_once(launch.run.touched)
     return work
+
+
+def _bytes_once(arrays: list[torch.Tensor]) -> int:
+    """Of views, those of one storage no more than it has."""
+    storages: dict[int, list[torch.Tensor]] = {}
+    for array in arrays:
+        storages.setdefault(array.untyped_storage().data_ptr(), []).append(array)
+    return sum(
+        min(sum(view.numel() * view.element_size() for view in views), views[0].untyped_storage().nbytes())
+        for views in storages.values()
+    )
 
 
 Call = tuple[str, tuple]  # an op, and its arguments: (shape, stride, dtype) of tensors
@@ -193,13 +204,17 @@ def calls_of_training_step(model: str, batch_size: int = BATCH_SIZE) -> Counter[
 def execute(call: Call, target: str, every_program: bool = False) -> list[Executed]:
     """The launches of one call; of each some of the programs run, or all."""
     op, arguments = call
-    tensors = [
-        torch.empty_strided(a[0], a[1], dtype=a[2]) if isinstance(a, tuple) and len(a) == 3 else a
-        for a in arguments
-    ]
+    tensors = [_zeros(*a) if isinstance(a, tuple) and len(a) == 3 else a for a in arguments]
     with executing(target, programs=None if every_program else _sample, check=False) as launches:
         getattr(torch.ops.edt_kernels, op)(*tensors)
     return launches
+
+
+def _zeros(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """At those strides; masks are true. Memory that is only read stays unallocated."""
+    size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+    zeros = torch.zeros(size, dtype=dtype).as_strided(shape, strides)
+    return zeros.fill_(True) if dtype == torch.bool else zeros
 
 
 def _sample(total: int) -> list[int]:
@@ -261,13 +276,13 @@ def report(measured: list[Row], target: str) -> str:
         "and a masked pass, forward and backward) at 256² pixels and batch "
         f"{BATCH_SIZE}. Of each launch {_SAMPLED} programs ran, spread over the grid; numbers are of a whole "
         "launch or step. Instructions are those of PTX: the assembler drops and joins some.",
-        "**Floors are bounds, not timings**: no device that keeps to its published rates can be faster. How far "
-        "above them it is, latency, occupancy and the order of instructions decide, of which nothing is known "
+        "**Floors are bounds, not timings**: at published rates these instructions take no less. How far above "
+        "them a device is, latency, occupancy and the order of instructions decide, of which nothing is known "
         "here. Rates: "
         + "; ".join(_rates(device) for device in DEVICES)
-        + ". Memory: every array that a launch touches once, as if none were in the L2 cache. L1+shared: a "
+        + ". Memory: every array that a launch touches once, less what the L2 cache may hold. L1+shared: a "
         "wavefront of shared memory or four sectors of global memory a clock; what matrix instructions read there "
-        "is not counted.",
+        "is not counted. Special functions without divisions, of which the assembler may make products.",
         "## A training step",
         _steps(measured),
         "## Floors of each kernel, milliseconds a launch",
@@ -292,7 +307,7 @@ def _markdown(titles: list[str], table: list[tuple]) -> str:
 
 def _rates(device: Device) -> str:
     return (
-        f"{device.name} {device.memory / 1e12:g} TB/s, {device.matrix / 1e12:g} TFLOP/s, {device.multiprocessors} "
+        f"{device.name} {device.memory / 1e12:g} TB/s, {device.cache / 1e6:g} MB of L2, {device.multiprocessors} "
         f"multiprocessors at {device.clock / 1e9:g} GHz"
     )
 
@@ -386,6 +401,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", default="sm_90", choices=["sm_80", "sm_86", "sm_90"])
     parser.add_argument("--out", type=Path, help="write the tables here, as Markdown, instead of printing them")
     options = parser.parse_args(arguments)
+    if missing := build.needs():
+        parser.error(missing)
     measured = [row for model in options.models for row in rows(model, options.target)]
     text = report(measured, options.target)
     if options.out is None:

@@ -6,7 +6,6 @@ launches[0].findings
 """
 
 import contextlib
-import functools
 import math
 import os
 import tempfile
@@ -46,7 +45,6 @@ class Executed:
         return self.run.findings
 
 
-@functools.cache
 def _cache() -> str:
     """A folder for Triton's cache of this process and user: entries made here have no machine code."""
     return os.path.join(tempfile.gettempdir(), f"edt-kernels-ptx-{os.getuid()}")
@@ -108,9 +106,10 @@ def executing(
         arguments = [values[name] for name in names if launch.signature[name] != "constexpr"]
         if compiled.scratch_bytes:
             arguments.append(torch.empty(compiled.scratch_bytes * math.prod(grid), dtype=torch.uint8))
-        chosen = list(range(math.prod(grid))) if programs is None else programs(math.prod(grid))
+        chosen = None if programs is None else programs(math.prod(grid))
         result = program.run(grid, arguments, compiled.shared_bytes, compiled.threads, schedule, chosen, check)
-        launches.append(Executed(launch, target, grid, len(chosen), program, result))
+        count = math.prod(grid) if chosen is None else len(chosen)
+        launches.append(Executed(launch, target, grid, count, program, result))
 
     unit = mock.patch.object(
         static._LAUNCHERS["amm_attention"], "matrix_unit", return_value=static.MATRIX_UNITS[target]

@@ -22,7 +22,16 @@ from .semantics import (
     canonical,
 )
 
-_FIELDS = ("operation", "whole_warp", "guard", "guard_negated", "line", "operands", "registers", "num_registers")
+_FIELDS = (
+    "operation",
+    "whole_warp",
+    "is_move",
+    "guard",
+    "guard_negated",
+    "operands",
+    "registers",
+    "num_registers",
+)
 INSTRUCTION = np.dtype([(name, "i4") for name in _FIELDS])
 SHARED_BASE = (
     1024  # where shared memory begins in its window of addresses: not at 0, so that 0 is no address of it
@@ -70,13 +79,15 @@ class Lowered:
             self.places[name] = self._allocate(4)
         starts: list[int] = []  # of each parsed instruction, the machine's: one may become two
         self._branches: list[int] = []  # operands that hold the number of a parsed instruction
-        for instruction in kernel.instructions:
+        for self._number, instruction in enumerate(kernel.instructions):
             starts.append(len(self._instructions))
             try:
                 self._lower(instruction)
             except (UnsupportedError, KeyError, ValueError) as error:
-                reason = str(error) or type(error).__name__
-                raise UnsupportedError(f"{kernel.where(instruction.line)}: {reason}") from None
+                reason = (
+                    error if isinstance(error, UnsupportedError) else "operands that the machine does not know"
+                )
+                raise UnsupportedError(f"{kernel.where(instruction)}: {reason}") from None
         starts.append(len(self._instructions))
         for at in self._branches:
             self._operands[at] = starts[self._operands[at]]
@@ -132,6 +143,8 @@ class Lowered:
 
     def _emit(self, instruction: Instruction, name, operands: list[int], untouched: tuple[str, ...] = ()) -> None:
         """`untouched`: operands whose registers may be accumulators in flight."""
+        if name not in build.NUMBERS:
+            raise UnsupportedError(f"the machine does not know {instruction.opcode}")
         guard = instruction.guard.lstrip("!")
         text = " ".join(operand for operand in instruction.operands if operand not in untouched)
         registers = [self.places[r] for r in re.findall(r"%?[\w$]+", text) if r in self.places]
@@ -142,9 +155,9 @@ class Lowered:
             (
                 build.NUMBERS[name],
                 int(name in WHOLE_WARP),
+                int(instruction.opcode.startswith("mov.")),
                 self._register(guard) if guard else -1,
                 int(instruction.guard.startswith("!")),
-                instruction.line,
                 at,
                 at + len(operands),
                 len(registers),
@@ -192,15 +205,23 @@ class Lowered:
             self._emit(instruction, (name, flush), places)
 
     def _plain(self, instruction, opcode, operands) -> None:
+        if opcode == "bar.warp.sync":
+            self._all_lanes(operands[0])
         name = {"ret": "exit", "exit": "exit", "trap": "trap", "bar.warp.sync": "warp_barrier"}.get(
             opcode, "nothing"
         )
         self._operate(instruction, name)
 
+    @staticmethod
+    def _all_lanes(mask: str) -> None:
+        if (_immediate(mask, 4) or 0) & 0xFFFFFFFF != 0xFFFFFFFF:
+            raise UnsupportedError(f"only some lanes, or who knows which: {mask}")
+
     def _branch(self, instruction, opcode, operands) -> None:
         self._branches.append(len(self._operands))
-        here = self.kernel.instructions.index(instruction)
-        target = min(self.kernel.labels[operands[0]], key=lambda at: abs(at - here))  # that of this block
+        if operands[0] not in self.kernel.labels:
+            raise UnsupportedError(f"no label {operands[0]}")
+        target = min(self.kernel.labels[operands[0]], key=lambda at: abs(at - self._number))  # that of this block
         self._operate(instruction, "branch", target=target)
 
     def _barrier(self, instruction, opcode, operands) -> None:
@@ -226,7 +247,10 @@ class Lowered:
         values, place = (operands[0], operands[1]) if kind == "load" else (operands[1], operands[0])
         names = elements(values)
         element = int(words[-1][1:]) // 8
-        (size,) = {self._size(name) for name in names if name in self.kernel.register_bytes} or {max(element, 2)}
+        sizes = {self._size(name) for name in names if name in self.kernel.register_bytes} or {max(element, 2)}
+        if len(sizes) > 1:
+            raise UnsupportedError("a vector of registers of several sizes")
+        (size,) = sizes
         base, offset = self._address(place, 8 if space == "global" else 4)
         fields = {"is_signed": words[-1][0] == "s"} if kind == "load" else {}
         self._operate(
@@ -237,8 +261,8 @@ class Lowered:
     def _atomic(self, instruction, opcode, operands) -> None:
         words = opcode.split(".")
         space, function, kind = words[1], words[2], words[-1]
-        if space not in ("global", "shared") or f"{function}.{kind}" not in FUNCTIONS:
-            raise UnsupportedError(f"the machine does not know {instruction.opcode}")
+        if space not in ("global", "shared"):
+            raise UnsupportedError(f"memory of {space}")
         operands = list(operands)
         old = operands.pop(0) if words[0] == "atom" else "_"
         size = int(kind[1:]) // 8
@@ -246,9 +270,16 @@ class Lowered:
         third = self._operand(operands[2], size) if function == "cas" else -1
         self._operate(
             instruction, "atomic", is_shared=space == "shared", address=base, offset=offset, bytes=size,
-            function=FUNCTIONS[f"{function}.{kind}"], old=-1 if old == "_" else self._register(old),
+            function=self._function(function, kind), old=-1 if old == "_" else self._register(old),
             value=self._operand(operands[1], size), third=third,
         )  # fmt: skip
+
+    @staticmethod
+    def _function(name: str, kind: str) -> int:
+        function = f"{name}.{kind}".replace("add.s", "add.u")
+        if function not in FUNCTIONS:
+            raise UnsupportedError(f"the machine does not know {name} of {kind}")
+        return FUNCTIONS[function]
 
     def _copy(self, instruction, opcode, operands) -> None:
         if opcode.startswith("cp.async.commit"):
@@ -258,7 +289,7 @@ class Lowered:
         elif opcode.startswith("cp.async.wait_all"):
             self._operate(instruction, "commit_copies")
             self._operate(instruction, "wait_copies", groups_left=0)
-        elif re.match(r"cp\.async(\.shared)?\.global|cp\.async\.shared\.global", opcode):
+        elif re.match(r"cp\.async\.(shared\.)?global", opcode):
             target, source = self._address(operands[0], 4), self._address(operands[1], 8)
             size = int(operands[2], 0)
             given = self._operand(operands[3], 4) if len(operands) > 3 else self._constant(size, 4)
@@ -378,7 +409,7 @@ class Lowered:
         transposed = ([0, *transposed] if in_registers else transposed) + [0, 0]
         constant = {"0": 0, "false": 0, "1": 1, "true": 1}.get(accumulate)
         self._operate(
-            instruction, "wgmma", untouched=(d,), type=MATRIX_TYPES[form.group(3)], n=int(form.group(1)),
+            instruction, "wgmma", untouched=(d, a), type=MATRIX_TYPES[form.group(3)], n=int(form.group(1)),
             k=int(form.group(2)), a_in_registers=in_registers, transpose_a=transposed[0],
             transpose_b=transposed[1], b=self._operand(b, 8), negate_a=negate_a == -1, negate_b=negate_b == -1,
             accumulate=self._operand(accumulate, 1) if constant is None else self._constant(constant, 1),
@@ -390,6 +421,7 @@ class Lowered:
         self._operate(instruction, "fence_proxy")
 
     def _shuffle(self, instruction, opcode, operands) -> None:
+        self._all_lanes(operands[4])
         result, _, predicate = operands[0].partition("|")
         value, lane, clamp = (self._operand(text, 4) for text in operands[1:4])
         self._operate(
@@ -398,11 +430,13 @@ class Lowered:
         )  # fmt: skip
 
     def _vote(self, instruction, opcode, operands) -> None:
+        self._all_lanes(operands[2])
         mode = VOTES[opcode.split(".")[2]]
         self._operate(instruction, "vote", result=self._operand(operands[0], 4 if mode == 0 else 1),
                       value=self._operand(operands[1], 1), mode=mode)  # fmt: skip
 
     def _elect(self, instruction, opcode, operands) -> None:
+        self._all_lanes(operands[1])
         result, _, predicate = operands[0].partition("|")
         place = -1 if result == "_" else self._register(result)
         self._operate(instruction, "elect", result=place, predicate=self._register(predicate))
@@ -411,7 +445,8 @@ class Lowered:
         words = opcode.split(".")
         if "NaN" in words or "abs" in words:
             raise UnsupportedError(f"the machine does not know {instruction.opcode}")
-        function = FUNCTIONS[f"{words[2]}.{words[-1]}"]
+        self._all_lanes(operands[2])
+        function = self._function(words[2], words[-1])
         self._operate(instruction, "reduce_warp", result=self._register(operands[0]),
                       value=self._operand(operands[1], 4), function=function)  # fmt: skip
 

@@ -28,13 +28,12 @@ class Finding:
     kind: str
     where: str  # the instruction
     count: int
-    place: int  # byte of shared memory or of the argument
+    place: str  # "at byte 4 of argument 0", "at byte 16 of shared memory", or nothing
     program: int
     warp: int
-    other: int  # the other warp, or the argument
 
     def __str__(self) -> str:
-        first = f"first at byte {self.place} by warp {self.warp} of program {self.program}"
+        first = f"first {self.place} by warp {self.warp} of program {self.program}".replace("  ", " ")
         return f"{self.kind}, {self.count} times, {first}: {self.where}"
 
 
@@ -61,7 +60,9 @@ class Schedule:
     """How what is open is decided. The results must not depend on it."""
 
     backwards: bool = False  # the last program and the last warp first
-    late: bool = False  # asynchronous copies write at once and products read as late as they may, or the reverse
+    adverse: bool = (
+        False  # asynchronous copies write at once and products read as late as they may, or the reverse
+    )
 
 
 AS_WRITTEN = Schedule()
@@ -93,12 +94,13 @@ _Settings = _structure(
     **dict.fromkeys(["shared_bytes", "shared_base", "shared_shift"], _INT),
     grid=_INT * 3,
     **dict.fromkeys(["thread_index", "lane_index", "warp_index", "program_index"], _INT),
-    **dict.fromkeys(["check", "backwards", "late"], _INT),
+    **dict.fromkeys(["check", "backwards", "adverse"], _INT),
     programs=_PTR,
     num_programs=_INT,
 )
-_Found = _structure("_Found", kind=_INT, line=_INT, count=_INT, other=_INT, where=_U64, program=_INT, warp=_INT)
-_Result = _structure("_Result", error=ctypes.c_char * 512, error_line=_INT, num_findings=_INT,
+_Found = _structure("_Found", kind=_INT, instruction=_INT, count=_INT, argument=_INT, where=_U64, program=_INT,
+                    warp=_INT)  # fmt: skip
+_Result = _structure("_Result", error=ctypes.c_char * 512, error_at=_INT, num_findings=_INT,
                      findings=_Found * 64, executed=_U64)  # fmt: skip
 _GLOBAL_CELL_BYTES = 24
 
@@ -127,14 +129,23 @@ class Program:
             grid: one to three numbers of programs.
             arguments: a tensor on the CPU or a number for each parameter; parameters after them get 0.
             shared_bytes: of a program.
-            threads: of a program, where the text does not say.
+            threads: of a program, where the text does not say: whole warps.
+            schedule: how what is open is decided.
+            programs: their numbers; all of the grid if not given.
             check: whether to look for races, and for gaps of views; the ends of views are checked always.
 
         Raises:
             FaultError: with the instruction and its place in the Triton source.
+            ValueError, TypeError: of arguments that cannot be.
         """
         lowered, grid = self._lowered, (*grid, 1, 1)[:3]
-        threads = self.kernel.threads or threads
+        threads, total = self.kernel.threads or threads, math.prod(grid)
+        if threads not in range(32, 1025, 32):
+            raise ValueError(f"threads is {threads}; it must be a multiple of 32, from 32 to 1024")
+        chosen = np.arange(total) if programs is None else np.asarray(programs)
+        if ((chosen < 0) | (chosen >= total)).any():
+            raise ValueError(f"programs is {programs}; they must be from 0 to {total - 1}")
+        chosen = chosen.astype(np.int32)
         memory = _Memory(arguments, check)
         registers = np.full(lowered.register_bytes, 0xFF, np.uint8)
 
@@ -148,7 +159,6 @@ class Program:
             put(lowered.places[name], 4, value)
         for (name, size, kind), place in lowered.parameters.items():
             put(place, size, self._argument(memory.values, name, kind))
-        chosen = np.asarray(range(math.prod(grid)) if programs is None else programs, dtype=np.int32)
         counts, result = np.zeros(len(lowered.code), _COUNT), _Result()
         regions = (_Region * max(len(memory.regions), 1))(*memory.regions)
         settings = _Settings(
@@ -156,7 +166,7 @@ class Program:
             registers.ctypes.data, len(lowered.code), len(memory.regions), lowered.register_bytes, threads,
             shared_bytes, SHARED_BASE, lowered.shared_cell_bytes - 1, (_INT * 3)(*grid),
             *(lowered.places[name] for name in ("%tid.x", "%laneid", "%warpid", "%ctaid.x")),
-            int(check), int(schedule.backwards), int(schedule.late), chosen.ctypes.data, len(chosen),
+            int(check), int(schedule.backwards), int(schedule.adverse), chosen.ctypes.data, len(chosen),
         )  # fmt: skip
         machine = build.library()
         structures = (_Region, _Settings, _Result, _Found)
@@ -164,9 +174,16 @@ class Program:
         assert sizes == tuple(machine.size_of(i) for i in range(len(sizes))), "Python and C++ disagree on layouts"
         machine.run_grid(ctypes.byref(settings), ctypes.byref(result), ctypes.c_void_p(counts.ctypes.data))
         if result.error:
-            raise FaultError(f"{result.error.decode()}: {self.kernel.where(result.error_line)}")
+            raise FaultError(f"{result.error.decode()}: {self.kernel.where(self.sources[result.error_at])}")
         findings = [
-            Finding(KINDS[f.kind], self.kernel.where(f.line), f.count, f.where, f.program, f.warp, f.other)
+            Finding(
+                KINDS[f.kind],
+                self.kernel.where(self.sources[f.instruction]),
+                f.count,
+                _place(f),
+                f.program,
+                f.warp,
+            )
             for f in result.findings[: result.num_findings]
         ]
         return Run(findings, counts, result.executed, memory.touched())
@@ -183,6 +200,13 @@ class Program:
         return value - (1 << bits) if kind[0] == "s" and value >> (bits - 1) else value
 
 
+def _place(found) -> str:
+    if found.argument == -2:  # no memory, but a register or the whole program
+        return ""
+    what = "shared memory" if found.argument == -1 else f"argument {found.argument}"
+    return f"at byte {found.where} of {what}"
+
+
 class _Memory:
     """The arguments as the machine takes them: an address of its own for each array argument, so that what is read
     through a view of a storage is checked against that view, and races against the storage."""
@@ -190,20 +214,29 @@ class _Memory:
     def __init__(self, arguments: list, check: bool):
         self.regions, self.values = [], []
         self._kept = []  # what the regions point to
-        storages: dict[int, tuple] = {}
+        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+        for tensor in tensors:
+            if tensor.device.type != "cpu":
+                raise TypeError(
+                    f"an argument is on {tensor.device}; the machine runs on the memory of CPU tensors"
+                )
+        # Cells as small as the smallest element by which a storage is accessed, up to two bytes.
+        shifts: dict[int, int] = {}
+        for tensor in tensors:
+            start = tensor.untyped_storage().data_ptr()
+            shifts[start] = min(shifts.get(start, 1), int(tensor.element_size() > 1))
+        storages: dict[int, np.ndarray | None] = {}
         for number, argument in enumerate(arguments):
             if not isinstance(argument, torch.Tensor):
                 self.values.append(argument)
                 continue
             storage = argument.untyped_storage()
             size, start = storage.nbytes(), storage.data_ptr()
+            shift = shifts[start]
             if start not in storages:
-                # Two bytes a cell: no element that kernels write to global memory is smaller, but for bytes.
-                shift = 0 if argument.element_size() == 1 else 1
-                cells = np.zeros(((size >> shift) + 1) * _GLOBAL_CELL_BYTES, np.uint8) if check else None
-                storages[start] = shift, cells
-            shift, cells = storages[start]
-            touched = np.zeros(1, np.uint8)
+                count = ((size >> shift) + 1) * _GLOBAL_CELL_BYTES
+                storages[start] = np.zeros(count, np.uint8) if check else None
+            cells, touched = storages[start], np.zeros(1, np.uint8)
             first, last, allowed = _extent(argument, size, check)
             base = ((len(self.regions) + 1) << 36) + 4096 + start % 256  # aligned as on the host
             self.regions.append(
@@ -211,7 +244,8 @@ class _Memory:
                         None if cells is None else cells.ctypes.data, touched.ctypes.data, shift, number)
             )  # fmt: skip
             self._kept.append((argument, touched, cells, allowed))
-            self.values.append(base + argument.data_ptr() - start)
+            # Not `data_ptr`, which is 0 for views without elements.
+            self.values.append(base + argument.storage_offset() * argument.element_size())
 
     def touched(self) -> list[torch.Tensor]:
         return [argument for argument, touched, *_ in self._kept if touched[0]]
@@ -223,7 +257,7 @@ def _extent(view: torch.Tensor, storage_bytes: int, gaps: bool) -> tuple[int, in
     if view.numel() == 0:
         return 0, 0, None
     last = first + size * (1 + sum((n - 1) * stride for n, stride in zip(view.shape, view.stride())))
-    if not gaps or last - first == view.numel() * size:
+    if not gaps or view.is_contiguous():
         return first, last, None
     allowed = torch.zeros(storage_bytes, dtype=torch.uint8)
     elements = allowed[: storage_bytes // size * size].view(-1, size)

@@ -15,6 +15,7 @@ class Instruction:
     operands: tuple[str, ...]
     guard: str  # "%p1", "!%p1" or nothing: the lanes that execute it
     line: int
+    text: str
 
 
 @dataclass
@@ -28,15 +29,13 @@ class Kernel:
     labels: dict[str, list[int]] = field(
         default_factory=dict
     )  # → instructions before it, in each block that has it
-    source: dict[int, str] = field(default_factory=dict)  # line → instruction
     places: dict[int, str] = field(default_factory=dict)  # line → "kernels.py:104:16 @[ short_kernels.py:111:54 ]"
 
-    def where(self, line: int) -> str:
+    def where(self, instruction: Instruction) -> str:
         """An instruction as errors name it."""
-        place = self.places.get(line)
-        return f"line {line} of {self.name}'s PTX, {self.source.get(line, '')[:120]!r}" + (
-            f", from {place}" if place else ""
-        )
+        place = self.places.get(instruction.line)
+        words = " ".join(instruction.text.split())[:120]
+        return f"line {instruction.line} of {self.name}'s PTX, '{words}'" + (f", from {place}" if place else "")
 
 
 _IGNORED_DIRECTIVES = (".loc", ".file", ".pragma", ".reqntid", ".maxnreg", ".minnctapersm", ".maxntid")
@@ -83,6 +82,7 @@ def _statement(kernel: Kernel, statement: str, line: int, place: str) -> None:
     while label := re.match(r"([$\w]+):\s*", statement):
         kernel.labels.setdefault(label.group(1), []).append(len(kernel.instructions))
         statement = _without_block(statement[label.end() :])
+    statement = _without_block(statement)
     if not statement or statement in "{}" or statement.startswith(_IGNORED_DIRECTIVES):
         return
     if declaration := re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement):
@@ -94,8 +94,8 @@ def _statement(kernel: Kernel, statement: str, line: int, place: str) -> None:
     parts = re.match(r"([a-z][\w.:]*)\s*(.*)", statement, re.S)
     if parts is None:
         raise UnsupportedError(f"line {line} of {kernel.name}'s PTX: {statement!r}")
-    kernel.source[line], kernel.places[line] = statement, place
-    kernel.instructions.append(Instruction(parts.group(1), _operands(parts.group(2)), guard, line))
+    kernel.places[line] = place
+    kernel.instructions.append(Instruction(parts.group(1), _operands(parts.group(2)), guard, line, statement))
 
 
 def _declare(kernel: Kernel, kind: str, names: str) -> None:

@@ -137,12 +137,12 @@ _COMPARISONS = {
     **{"gtu": "!(A <= B)", "geu": "!(A < B)", "num": "A == A && B == B", "nan": "A != A || B != B"},
 }
 _UNSIGNED_NAMES = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
-# Of 16-bit floats: computed in float32 (a fused multiply-add in float64) and rounded once.
+# Of 16-bit floats: computed in float32, which is exact enough for one rounding to be right.
 _HALF_ARITHMETIC = {
     "add": (2, "A + B"),
     "sub": (2, "A - B"),
     "mul": (2, "A * B"),
-    "fma": (3, "(f32)((f64)A * (f64)B + (f64)C)"),
+    "fma": (3, "fma_to_odd(A, B, C)"),
     "max": (2, "maximum(A, B)"),
     "min": (2, "minimum(A, B)"),
     "neg": (1, "-A"),
@@ -256,7 +256,7 @@ OPERATIONS = {
 }
 # All lanes of a warp execute these together (.sync, .aligned).
 _WHOLE_WARP = """barrier warp_barrier load_matrices store_matrices mma wgmma fence_wgmma commit_wgmma wait_wgmma
-    shuffle vote elect reduce_warp"""
+    commit_copies wait_copies shuffle vote elect reduce_warp"""
 WHOLE_WARP = frozenset(_WHOLE_WARP.split())
 MATRIX_TYPES = {"f16": 0, "bf16": 1, "tf32": 2}
 # Of a tensor map, in the order of `machine/bulk.hpp`.
@@ -269,4 +269,3 @@ VOTES = {"ballot": 0, "any": 1, "all": 2, "uni": 3}
 _FUNCTIONS = """add.u32 add.u64 add.f32 add.f64 min.u32 min.s32 min.u64 min.s64 max.u32 max.s32 max.u64 max.s64
     and.b32 or.b32 xor.b32 and.b64 or.b64 xor.b64 exch.b32 exch.b64 cas.b32 cas.b64 min.f32 max.f32"""
 FUNCTIONS = {name: number for number, name in enumerate(_FUNCTIONS.split())}
-FUNCTIONS["add.s32"] = FUNCTIONS["add.u32"]

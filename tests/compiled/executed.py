@@ -15,8 +15,8 @@ from benchmarks.compiled.program import Finding, Schedule
 from edt_kernels.testing import error_and_budget
 
 # What is open is decided one way, and then every way the other.
-SCHEDULES = (Schedule(), Schedule(backwards=True, late=True))
-ALL_SCHEDULES = (*SCHEDULES, Schedule(backwards=True), Schedule(late=True))
+SCHEDULES = (Schedule(), Schedule(backwards=True, adverse=True))
+ALL_SCHEDULES = (*SCHEDULES, Schedule(backwards=True), Schedule(adverse=True))
 
 
 @dataclass

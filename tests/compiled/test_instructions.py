@@ -7,7 +7,7 @@ from small_programs import program, run
 
 from benchmarks.compiled import build
 from benchmarks.compiled.ptx import UnsupportedError, parse
-from benchmarks.compiled.semantics import ELEMENTWISE, canonical
+from benchmarks.compiled.semantics import ELEMENTWISE, OPERATIONS, canonical
 
 pytestmark = pytest.mark.skipif(bool(build.needs()), reason=build.needs())
 
@@ -176,6 +176,14 @@ def test_divisions_by_zero_and_overflows_do_not_end_the_process():
     assert (execute("div.s32 $o, $a, -1", [least], 4).view(np.uint32) == least).all()
 
 
+def test_a_fused_multiply_add_of_16_bits_rounds_once():
+    """1.26953125 + 2⁻³⁰: so close above the middle of two bfloat16 numbers that float32 has the middle itself,
+    from where the even one, 1.265625, would be taken."""
+    a, b, c = (bf16(np.full(32, value, np.float32)) for value in (1.625, 0.78125, 2.0**-30))
+    result = execute("fma.rn.bf16 $o, $a, $b, $c", [a, b, c], 2).view(np.uint16)
+    assert (from_bf16(result) == 1.2734375).all()
+
+
 def test_comparisons_combine_with_a_predicate():
     body = """
         setp.lt.u32 %p1, %r1, 20;
@@ -240,7 +248,7 @@ def test_atomics_add_up_whatever_the_order():
 
 
 def test_every_opcode_is_in_the_machine_once():
-    assert len(set(build.NUMBERS.values())) == len(build.NUMBERS)
+    assert len(build.NUMBERS) == len(build.VARIANTS) + len(OPERATIONS)
     assert all(canonical(opcode) == (opcode, False) for opcode in ELEMENTWISE)
 
 
@@ -251,6 +259,13 @@ def test_every_opcode_is_in_the_machine_once():
         ("add.s32 %r10, %d1, 1;", "%d1 has 8 bytes, not 4"),
         ("add.s32 %r10, %q1, 1;", "unknown register %q1"),
         ("bar.sync 1, 64;", "a barrier of some of the warps"),
+        ("bar.warp.sync 1;", "only some lanes, or who knows which: 1"),
+        ("shfl.sync.bfly.b32 %r10, %r1, 1, 31, 3;", "only some lanes, or who knows which: 3"),
+        ("vote.sync.any.pred %p1, %p2, %r1;", "only some lanes, or who knows which: %r1"),
+        ("mul.ftz.f16x2 %r10, %r1, %r2;", "does not know mul.ftz.f16x2"),
+        ("bra $NOWHERE;", "no label $NOWHERE"),
+        ("st.global.v2.b32 [%d1], {%r1, %d2};", "a vector of registers of several sizes"),
+        ("add.s32 %r10, %r1;", "2 operands instead of 3"),
         ("ld.local.b32 %r10, [%d1];", "memory of local"),
         ("cp.async.bulk.tensor.2d.shared::cluster.global.tile [%r1], [%d1, {%r2, %r3}], [%r4];", "cp.async.bulk"),
     ],

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_programs import kinds, run
+from small_programs import kinds, program, run
 
 from benchmarks.compiled import build
 from benchmarks.compiled.program import KINDS, FaultError, Schedule
@@ -86,6 +86,18 @@ def test_lanes_that_a_guard_leaves_out_may_point_anywhere():
     assert not run(f"setp.lt.u32 %p1, %r0, 4; {load_each(0).replace('ld.', '@%p1 ld.')}", numbers(4)).findings
 
 
+def test_a_view_that_repeats_elements_has_no_others():
+    view = numbers(4)[::3].expand(2, 2)
+    assert not run("ld.global.b32 %r10, [%d0+12];", view).findings
+    with pytest.raises(FaultError, match="with gaps"):
+        run("ld.global.b32 %r10, [%d0+4];", view)
+
+
+def test_a_view_without_elements():
+    with pytest.raises(FaultError, match="argument 0, which has bytes 0 to 0"):
+        run("ld.global.b32 %r10, [%d0];", numbers(4)[2:2])
+
+
 # Global memory: races.
 
 
@@ -107,6 +119,27 @@ def test_a_program_reads_what_another_writes(backwards):
 def test_programs_that_share_a_storage_but_no_byte():
     body = "mov.u32 %r10, %ctaid.x; mad.wide.u32 %d5, %r10, 2, %d0; mov.b16 %h1, 3; st.global.b16 [%d5], %h1;"
     assert not run(body, torch.zeros(2, dtype=torch.int16), programs=2).findings
+
+
+def test_programs_that_share_elements_but_no_byte():
+    body = """
+        mov.u32 %r10, %ctaid.x;
+        cvt.u64.u32 %d5, %r10;
+        add.s64 %d5, %d5, %d1;
+        mov.b16 %h1, 3;
+        st.global.b8 [%d5], %h1;"""
+    wide = torch.zeros(1, dtype=torch.int16)
+    assert not run(body, wide, wide.view(torch.uint8), programs=2).findings
+
+
+def test_an_atomic_races_with_what_is_none():
+    body = """
+        mov.u32 %r10, %ctaid.x;
+        setp.eq.s32 %p1, %r10, 0;
+        @%p1 st.global.b32 [%d0], %r10;
+        @!%p1 red.global.add.u32 [%d0], 1;"""
+    assert kinds(run(body, numbers(1), programs=2)) == [PROGRAMS_COLLIDE]
+    assert kinds(run(body, numbers(1), programs=2, schedule=Schedule(backwards=True))) == [PROGRAMS_COLLIDE]
 
 
 def test_two_warps_write_one_place():
@@ -218,6 +251,40 @@ def test_a_barrier_that_a_guard_keeps_lanes_from():
         run("setp.lt.s32 %p1, %r1, 5; @%p1 bar.sync 0;")
 
 
+def test_a_program_that_does_not_end():
+    with pytest.raises(FaultError, match=r"program 0 does not end within 200 million instructions.*bra"):
+        run("$AGAIN: bra.uni $AGAIN;")
+
+
+@pytest.mark.parametrize("threads", [48, 2048])
+def test_programs_are_of_whole_warps(threads):
+    with pytest.raises(ValueError, match=f"threads is {threads}; it must be a multiple of 32, from 32 to 1024"):
+        run("mov.b32 %r10, 1;", threads=threads)
+
+
+def test_arguments_elsewhere():
+    with pytest.raises(TypeError, match="an argument is on meta; the machine runs on the memory of CPU tensors"):
+        run("mov.b32 %r10, 1;", torch.empty(2, device="meta"))
+
+
+def test_a_program_beyond_the_grid():
+    with pytest.raises(ValueError, match=r"programs is \[5\]; they must be from 0 to 0"):
+        program("mov.b32 %r10, 1;", 0).run((1,), [], 0, programs=[5])
+
+
+def test_a_fault_names_its_instruction_among_those_of_a_line():
+    with pytest.raises(FaultError, match=r"'ld\.global\.b32 %r10, \[%d0\+400\]'"):
+        run("ld.global.b32 %r10, [%d0+400]; mov.b32 %r12, 0;", numbers(1))
+
+
+def test_a_finding_in_words():
+    (finding,) = run(f"{PLACES} ld.shared.b32 %r30, [%r11+4];", shared=256).findings
+    first = "first at byte 4 of shared memory by warp 0 of program 0: line "
+    assert str(finding).startswith(f"reads shared memory that nobody wrote, 64 times, {first}")
+    (finding,) = run("st.global.b32 [%d0], 7;", numbers(1), programs=2).findings
+    assert "at byte 0 of argument 0 by warp 0 of program 1" in str(finding)
+
+
 def test_a_fault_names_the_line_of_the_source():
     body = f".loc 1 12 8 // kernels.py:12:8\n{load_each(4)}"
     with pytest.raises(FaultError, match=r"from kernels\.py:12:8$"):
@@ -239,10 +306,10 @@ def copies(after: str = "cp.async.wait_group 0; bar.sync 0;", source_bytes: str 
         st.global.b32 [%d6], %r30;"""
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_copy_that_is_waited_for(late):
+@pytest.mark.parametrize("adverse", [False, True])
+def test_a_copy_that_is_waited_for(adverse):
     out = numbers(64) * 0
-    assert not run(copies(), numbers(64), out, threads=64, shared=256, schedule=Schedule(late=late)).findings
+    assert not run(copies(), numbers(64), out, threads=64, shared=256, schedule=Schedule(adverse=adverse)).findings
     assert out.tolist() == [i ^ 32 for i in range(64)]
 
 
@@ -263,6 +330,21 @@ def test_a_copy_fills_up_with_zeros():
 )
 def test_a_copy_that_is_read_too_early(after, expected):
     assert expected in kinds(run(copies(after), numbers(64), numbers(64), threads=64, shared=256))
+
+
+def test_a_copy_over_one_that_is_on_its_way():
+    """Waited for as if the first were enough."""
+    again = """
+        cp.async.ca.shared.global [%r11], [%d6], 4;
+        cp.async.commit_group;
+        cp.async.wait_group 1;"""
+    assert COPY_PENDING in kinds(run(copies(again, place="%r11"), numbers(32), numbers(32), shared=128))
+
+
+def test_copies_of_a_lane_that_others_do_not_wait_for():
+    body = copies("setp.eq.u32 %p1, %r1, 0; @%p1 cp.async.wait_group 0; bar.sync 0;")
+    with pytest.raises(FaultError, match="a warp-wide instruction for some lanes"):
+        run(body, numbers(32), numbers(32), shared=128)
 
 
 def test_a_copy_that_is_pending_at_the_end():
@@ -299,19 +381,27 @@ PRODUCT = """
 """.replace("ONES", ONES)  # fmt: skip
 
 
+AGAIN = """
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+        {%r50, %r51, %r52, %r53}, {%r60, %r61, %r62, %r63}, %d10, 1, 1, 1, 0;
+    wgmma.commit_group.sync.aligned;
+"""
+SWAPPED = AGAIN.replace("{%r50, %r51,", "{%r51, %r50,")
+
+
 def product(fence_proxy="fence.proxy.async.shared::cta;", fence="wgmma.fence.sync.aligned;",
-            wait="wgmma.wait_group.sync.aligned 0;", meanwhile="", after="", late=False):  # fmt: skip
+            wait="wgmma.wait_group.sync.aligned 0;", meanwhile="", after="", adverse=False):  # fmt: skip
     parts = {"FENCE_PROXY": fence_proxy, "FENCE": fence, "WAIT": wait, "MEANWHILE": meanwhile, "AFTER": after}
     body = PRODUCT
     for name, text in parts.items():
         body = body.replace(name, text)
     out = torch.zeros(128, 4)
-    return run(body, out, threads=128, shared=256, schedule=Schedule(late=late)), out
+    return run(body, out, threads=128, shared=256, schedule=Schedule(adverse=adverse)), out
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_product_that_is_waited_for(late):
-    result, out = product(late=late)
+@pytest.mark.parametrize("adverse", [False, True])
+def test_a_product_that_is_waited_for(adverse):
+    result, out = product(adverse=adverse)
     assert not result.findings
     assert (out == 16).all()
 
@@ -321,6 +411,9 @@ def test_a_product_that_is_waited_for(late):
     [
         ({"fence_proxy": ""}, NO_PROXY_FENCE),
         ({"fence": ""}, NO_WGMMA_FENCE),
+        ({"fence": "wgmma.fence.sync.aligned; add.s32 %r60, %r60, 0;"}, NO_WGMMA_FENCE),
+        ({"fence": "wgmma.fence.sync.aligned; add.f32 %r50, %r50, %r50;"}, NO_WGMMA_FENCE),
+        ({"meanwhile": SWAPPED}, ACCUMULATOR_TOUCHED),
         ({"wait": ""}, ACCUMULATOR_TOUCHED),
         ({"wait": "wgmma.wait_group.sync.aligned 1;"}, ACCUMULATOR_TOUCHED),
         ({"meanwhile": "mov.b32 %r70, %r50;"}, ACCUMULATOR_TOUCHED),
@@ -335,11 +428,38 @@ def test_a_product_in_flight(change, expected):
     assert expected in kinds(product(**change)[0])
 
 
+def test_products_on_the_same_accumulators_need_no_other_fence():
+    for change in ({"meanwhile": AGAIN}, {"after": f"{AGAIN} wgmma.wait_group.sync.aligned 0;"}):
+        result, out = product(**change)
+        assert not result.findings
+        assert (out == 32).all()
+
+
+def test_a_product_that_one_warp_leaves_out():
+    with pytest.raises(FaultError, match="warps of a warpgroup issue different numbers of products"):
+        product(fence="wgmma.fence.sync.aligned; setp.eq.u32 %p2, %r2, 3; @%p2 bra $END;", after="$END:")
+
+
 def test_a_product_reads_its_operands_late():
     """Overwritten before the wait, they show in the result of one schedule, and not in the other's."""
     change = {"meanwhile": "bar.sync 0; mov.b32 %r41, 0; @%p1 st.shared.b32 [%r11], %r41; bar.sync 0;"}
     assert (product(**change)[1] == 16).all()
-    assert (product(**change, late=True)[1] == 0).all()
+    assert (product(**change, adverse=True)[1] == 0).all()
+
+
+# Mbarriers.
+
+
+def test_an_mbarrier_is_there_for_others_after_a_barrier():
+    body = """
+        mov.u32 %r10, global_smem;
+        setp.eq.u32 %p1, %r0, 0;
+        setp.eq.u32 %p2, %r0, 32;
+        @%p1 mbarrier.init.shared::cta.b64 [%r10], 1;
+        BETWEEN
+        @%p2 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r10], 0;"""
+    assert not run(body.replace("BETWEEN", "bar.sync 0;"), threads=64, shared=16).findings
+    assert READ_AFTER_WRITE in kinds(run(body.replace("BETWEEN", ""), threads=64, shared=16))
 
 
 # What is counted.

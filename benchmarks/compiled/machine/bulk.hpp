@@ -1,7 +1,7 @@
 // The tensor memory accelerator and mbarriers; included into `Machine`.
 //
 // A tensor map (PTX ISA, "Tensor-map") is opaque memory of 128 bytes; here its fields are kept apart, by address.
-// A load arrives when a wait asks for it, or, with `late` schedules, its bytes are in place at once; in both cases
+// A load arrives when a wait asks for it, or, with `adverse` schedules, its bytes are in place at once; in both cases
 // they belong to nobody before a wait on its mbarrier has succeeded: then to the warps that waited, and after the
 // next barrier to all. (PTX ISA, "cp.async.bulk.tensor", "mbarrier".)
 
@@ -41,6 +41,7 @@ static u32 box_address(const TensorMap& map, u32 base, u32 offset) {
 
 bool replace_tensor_map(Warp& w, u32 mask, const ReplaceTensorMap& x) {
   LANES(mask) {
+    if (x.ordinal > 4) return fail("a tensor map of more than five dimensions");
     TensorMap& map = shared_maps[w.reg<u64>(x.address)[lane] + x.offset];
     const u64 value = x.value_bytes == 8 ? w.reg<u64>(x.value)[lane] : w.reg<u32>(x.value)[lane];
     switch (x.field) {
@@ -75,6 +76,7 @@ const TensorMap* tensor_map(u64 address) {
   return nullptr;
 }
 bool tile_place(Warp& w, int lane, const int* coordinates, int count, const TensorMap& map, s32* first) {
+  if (map.rank > 4 || map.box[0] * element_bytes(map) % 16) return fail("a tensor map that is not one: %d dimensions, rows of %d bytes", map.rank + 1, map.box[0] * element_bytes(map));
   if (count != (int)map.rank + 1) return fail("%d coordinates for a tensor map of %d dimensions", count, map.rank + 1);
   for (int i = 0; i < count; i++) first[i] = w.reg<s32>(coordinates[i])[lane];
   return true;
@@ -100,7 +102,7 @@ bool load_tile(Warp& w, u32 mask, const LoadTile& x) {
         if (!shared_place(copy.target, 16, w, lane)) return false;
         std::memcpy(copy.data, &row[i], 16);
         check_shared_write(copy.target, 16, w, lane, PENDING);
-        if (S.late) std::memcpy(shared_at(copy.target), copy.data, 16);
+        if (S.adverse) std::memcpy(shared_at(copy.target), copy.data, 16);
         tile.pieces.push_back(copy);
       }
       return true;
@@ -125,8 +127,12 @@ bool init_mbarrier(Warp& w, u32 mask, const InitMbarrier& x) {
   return true;
 }
 Mbarrier* mbarrier_at(Warp& w, int lane, int place, int offset) {
-  auto found = mbarriers.find(w.reg<u32>(place)[lane] + offset);
-  if (found != mbarriers.end()) return &found->second;
+  const u32 address = w.reg<u32>(place)[lane] + offset;
+  auto found = mbarriers.find(address);
+  if (found != mbarriers.end()) {
+    check_shared_read(address, 8, w, lane);  // others see it after a barrier only
+    return &found->second;
+  }
   fail("no mbarrier was initialised there (program %d, warp %d, lane %d)", program, w.index, lane);
   return nullptr;
 }
@@ -186,7 +192,7 @@ bool wait_mbarrier(Warp& w, u32 mask, const WaitMbarrier& x) {
   return true;
 }
 
-// Stores read shared memory until a wait for reading: here when they are issued, with `late` schedules at the wait.
+// Stores read shared memory until a wait for reading: here when they are issued, with `adverse` schedules at the wait.
 bool write_tile(Warp& w, const TileStore& store) {
   return each_row(store.map, store.first, [&](u32 offset, u32, u64 address, u32 held) {
     for (u32 i = 0; i < held; i += element_bytes(store.map)) {
@@ -215,7 +221,7 @@ bool store_tile(Warp& w, u32 mask, const StoreTile& x) {
       }
       return true;
     });
-    if (!fine || (!S.late && !write_tile(w, store))) return false;
+    if (!fine || (!S.adverse && !write_tile(w, store))) return false;
     w.stores.push_back(std::move(store));
   }
   return true;
@@ -228,7 +234,7 @@ bool commit_stores(Warp& w, u32, const CommitStores&) {
 bool wait_stores(Warp& w, u32, const WaitStores& x) {
   while (w.store_groups.size() > (size_t)x.groups_left) {
     for (const TileStore& store : w.store_groups.front()) {
-      if (S.late && !write_tile(w, store)) return false;
+      if (S.adverse && !write_tile(w, store)) return false;
       for (u32 number : store.cells) { cells[number].operands--; cells[number].reader.add(thread(w, store.lane)); }
     }
     w.store_groups.pop_front();

@@ -10,25 +10,28 @@
 #include <vector>
 #include "memory.hpp"
 
-struct Instruction { int operation, whole_warp, guard, guard_negated, line, operands, registers, num_registers; };
-struct Finding { int kind, line, count, other; u64 where; int program, warp; };
+struct Instruction { int operation, whole_warp, is_move, guard, guard_negated, operands, registers, num_registers; };
+// Where: a byte of an argument or, of those below 0, of shared memory or none.
+struct Finding { int kind, instruction, count, argument; u64 where; int program, warp; };
+enum { SHARED_MEMORY = -1, NOWHERE = -2 };
 struct Settings {
   const Instruction* instructions; const int* operands; const Region* regions; const u8* initial_registers;
   int num_instructions, num_regions, register_bytes, threads, shared_bytes, shared_base, shared_shift;
   int grid[3], thread_index, lane_index, warp_index, program_index;
-  int check, backwards, late;
+  int check, backwards, adverse;
   const int* programs; int num_programs;
 };
 // What each instruction did; of accesses: requests, their 32-byte sectors or wavefronts, and the fewest possible.
 struct Count { u64 executed, requests, units, ideal, bytes; };
 const int MAX_FINDINGS = 64;
-struct Result { char error[512]; int error_line, num_findings; Finding findings[MAX_FINDINGS]; u64 executed; };
+struct Result { char error[512]; int error_at, num_findings; Finding findings[MAX_FINDINGS]; u64 executed; };
 
+const u32 MOST_INSTRUCTIONS = 200000000;  // of a program, which else may run for ever
 const u32 ALL = 0xffffffffu, POISON = 0x7fffdead;  // a NaN: what registers hold that a product will write
 
 struct Copy { u32 target; int bytes; u8 lane, data[16]; };  // of cp.async
 struct Product {                                            // of wgmma
-  int group = -1, line = 0;
+  int group = -1, at = 0;
   const struct Wgmma* operands = nullptr;
   u64 a = 0, b = 0;               // descriptors
   u32 a_registers[4][32];         // as they were
@@ -44,7 +47,7 @@ struct Waiting { int target; u32 mask; };  // lanes, and where
 enum WarpState { RUNNING, AT_BARRIER, YIELDED, DONE };
 struct Warp {
   u8* registers;
-  int index, next, barrier_line;
+  int index, next, barrier_at, products_issued;
   u32 mask, alive, step;
   std::vector<Waiting> others;    // lanes that went elsewhere
   int nearest_other;              // the lowest instruction where some wait
@@ -55,9 +58,10 @@ struct Warp {
   std::deque<std::vector<TileStore>> store_groups;
   std::deque<Product> products;
   int groups_committed;
-  u32 fenced_at;
-  bool wgmma_fenced;
-  std::vector<u8> in_flight;      // of each register, by its place / 32, whether a product will write it
+  u32 fenced_at, wgmma_fenced_at;
+  // Of each register, by its place / 32: whether a product will write it; when it was last read or written.
+  std::vector<u8> in_flight;
+  std::vector<u32> touched_at;
   template <class T> T* reg(int place) { return (T*)(registers + place); }
 };
 
@@ -90,15 +94,15 @@ struct Machine {
     va_start(list, format);
     vsnprintf(out.error, sizeof out.error, format, list);
     va_end(list);
-    out.error_line = current().line;
+    out.error_at = at;
     return false;
   }
-  void find(Kind kind, const Warp& w, u64 where, int other, int line = 0) {
-    if (!line) line = current().line;
+  void find(Kind kind, const Warp& w, int argument = NOWHERE, u64 where = 0, int instruction = -1) {
+    if (instruction < 0) instruction = at;
     for (int i = 0; i < out.num_findings; i++)
-      if (out.findings[i].kind == kind && out.findings[i].line == line) { out.findings[i].count++; return; }
+      if (out.findings[i].kind == kind && out.findings[i].instruction == instruction) { out.findings[i].count++; return; }
     if (out.num_findings < MAX_FINDINGS)
-      out.findings[out.num_findings++] = {kind, line, 1, other, where, program, w.index};
+      out.findings[out.num_findings++] = {kind, instruction, 1, argument, where, program, w.index};
   }
 
   // Global memory. Returns the host's address, nothing after a fault.
@@ -127,7 +131,8 @@ struct Machine {
     *r.touched = 1;
     return r.data + offset;
   }
-  void check_global(u64 address, int bytes, const Warp& w, int lane, bool write, const u8* value = nullptr) {
+  // `value`: what a write writes. Atomics do not race with one another.
+  void check_global(u64 address, int bytes, const Warp& w, int lane, bool write, const u8* value = nullptr, bool atomic = false) {
     const Region& r = S.regions[(address >> 36) - 1];
     if (!r.cells) return;
     u64 offset = address - r.base;
@@ -136,14 +141,15 @@ struct Machine {
       GlobalCell& cell = r.cells[i];
       u64 start = std::max(i << r.cell_shift, offset), end = std::min((i + 1) << r.cell_shift, offset + bytes);
       bool same = write && value && !std::memcmp(r.data + start, value + (start - offset), end - start);
-      if (cell.writer.of_another_program(t) || (write && cell.reader.of_another_program(t)))
-        find(PROGRAMS_COLLIDE, w, offset - r.first, r.index);
-      if (cell.writer.races(t) && !same) {
+      bool both_atomic = atomic && cell.writer.atomic;
+      if ((cell.writer.of_another_program(t) && !both_atomic) || (write && cell.reader.of_another_program(t)))
+        find(PROGRAMS_COLLIDE, w, r.index, offset - r.first);
+      if (cell.writer.races(t) && !same && !both_atomic) {
         bool one_warp = cell.writer.warp == w.index;
-        find(!write ? READ_AFTER_WRITE : one_warp ? LANES_COLLIDE : WRITE_AFTER_WRITE, w, offset - r.first, cell.writer.warp);
+        find(!write ? READ_AFTER_WRITE : one_warp ? LANES_COLLIDE : WRITE_AFTER_WRITE, w, r.index, offset - r.first);
       }
-      if (write && cell.reader.races(t)) find(WRITE_AFTER_READ, w, offset - r.first, cell.reader.warp);
-      if (write) cell.writer.set(t); else cell.reader.add(t);
+      if (write && cell.reader.races(t)) find(WRITE_AFTER_READ, w, r.index, offset - r.first);
+      if (write) cell.writer.set(t, atomic); else cell.reader.add(t);
     }
   }
   void count_sectors(const u64* addresses, u32 mask, int bytes) {
@@ -179,58 +185,52 @@ struct Machine {
     Thread t = thread(w, lane);
     each_cell(address, bytes, [&](SharedCell& cell, u32 i) {
       u64 where = (u64)i << S.shared_shift;
-      if (!written(cell)) find(NEVER_WRITTEN, w, where, -1);
-      else if (cell.state == PENDING) find(COPY_PENDING, w, where, cell.writer.warp);
+      if (!written(cell)) find(NEVER_WRITTEN, w, SHARED_MEMORY, where);
+      else if (cell.state == PENDING) find(COPY_PENDING, w, SHARED_MEMORY, where);
       else if (cell.state == ARRIVED) {
         const bool seen = tiles[cell.written_at].seen_by >> w.index & 1;
-        if (!seen && cell.writer.races(t)) find(READ_AFTER_WRITE, w, where, cell.writer.warp);
+        if (!seen && cell.writer.races(t)) find(READ_AFTER_WRITE, w, SHARED_MEMORY, where);
       } else {
-        if (cell.writer.races(t)) find(READ_AFTER_WRITE, w, where, cell.writer.warp);
+        if (cell.writer.races(t)) find(READ_AFTER_WRITE, w, SHARED_MEMORY, where);
         if (by_product && warps[cell.writer.warp].fenced_at <= cell.written_at && w.fenced_at <= cell.written_at)
-          find(NO_PROXY_FENCE, w, where, cell.writer.warp);
+          find(NO_PROXY_FENCE, w, SHARED_MEMORY, where);
       }
       cell.reader.add(t);
     });
   }
-  void check_shared_write(u32 address, int bytes, const Warp& w, int lane, u8 state, const u8* value = nullptr) {
+  void check_shared_write(u32 address, int bytes, const Warp& w, int lane, u8 state, const u8* value = nullptr, bool atomic = false) {
     if (!S.check) return;
     Thread t = thread(w, lane);
     u32 offset = address - S.shared_base;
     each_cell(address, bytes, [&](SharedCell& cell, u32 i) {
       u64 where = (u64)i << S.shared_shift;
-      if (cell.operands) find(OPERAND_OVERWRITTEN, w, where, cell.writer.warp);
+      if (cell.operands) find(OPERAND_OVERWRITTEN, w, SHARED_MEMORY, where);
       if (written(cell)) {
-        if (cell.state == PENDING && state == WRITTEN) find(COPY_PENDING, w, where, cell.writer.warp);
+        if (cell.state == PENDING) find(COPY_PENDING, w, SHARED_MEMORY, where);
         u32 size = std::min(1 << S.shared_shift, bytes);
         bool same = value && !std::memcmp(&shared[where], value + (where - offset), size);
         const bool seen = cell.state == ARRIVED && tiles[cell.written_at].seen_by >> w.index & 1;
-        if (cell.writer.races(t) && !same && !seen) find(cell.writer.warp == w.index ? LANES_COLLIDE : WRITE_AFTER_WRITE, w, where, cell.writer.warp);
+        if (cell.writer.races(t) && !same && !seen && !(atomic && cell.writer.atomic))
+          find(cell.writer.warp == w.index ? LANES_COLLIDE : WRITE_AFTER_WRITE, w, SHARED_MEMORY, where);
       }
-      if (cell.reader.races(t)) find(WRITE_AFTER_READ, w, where, cell.reader.warp);
-      cell.writer.set(t);
+      if (cell.reader.races(t)) find(WRITE_AFTER_READ, w, SHARED_MEMORY, where);
+      cell.writer.set(t, atomic);
       cell.state = state;
       cell.written_at = now;
     });
   }
-  // Wavefronts: one for each 128 bytes asked for, another one where lanes want different words of one of 32 banks.
+  // Wavefronts: at least as many as the most words that lanes want of one of 32 banks; without conflicts, one for
+  // 32 words.
   void count_wavefronts(const u32* addresses, u32 mask, int bytes) {
-    const int lanes_at_once = bytes <= 4 ? 32 : 128 / bytes;
-    u64 wavefronts = 0, ideal = 0;
-    for (int first = 0; first < 32; first += lanes_at_once) {
-      u32 words[32][32];
-      int held[32] = {0}, most = 0;
-      for (int lane = first; lane < first + lanes_at_once; lane++) {
-        if (!(mask >> lane & 1)) continue;
-        for (u32 word = addresses[lane] >> 2; word <= (addresses[lane] + bytes - 1) >> 2; word++) {
-          u32* bank = words[word & 31];
-          int& n = held[word & 31];
-          if (std::find(bank, bank + n, word) == bank + n) { bank[n++] = word; most = std::max(most, n); }
-        }
-      }
-      wavefronts += most; ideal += most > 0;
+    u32 words[32][64];
+    int held[32] = {0}, most = 0, all = 0;
+    LANES(mask) for (u32 word = addresses[lane] >> 2; word <= (addresses[lane] + bytes - 1) >> 2; word++) {
+      u32* bank = words[word & 31];
+      int& n = held[word & 31];
+      if (std::find(bank, bank + n, word) == bank + n) { bank[n++] = word; all++; most = std::max(most, n); }
     }
     Count& c = count();
-    c.requests++; c.units += wavefronts; c.ideal += ideal; c.bytes += __builtin_popcount(mask) * bytes;
+    c.requests++; c.units += most; c.ideal += (all + 31) / 32; c.bytes += __builtin_popcount(mask) * bytes;
   }
 
 #include "operations.hpp"
@@ -252,16 +252,18 @@ bool Machine::step(Warp& w) {
     for (int lane = 0; lane < 32; lane++) on |= (u32)(predicate[lane] & 1) << lane;
     mask &= instruction.guard_negated ? ~on : on;
   }
-  now++;
-  count().executed++;
+  if (++now > MOST_INSTRUCTIONS) return fail("program %d does not end within %u million instructions", program, MOST_INSTRUCTIONS / 1000000);
   w.next++;
   if (!mask) return true;
+  count().executed++;
   if (instruction.whole_warp && mask != w.alive)
     return fail("a warp-wide instruction for some lanes: %08x of %08x (program %d, warp %d)", mask, w.alive, program, w.index);
   const int* operands = S.operands + instruction.operands;
-  if (!w.products.empty())
-    for (int i = 0; i < instruction.num_registers; i++)
-      if (w.in_flight[S.operands[instruction.registers + i] >> 5]) find(ACCUMULATOR_TOUCHED, w, i, -1);
+  for (int i = 0; i < instruction.num_registers; i++) {
+    const int place = S.operands[instruction.registers + i] >> 5;
+    if (w.in_flight[place]) find(ACCUMULATOR_TOUCHED, w);
+    if (!instruction.is_move) w.touched_at[place] = now;  // see `wgmma`
+  }
   if (instruction.operation < NUM_ELEMENTWISE) {
     ELEMENTWISE[instruction.operation](w.registers, operands, mask);
     return true;
@@ -287,7 +289,7 @@ bool Machine::choose_lanes(Warp& w) {
     bool copies = !w.copies.empty() || !w.stores.empty();
     for (auto& group : w.copy_groups) copies |= !group.empty();
     for (auto& group : w.store_groups) copies |= !group.empty();
-    if (copies || !w.products.empty()) find(PENDING_AT_EXIT, w, 0, -1);
+    if (copies || !w.products.empty()) find(PENDING_AT_EXIT, w);
     return true;
   }
   auto blocked = [&](const Waiting& g) { return S.instructions[g.target].whole_warp && g.mask != w.alive; };
@@ -336,8 +338,9 @@ bool Machine::run_program(int number) {
     w = Warp();
     w.registers = registers; w.index = index; w.step = steps;
     w.next = 0; w.mask = w.alive = ALL; w.nearest_other = S.num_instructions; w.state = RUNNING;
-    w.groups_committed = 0; w.fenced_at = 0; w.wgmma_fenced = false;
+    w.groups_committed = w.products_issued = 0; w.fenced_at = w.wgmma_fenced_at = 0;
     w.in_flight.assign(S.register_bytes / 32 + 1, 0);
+    w.touched_at.assign(S.register_bytes / 32 + 1, 0);
     std::memcpy(registers, S.initial_registers, S.register_bytes);
     for (int lane = 0; lane < 32; lane++) {
       w.reg<u32>(S.thread_index)[lane] = index * 32 + lane;
@@ -359,8 +362,11 @@ bool Machine::run_program(int number) {
     for (Warp& w : warps) {
       done += w.state == DONE;
       yielded += w.state == YIELDED;
-      if (w.state == AT_BARRIER) waiting = w.barrier_line;
+      if (w.state == AT_BARRIER) waiting = w.barrier_at;
     }
+    for (Warp& w : warps)
+      if (!yielded && w.products_issued != warps[w.index & ~3].products_issued)
+        return fail("warps of a warpgroup issue different numbers of products (program %d, warp %d)", number, w.index);
     if (done == n) return true;
     if (yielded) {  // the others may let those pass that wait at an mbarrier
       if (++rounds > 1000) return fail("%d of %d warps of program %d wait for ever at an mbarrier", yielded, n, number);
@@ -370,7 +376,7 @@ bool Machine::run_program(int number) {
     rounds = 0;
     if (done) {
       fail("%d of %d warps of program %d never reach this barrier", done, n, number);
-      out.error_line = waiting;
+      out.error_at = waiting;
       return false;
     }
     epoch++;

@@ -28,11 +28,10 @@ bool load_matrices(Warp& w, u32 mask, const LoadMatrices& x) {
   shared_addresses(w, x.address, x.offset, addresses);
   for (int m = 0; m < x.count; m++) {
     u16 rows[8][8];
-    count_wavefronts(addresses + 8 * m - 0, 0xff, 16);
+    count_wavefronts(addresses + 8 * m, 0xff, 16);
     for (int r = 0; r < 8; r++) {
       const u32 address = addresses[8 * m + r];
       if (!shared_place(address, 16, w, 8 * m + r)) return false;
-      // Lanes get each other's data, so the reader is the warp: lane by lane nothing is known.
       check_shared_read(address, 16, w, 8 * m + r);
       std::memcpy(rows[r], shared_at(address), 16);
     }
@@ -95,7 +94,7 @@ bool mma(Warp& w, u32 mask, const Mma& x) {
 
 // wgmma (PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Operation"): D (64, n) = A (64, k)·B (k, n)
 // + D by a warpgroup; its warp i has rows 16·i to 16·i + 15. It runs until a wait covers its group. A, from shared
-// memory, and B are read at any time until then: here when it is issued, with `late` schedules at the wait.
+// memory, and B are read at any time until then: here when it is issued, with `adverse` schedules at the wait.
 //
 // Descriptor ("Matrix Descriptor Format"): bits 0-13 start address, 16-29 leading and 32-45 stride byte offset, all
 // in units of 16 bytes; 49-51 base offset; 62-63 swizzle: none, 128, 64, 32 bytes. ("Shared Memory Matrix Layout",
@@ -133,7 +132,7 @@ void multiply(Warp& w, Product& product) {
   if (x.a_in_registers) {
     const int places[] = {x.a0, x.a1, x.a2, x.a3};
     const u32* registers[4];
-    for (int i = 0; i < 4; i++) registers[i] = S.late ? w.reg<u32>(places[i]) : product.a_registers[i];
+    for (int i = 0; i < 4; i++) registers[i] = S.adverse ? w.reg<u32>(places[i]) : product.a_registers[i];
     load_a(registers, 4, x.type, a);
   }
   each_operand(w, product, [&](u32 address, int element, int i, int k, bool is_b) {
@@ -159,10 +158,10 @@ static bool same_accumulators(const Product& p, const Product& q) {
 }
 
 bool wgmma(Warp& w, u32 mask, const Wgmma& x) {
-  if (!w.wgmma_fenced) find(NO_WGMMA_FENCE, w, 0, -1);
   Product product;
   product.operands = &x;
-  product.line = current().line;
+  product.at = at;
+  w.products_issued++;
   const int descriptors[] = {x.a0, x.b};
   for (int i = x.a_in_registers; i < 2; i++) {
     const u64* values = w.reg<u64>(descriptors[i]);
@@ -184,11 +183,20 @@ bool wgmma(Warp& w, u32 mask, const Wgmma& x) {
   product.accumulate = w.reg<u8>(x.accumulate)[0] & 1;
   Product* before = nullptr;  // one in flight with the same accumulators: the hardware keeps their order
   for (Product& p : w.products) if (same_accumulators(p, product)) before = &p;
+  // A fence has to come between the last access to a register and a product that reads or writes it, except where
+  // products of one shape follow each other on the same accumulators. Moves are let pass: the compiler puts the zeros
+  // that begin a sum below the fence, and ptxas puts them above again.
+  bool fenced = w.wgmma_fenced_at > 0, taken = false;
+  auto look = [&](int place) { fenced &= w.touched_at[place >> 5] < w.wgmma_fenced_at; taken |= w.in_flight[place >> 5]; };
+  if (x.a_in_registers) for (int place : {x.a0, x.a1, x.a2, x.a3}) look(place);
+  if (!before) for (int i = 0; i < x.count; i++) look(x.d[i]);
+  if (!fenced) find(NO_WGMMA_FENCE, w);
+  if (taken) find(ACCUMULATOR_TOUCHED, w);
   if (product.accumulate && !before) {
     product.initial.resize(x.count * 32);
     for (int i = 0; i < x.count; i++) std::memcpy(&product.initial[i * 32], w.reg<f32>(x.d[i]), 128);
   }
-  if (!S.late) {
+  if (!S.adverse) {
     if (product.accumulate && before) product.initial = before->result;
     multiply(w, product);
   }
@@ -200,7 +208,7 @@ bool wgmma(Warp& w, u32 mask, const Wgmma& x) {
   return true;
 }
 
-bool fence_wgmma(Warp& w, u32 mask, const FenceWgmma&) { return w.wgmma_fenced = true; }
+bool fence_wgmma(Warp& w, u32, const FenceWgmma&) { w.wgmma_fenced_at = now; return true; }
 bool fence_proxy(Warp& w, u32, const FenceProxy&) { w.fenced_at = now; return true; }
 
 bool commit_wgmma(Warp& w, u32 mask, const CommitWgmma&) {
@@ -213,15 +221,15 @@ bool wait_wgmma(Warp& w, u32 mask, const WaitWgmma& x) {
   while (!w.products.empty() && w.products.front().group >= 0 && w.products.front().group < w.groups_committed - x.groups_left) {
     Product p = std::move(w.products.front());
     w.products.pop_front();
-    if (S.late) multiply(w, p);
+    if (S.adverse) multiply(w, p);
     const int places[] = {p.operands->a0, p.operands->a1, p.operands->a2, p.operands->a3};
     for (int i = 0; i < 4 && p.operands->a_in_registers; i++)
-      if (std::memcmp(p.a_registers[i], w.reg<u32>(places[i]), 128)) { find(A_REGISTERS_CHANGED, w, 0, -1, p.line); break; }
+      if (std::memcmp(p.a_registers[i], w.reg<u32>(places[i]), 128)) { find(A_REGISTERS_CHANGED, w, NOWHERE, 0, p.at); break; }
     for (u32 i : p.cells) { cells[i].operands--; cells[i].reader.add(thread(w, 0)); }
     Product* after = nullptr;
     for (Product& later : w.products) if (!after && same_accumulators(later, p)) after = &later;
     if (after) {
-      if (S.late && after->accumulate) after->initial = p.result;
+      if (S.adverse && after->accumulate) after->initial = p.result;
       continue;  // the registers are still that one's
     }
     for (int i = 0; i < p.operands->count; i++) {
@@ -229,6 +237,5 @@ bool wait_wgmma(Warp& w, u32 mask, const WaitWgmma& x) {
       std::memcpy(w.reg<f32>(p.operands->d[i]), &p.result[i * 32], 128);
     }
   }
-  w.wgmma_fenced = false;
   return true;
 }

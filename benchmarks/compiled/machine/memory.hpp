@@ -3,7 +3,8 @@
 // Two accesses of one byte, at least one of them a write, are a race unless something orders them. Programs are never
 // ordered. Warps of a program are ordered by barriers, which are counted: the epoch. Lanes of a warp are ordered by
 // bar.warp.sync and by barriers, which are counted apart: the step. (PTX ISA, "Memory Consistency Model", asks for
-// no less; that lanes of a warp run in step is not promised since sm_70.)
+// no less; that lanes of a warp run in step is not promised since sm_70.) Two writes of one value are let pass;
+// who then reads it needs a barrier all the same.
 #pragma once
 #include "numbers.hpp"
 
@@ -21,8 +22,8 @@ struct Thread { u32 first_epoch, epoch, step; u8 warp, lane; };
 // that they were several.
 struct Stamp {
   u32 epoch, step;
-  u8 warp, lane, other_programs, unused;
-  void set(const Thread& t) { *this = {t.epoch, t.step, t.warp, t.lane, 0, 0}; }
+  u8 warp, lane, other_programs, atomic;
+  void set(const Thread& t, bool by_atomic = false) { *this = {t.epoch, t.step, t.warp, t.lane, 0, by_atomic}; }
   void add(const Thread& t) {
     const u8 several = 255;
     bool here = epoch == t.epoch, others = of_another_program(t);

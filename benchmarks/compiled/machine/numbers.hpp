@@ -27,6 +27,14 @@ static inline u16 to_bf16(f32 value) {
 static inline f32 from_f16(u16 bits) { return as<_Float16>(bits); }
 static inline u16 to_f16(f32 value) { return value != value ? 0x7fff : as<u16>((_Float16)value); }
 static inline f32 from_half(u16 bits, bool bf16) { return bf16 ? from_bf16(bits) : from_f16(bits); }
+// a·b + c rounded to float32 so that rounding it again is as rounding once: to odd where it is not exact.
+static inline f32 fma_to_odd(f32 a, f32 b, f32 c) {
+  f64 exact = (f64)a * b + c;
+  f32 result = exact;
+  if ((f64)result == exact || result != result || std::isinf(result)) return result;
+  u32 bits = as<u32>(result) - (std::fabs((f64)result) > std::fabs(exact));
+  return as<f32>(bits | 1);
+}
 // TF32 has the upper 19 bits of a float32; matrix units do not look at the others.
 static inline f32 cut_to_tf32(f32 value) { return as<f32>(as<u32>(value) & 0xffffe000); }
 static inline f32 round_to_tf32(f32 value) {

@@ -20,7 +20,7 @@ bool trap(Warp& w, u32, const Trap&) { return fail("trap (program %d, warp %d)",
 
 bool barrier(Warp& w, u32 mask, const Barrier&) {
   w.state = AT_BARRIER;
-  w.barrier_line = current().line;
+  w.barrier_at = at;
   return true;
 }
 
@@ -106,21 +106,20 @@ bool store_shared(Warp& w, u32 mask, const StoreShared& x) {
   return true;
 }
 
-// atom and red: lane by lane, so that the order of programs and warps shows in sums of floats. They race with
-// other accesses, not with one another, so they leave no stamp.
+// atom and red: lane by lane, so that the order of programs and warps shows in sums of floats.
 template <class T> static T combine(int function, T old, T value, T third) {
   switch (function) {
-    case 0: case 1: case 2: case 3: return old + value;
-    case 4: case 5: case 6: case 7: case 22: return std::min(old, value);
-    case 8: case 9: case 10: case 11: case 23: return std::max(old, value);
-    case 18: case 19: return value;
-    case 20: case 21: return old == value ? third : old;
+    case ADD_U32: case ADD_U64: case ADD_F32: case ADD_F64: return old + value;
+    case MIN_U32: case MIN_S32: case MIN_U64: case MIN_S64: return std::min(old, value);
+    case MAX_U32: case MAX_S32: case MAX_U64: case MAX_S64: return std::max(old, value);
+    case EXCH_B32: case EXCH_B64: return value;
+    case CAS_B32: case CAS_B64: return old == value ? third : old;
   }
   if constexpr (std::is_integral_v<T>) switch (function) {
-    case 12: case 15: return old & value;
-    case 13: case 16: return old | value;
-    case 14: case 17: return old ^ value;
-  }
+    case AND_B32: case AND_B64: return old & value;
+    case OR_B32: case OR_B64: return old | value;
+    case XOR_B32: case XOR_B64: return old ^ value;
+  } else if (function == MIN_F32 || function == MAX_F32) return function == MIN_F32 ? minimum(old, value) : maximum(old, value);
   return old;
 }
 template <class T> void combine_at(Warp& w, u8* at, const Atomic& x, int lane) {
@@ -131,21 +130,26 @@ template <class T> void combine_at(Warp& w, u8* at, const Atomic& x, int lane) {
   if (x.old >= 0) w.reg<T>(x.old)[lane] = old;
 }
 bool atomic(Warp& w, u32 mask, const Atomic& x) {
+  u64 addresses[32];
+  u32 places[32];
+  if (x.is_shared) { shared_addresses(w, x.address, x.offset, places); count_wavefronts(places, mask, x.bytes); }
+  else { global_addresses(w, x.address, x.offset, addresses); count_sectors(addresses, mask, x.bytes); }
   LANES(mask) {
     u8* at;
     if (x.is_shared) {
-      u32 address = w.reg<u32>(x.address)[lane] + x.offset;
-      if (!shared_place(address, x.bytes, w, lane)) return false;
-      at = shared_at(address);
+      if (!shared_place(places[lane], x.bytes, w, lane)) return false;
+      each_cell(places[lane], x.bytes, [&](SharedCell& cell, u32) { if (S.check && !written(cell)) find(NEVER_WRITTEN, w, SHARED_MEMORY); });
+      check_shared_write(places[lane], x.bytes, w, lane, WRITTEN, nullptr, true);
+      at = shared_at(places[lane]);
     } else {
-      u64 address = w.reg<u64>(x.address)[lane] + (s64)x.offset;
-      if (!(at = global(address, x.bytes, w, lane))) return false;
+      if (!(at = global(addresses[lane], x.bytes, w, lane))) return false;
+      check_global(addresses[lane], x.bytes, w, lane, true, nullptr, true);
     }
     switch (x.function) {
-      case 2: case 22: case 23: combine_at<f32>(w, at, x, lane); break;
-      case 3: combine_at<f64>(w, at, x, lane); break;
-      case 5: case 9: combine_at<s32>(w, at, x, lane); break;
-      case 7: case 11: combine_at<s64>(w, at, x, lane); break;
+      case ADD_F32: case MIN_F32: case MAX_F32: combine_at<f32>(w, at, x, lane); break;
+      case ADD_F64: combine_at<f64>(w, at, x, lane); break;
+      case MIN_S32: case MAX_S32: combine_at<s32>(w, at, x, lane); break;
+      case MIN_S64: case MAX_S64: combine_at<s64>(w, at, x, lane); break;
       default: if (x.bytes == 8) combine_at<u64>(w, at, x, lane); else combine_at<u32>(w, at, x, lane);
     }
   }
@@ -153,7 +157,7 @@ bool atomic(Warp& w, u32 mask, const Atomic& x) {
 }
 
 // cp.async (PTX ISA, "Non-bulk copy"): source_bytes of `bytes` are copied, the others become zeros. When they arrive
-// is open until the wait; here at the wait, or, with `late` schedules, at once: what overwrites too early shows there.
+// is open until the wait; here at the wait, or, with `adverse` schedules, at once: what overwrites too early shows there.
 bool copy_async(Warp& w, u32 mask, const CopyAsync& x) {
   u64 sources[32];
   global_addresses(w, x.source, x.source_offset, sources);
@@ -175,7 +179,7 @@ bool copy_async(Warp& w, u32 mask, const CopyAsync& x) {
       std::memcpy(copy.data + i, from, size);
     }
     check_shared_write(copy.target, x.bytes, w, lane, PENDING);
-    if (S.late) std::memcpy(shared_at(copy.target), copy.data, x.bytes);
+    if (S.adverse) std::memcpy(shared_at(copy.target), copy.data, x.bytes);
     w.copies.push_back(copy);
   }
   return true;
@@ -224,9 +228,9 @@ bool shuffle(Warp& w, u32 mask, const Shuffle& x) {
 
 bool vote(Warp& w, u32 mask, const Vote& x) {
   u32 ballot = 0;
-  for (int i = 0; i < 32; i++) ballot |= (u32)(w.reg<u8>(x.value)[i] & 1) << i;
+  LANES(w.alive) ballot |= (u32)(w.reg<u8>(x.value)[lane] & 1) << lane;
   if (x.mode == 0) { std::fill_n(w.reg<u32>(x.result), 32, ballot); return true; }
-  bool result = x.mode == 1 ? ballot != 0 : x.mode == 2 ? ballot == ALL : ballot == 0 || ballot == ALL;
+  bool result = x.mode == 1 ? ballot != 0 : x.mode == 2 ? ballot == w.alive : ballot == 0 || ballot == w.alive;
   std::fill_n(w.reg<u8>(x.result), 32, result);
   return true;
 }
@@ -239,12 +243,16 @@ bool elect(Warp& w, u32 mask, const Elect& x) {
 
 bool reduce_warp(Warp& w, u32 mask, const ReduceWarp& x) {
   const u32* values = w.reg<u32>(x.value);
-  u32 result = values[0];
-  for (int i = 1; i < 32; i++)
-    result = x.function == 5 || x.function == 9 ? combine<s32>(x.function, result, values[i], 0)
-           : x.function == 22 ? as<u32>(minimum(as<f32>(result), as<f32>(values[i])))
-           : x.function == 23 ? as<u32>(maximum(as<f32>(result), as<f32>(values[i])))
-           : combine<u32>(x.function, result, values[i], 0);
+  u32 result = 0;
+  bool first = true;
+  LANES(w.alive) {
+    const u32 value = values[lane];
+    if (first) result = value;
+    else if (x.function == MIN_S32 || x.function == MAX_S32) result = combine<s32>(x.function, result, value, 0);
+    else if (x.function == MIN_F32 || x.function == MAX_F32) result = as<u32>(combine<f32>(x.function, as<f32>(result), as<f32>(value), 0));
+    else result = combine<u32>(x.function, result, value, 0);
+    first = false;
+  }
   std::fill_n(w.reg<u32>(x.result), 32, result);
   return true;
 }
