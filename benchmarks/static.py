@@ -43,7 +43,7 @@ from .static_report import FLAGS, HEADER, NARROW_LOADS, Report, faults, line, su
 
 # `gated_residual` is launched by `gated_residual_adaln`.
 OPS = ("amm_attention", "adaln", "gated_residual_adaln", "token_merge_adaln", "token_split_concat_adaln")
-_LAUNCHERS = {op: importlib.import_module(f"edt_kernels.{op}.autograd") for op in OPS}
+LAUNCHERS = {op: importlib.import_module(f"edt_kernels.{op}.autograd") for op in OPS}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_86": GPUTarget("cuda", 86, 32),
@@ -106,14 +106,14 @@ def record_launches(launches: list[Launch], op: str, target: str):
     """Records every launch of a kernel instead of running it, with the device's matrix unit that of the target."""
 
     def record(kernel: JITFunction, *args, grid, warmup, **kwargs):
-        launches.append(_describe(op, kernel, args, kwargs))
+        launches.append(describe(op, kernel, args, kwargs))
 
-    unit = mock.patch.object(_LAUNCHERS["amm_attention"], "matrix_unit", return_value=MATRIX_UNITS[target])
+    unit = mock.patch.object(LAUNCHERS["amm_attention"], "matrix_unit", return_value=MATRIX_UNITS[target])
     with unit, mock.patch.object(JITFunction, "run", record):
         yield
 
 
-def _describe(op: str, kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
+def describe(op: str, kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
     """Types and specialisations as Triton's own launcher would derive them."""
     names = [parameter.name for parameter in kernel.params]
     values = dict(zip(names, args)) | {name: value for name, value in kwargs.items() if name in names}
@@ -153,7 +153,7 @@ def attention_launches(
     (H, W), (before, after) = grid, num_extra_tokens
     table, bias = torch.empty(2 * H - 1, 2 * W - 1), torch.empty((2 * H - 1) * (2 * W - 1), heads)
     arguments = (H, W, before, head_dim**-0.5)
-    attention = _LAUNCHERS["amm_attention"]
+    attention = LAUNCHERS["amm_attention"]
     launches: list[Launch] = []
     with record_launches(launches, "amm_attention", target):
         for batch_size in batch_sizes:
@@ -190,11 +190,11 @@ def norm_launches(
     modulation = [torch.empty(B, 6 * C, **narrow)[:, i * C : (i + 1) * C] for i in range(3)]
     statistics = torch.empty(B, H * W)
     launches: list[Launch] = []
-    op = _LAUNCHERS["adaln"]
+    op = LAUNCHERS["adaln"]
     with record_launches(launches, "adaln", target):
         op._forward(stream, *modulation[:2], 1e-6, dtype)
         op._backward(branch, stream, modulation[0], statistics, statistics)
-    op = _LAUNCHERS["gated_residual_adaln"]
+    op = LAUNCHERS["gated_residual_adaln"]
     with record_launches(launches, "gated_residual_adaln", target):
         op._forward(stream, branch, *modulation, 1e-6, dtype)
         op._backward(stream, branch, stream, branch, *modulation[:2], statistics, statistics)
@@ -202,14 +202,14 @@ def norm_launches(
         op._residual_backward(stream, branch, modulation[0])
     if not resizes:
         return unique(launches)
-    op, merged = _LAUNCHERS["token_merge_adaln"], torch.empty(B, H * W // 4, 4 * C, **narrow)
+    op, merged = LAUNCHERS["token_merge_adaln"], torch.empty(B, H * W // 4, 4 * C, **narrow)
     modulation = [torch.empty(B, 8 * C, **narrow)[:, i * 4 * C : (i + 1) * 4 * C] for i in range(2)]
     keep, statistics = torch.ones(B, H * W, dtype=torch.bool), torch.empty(B, H * W // 4)
     with record_launches(launches, "token_merge_adaln", target):
         for mask in (None, keep):
             op._forward(stream, *modulation, mask, H, W, 1e-6, dtype)
             op._backward(merged, stream, modulation[0], mask, statistics, statistics, H, W)
-    op, joined = _LAUNCHERS["token_split_concat_adaln"], torch.empty(B, H * W, 2 * C, **narrow)
+    op, joined = LAUNCHERS["token_split_concat_adaln"], torch.empty(B, H * W, 2 * C, **narrow)
     modulation = [torch.empty(B, 4 * C, **narrow)[:, i * 2 * C : (i + 1) * 2 * C] for i in range(2)]
     statistics = torch.empty(B, H * W)
     with record_launches(launches, "token_split_concat_adaln", target):

@@ -53,9 +53,9 @@ class Device:
 
 
 # Data sheets of H100 SXM and H200 SXM: memory bandwidth, L2 cache, and of tensor cores without sparsity 4096
-# bfloat16 operations a clock and multiprocessor. CUDA C++ programming guide, of compute capability 9.0: 128 float32
-# results and 16 special functions ("Arithmetic Instructions"), 128 bytes of shared memory ("Shared Memory"), here
-# taken as those of L1 too, which is the same memory.
+# operations in bfloat16 a clock and multiprocessor. CUDA C++ programming guide, of compute capability 9.0: 128
+# float32 results and 16 special functions ("Arithmetic Instructions"), 128 bytes of shared memory ("Shared
+# Memory"), here taken as those of L1 too, which is the same memory.
 DEVICES = (Device("H100", 3.35e12), Device("H200", 4.8e12))
 _MATRIX, _FLOATS, _SPECIALS = 4096, 128, 16
 

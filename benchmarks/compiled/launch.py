@@ -97,7 +97,7 @@ def executing(
     launches: list[Executed] = []
 
     def run(kernel: JITFunction, *args, grid, warmup=False, **kwargs) -> None:
-        launch = static._describe("", kernel, args, kwargs)
+        launch = static.describe("", kernel, args, kwargs)
         names = [parameter.name for parameter in kernel.params]
         values = dict(zip(names, args)) | {name: value for name, value in kwargs.items() if name in names}
         grid = tuple(grid(values) if callable(grid) else grid)
@@ -112,7 +112,7 @@ def executing(
         launches.append(Executed(launch, target, grid, count, program, result))
 
     unit = mock.patch.object(
-        static._LAUNCHERS["amm_attention"], "matrix_unit", return_value=static.MATRIX_UNITS[target]
+        static.LAUNCHERS["amm_attention"], "matrix_unit", return_value=static.MATRIX_UNITS[target]
     )
     on_cpu = mock.patch.object(backend, "_INTERPRETED", True)  # lets CPU tensors through to the launchers
     triton = mock.patch.dict(os.environ, EDT_KERNELS_BACKEND="triton")
