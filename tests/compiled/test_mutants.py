@@ -40,9 +40,9 @@ def tally(case, target: str, values: int, kernels: tuple[str, ...]) -> tuple[Cou
     return counts, missed
 
 
-# Of each kind, the share that is found at least in every case. What is missed is redundant in that place: a barrier
-# right after another one; a proxy fence with nothing written before it; a wait that the next one covers before
-# anybody reads the result, and the groups that it splits; a number that no value of the case makes matter.
+# Of each kind, the share that is found at least in every case. What is missed is redundant in that place: a
+# barrier right after another one; a proxy fence with nothing written before it; a wait that the next one covers
+# before anybody reads the result, and the groups that it splits; a number that no value of the case makes matter.
 LEAST_FOUND = {
     "bar.sync": 0.8,
     "cp.async.wait_group": 1.0,
