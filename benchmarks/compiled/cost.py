@@ -193,8 +193,7 @@ def calls_of_training_step(model: str, batch_size: int = BATCH_SIZE) -> Counter[
         network = EDTTransformer2DModel(**PRESETS[model]).train()
         latents = torch.empty(batch_size, network.config.in_channels, *network.latent_size)
         timestep, labels = (torch.zeros(batch_size, dtype=torch.int64) for _ in range(2))
-        tokens = math.prod(size // network.config.patch_size for size in network.latent_size)
-        masks = [torch.empty(batch_size, tokens >> 2 * stage, dtype=torch.bool) for stage in range(2)]
+        masks = network.draw_keep_masks(batch_size)
         with recorder, torch.autocast("cpu", torch.bfloat16):
             for keep_masks in (None, masks):
                 network(latents, timestep, labels, keep_masks).sample.float().sum().backward()
