@@ -402,11 +402,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if missing := build.needs():
         parser.error(missing)
+    if options.out is not None:  # before the minutes of work
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.touch()
     measured = [row for model in options.models for row in rows(model, options.target)]
     text = report(measured, options.target)
     if options.out is None:
         print(text)
     else:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(text, encoding="utf-8")
     return 0
