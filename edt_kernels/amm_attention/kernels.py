@@ -176,6 +176,13 @@ def add_product(accumulator, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr)
 
 
 @triton.jit
+def summand(a, b, EXACT: tl.constexpr):
+    """a·b, to be summed. Each of the lanes that share a sum may fuse its own product into it, whose sums then differ
+    by a rounding; of 16-bit tiles a lane adds up several products first, or exact ones."""
+    return tl.fma(a, b, 0.0) if EXACT else a * b
+
+
+@triton.jit
 def gradients_of_scores(
     left, right, grad_left, grad_right, row_max, row_log_sum, row_delta, scale, bias, factor, pair_valid,
     HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -195,7 +202,7 @@ def gradients_of_scores(
         if EXACT or not TRANSPOSED:  # where a sum over keys crosses warps, a second one is 30 % more instructions
             row_sum = tl.sum(p, axis=KEYS, keep_dims=True)
             p = p / tl.where(row_sum == 0.0, 1.0, row_sum)
-        weighted = p * grad_p
+        weighted = summand(p, grad_p, EXACT)
         row_delta = tl.sum(weighted, axis=KEYS)
         grad_logits = weighted - p * (row_delta[None, :] if TRANSPOSED else row_delta[:, None])
     else:
@@ -322,7 +329,7 @@ def backward_q(
     row_delta = tl.zeros((BLOCK_M,), tl.float32)
     if not WHOLE_ROWS:
         out_tile = load_rows(out, out_offsets, i < N, D, BLOCK_D, MASKED)
-        row_delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
+        row_delta = tl.sum(summand(grad_tile.to(tl.float32), out_tile.to(tl.float32), EXACT), axis=1)
         tl.store(delta + first_row + i, row_delta, mask=i < N)
 
     q_tile = load_rows(q, q_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
