@@ -1,4 +1,9 @@
-"""What every launcher needs: how wide its loads may be, on which device it runs, the launch itself."""
+"""What every launcher needs: launches that are planned once for each signature, and the ops' registration.
+
+A call of an op finds out much that follows from the shapes, strides, dtypes and alignments of its tensors: tiles,
+strides, what the compiler is told, the compiled kernel. `planned` keeps it, so that the next call like it only
+allocates and launches.
+"""
 
 import contextlib
 import math
@@ -7,14 +12,67 @@ import threading
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from triton.runtime.jit import JITFunction
 
 from ._backend import _INTERPRETED
 
-# Kept, because what it registered goes with it.
-_library = torch.library.Library("edt_kernels", "FRAGMENT")
+# Triton's interpreter has one running program and one patched language for all threads.
+_one_at_a_time = threading.RLock() if _INTERPRETED else contextlib.nullcontext()
+_nothing = contextlib.nullcontext()
+_plans: dict[tuple, object] = {}
+_MOST_PLANS = 4096  # a plan is some kB; who has more shapes than these has no use of them
 
 
-def common_alignment(*tensors: Tensor) -> int:
+class Launch:
+    """So many programs of a kernel, with all of its arguments but the tensors: the numbers that follow them, and by
+    name what decides how it is compiled. Called with the tensors, it runs on the current device.
+
+    A product and a sum round once, not twice: what the kernels' errors and registers were measured with, and
+    Triton's own choice before 3.10 only.
+    """
+
+    def __init__(self, kernel, programs: int, *numbers: float, **constants) -> None:
+        self._kernel, self._programs, self._numbers, self._constants = kernel, programs, numbers, constants
+        self._compiled = self._tail = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        if self._compiled is not None:
+            self._compiled(*tensors, *self._tail)
+        elif self._programs:
+            self._first(tensors)
+
+    def _first(self, tensors: tuple[Tensor | None, ...]) -> None:
+        with _one_at_a_time:
+            compiled = self._kernel[(self._programs,)](
+                *tensors, *self._numbers, **self._constants, enable_fp_fusion=True
+            )
+        if compiled is not None:  # but for the interpreter. Its launcher is a tenth of JITFunction's work
+            constants = (p.name for p in self._kernel.params if p.is_constexpr)
+            self._tail = (*self._numbers, *(self._constants[name] for name in constants))
+            self._compiled = compiled[(self._programs, 1, 1)]
+
+
+def planned(plan, tensors: tuple[Tensor | None, ...], *arguments):
+    """`plan(*tensors, *arguments)`, made once for all tensors that a launch cannot tell apart."""
+    key = (
+        plan, *arguments,
+        *[t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 63) for t in tensors],
+    )  # fmt: skip
+    try:
+        return _plans[key]
+    except KeyError:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan(*tensors, *arguments)
+        return _plans[key]
+
+
+def forget_plans() -> None:
+    """Launches made after this choose anew."""
+    _plans.clear()
+
+
+def common_alignment(*tensors: Tensor | None) -> int:
     """The largest power of two, up to 16 elements, that divides every row's offset and address.
 
     Rows are what is left after the last, dense, dimension. The compiler sees whether a size is a multiple of 16,
@@ -22,78 +80,59 @@ def common_alignment(*tensors: Tensor) -> int:
     """
     divisor = 16
     for tensor in tensors:
-        divisor = math.gcd(divisor, *tensor.stride()[:-1], tensor.data_ptr() // tensor.element_size())
+        if tensor is not None:
+            divisor = math.gcd(divisor, *tensor.stride()[:-1], tensor.data_ptr() // tensor.element_size())
     return divisor
 
 
-def dense_rows(tensor: Tensor) -> Tensor:
+def dense_rows(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself if its last dimension is dense, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def on_device_of(tensor: Tensor):
     """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _nothing
 
 
-# Triton's interpreter has one running program and one patched language for all threads.
-_one_at_a_time = threading.RLock() if _INTERPRETED else contextlib.nullcontext()
-
-
-def launch(kernel, programs: int, *arguments, **constants) -> None:
-    """Runs so many programs of a kernel on the current device; what is given by name decides how it is compiled.
-
-    A product and a sum round once, not twice: what the kernels' errors and registers were measured with, and
-    Triton's own choice before 3.10 only.
-    """
-    with _one_at_a_time:
-        kernel[(programs,)](*arguments, **constants, enable_fp_fusion=True)
-
-
-def define_op(name: str, schema: str, launch, fake) -> None:
-    """Registers `edt_kernels::name`: `launch` runs it, `fake` makes the empty outputs of traced calls."""
+def define_op(name: str, schema: str, launch, fake):
+    """Registers `edt_kernels::name`, without gradients, and returns it: `launch` runs it, `fake` makes the empty
+    outputs of traced calls."""
     torch.library.define(f"edt_kernels::{name}", schema)
     torch.library.impl(f"edt_kernels::{name}", ("cuda", "cpu"))(launch)
     torch.library.register_fake(f"edt_kernels::{name}")(fake)
+    return getattr(torch.ops.edt_kernels, name).default
 
 
-def refuse_double_backward(op: str):
-    """The autograd formula of an op's backward."""
+def has_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a call has to go by its `torch.autograd.Function`: for gradients, or for it to refuse forward mode
+    and the transforms of torch.func, in which an op without it would lose tangents or mapped dimensions."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
-    def refuse(ctx, *_grads):
-        raise RuntimeError(f"{op}'s Triton kernels cannot be differentiated twice; edt_kernels.reference.{op} can")
 
-    return refuse
+class _OnceDifferentiable(torch.autograd.Function):
+    """Gradients that a graph of them was asked for: to differentiate them again is an error."""
 
+    @staticmethod
+    def forward(ctx, op: str, _anchor: Tensor, *gradients: Tensor | None):
+        ctx.op = op
+        return gradients
 
-def refuse_transforms(op: str) -> None:
-    """Registers a clear error for an op under torch.func's transforms (vmap, grad, jvp and what is made of them).
-
-    Left alone, vmap would call the kernels in a loop, jvp would return a tangent of zero, and grad would ask for a
-    `setup_context` that no formula of `torch.library.register_autograd` can have.
-    """
-
-    def refuse(*_args, **_kwargs):
+    @staticmethod
+    def backward(ctx, *_):
         raise RuntimeError(
-            f"{op}'s Triton kernels take no torch.func transforms: fold a mapped dimension into the batch instead "
-            f"of vmap, call torch.autograd.grad instead of grad, or use edt_kernels.reference.{op}"
-        )
-
-    _library.impl(op, refuse, "FuncTorchDynamicLayerFrontMode")  # in the way only while a transform is active
-
-
-def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
-    """Without this the tangents of dual tensors would be lost without a word."""
-    if forward_ad._current_level < 0:  # outside of every dual_level
-        return
-    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise RuntimeError(
-            f"{op}'s Triton kernels have no forward-mode derivative; edt_kernels.reference.{op} has one"
+            f"{ctx.op}'s Triton kernels cannot be differentiated twice; edt_kernels.reference.{ctx.op} can"
         )
 
 
-def define_gradient(name: str, save_for_backward, differentiate) -> None:
-    """The gradient of `edt_kernels::name`, made by `edt_kernels::name_backward`, which has none itself."""
-    torch.library.register_autograd(f"edt_kernels::{name}", differentiate, setup_context=save_for_backward)
-    torch.library.register_autograd(f"edt_kernels::{name}_backward", refuse_double_backward(name))
-    refuse_transforms(name)
+def once_differentiable(op: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """What a backward pass returns."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+        return _OnceDifferentiable.apply(op, torch.empty(0, requires_grad=True), *gradients)
+    return gradients

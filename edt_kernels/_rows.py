@@ -1,5 +1,6 @@
 """What the norms' launchers share; above all, how (samples, rows, channels) are cut into programs."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._launch import common_alignment, launch, on_device_of
+from ._launch import Launch, common_alignment, planned
 from ._tiles import RowLoop, RowTile, choose_tiles
 
 # Enough loads in flight to cover latency.
@@ -60,35 +61,36 @@ def cut_rows(tile: RowTile | RowLoop, samples: int, rows: int, channels: int) ->
     )
 
 
-def row_program(pass_name: str, x: Tensor, rows: int, slices: int, channels: int) -> RowProgram:
-    """The programs of a pass, such as "adaln.forward", for the samples of x, the residual stream: `rows` rows of
-    slices·channels channels each."""
-    tile, kernel = choose_row_tile(rows, slices, channels), pass_name.partition(".")[2]
-    heuristic = RowTile(tile.rows, tile.num_warps) if kernel == "forward" else tile
-    dtype = "float32" if x.dtype == torch.float32 else "16-bit"
-    key = {"dtype": dtype, "rows": rows, "channels": channels}
-    return cut_rows(
-        choose_tiles(x.device, pass_name, key, {kernel: heuristic})[kernel], x.shape[0], rows, channels
-    )
+def plan_rows(
+    name: str, kernel, shape: tuple[int, int, int, int], by_row: tuple, vectors: tuple, *numbers, out_dtype=None
+) -> tuple[Launch, tuple[int, int]]:
+    """A pass of a norm, such as "adaln.forward", over (samples, rows, slices, channels of a slice): the launch of
+    its kernel, and the numbers of samples and of programs of each.
+
+    A kernel takes tensors of rows (B, N, C), vectors of samples (B, C), other tensors; the strides of the first two
+    but for their last, dense, dimension; the number of rows, other numbers and, backward, the rows of a program.
+    What is absent is None, and so are its strides.
+    """
+    return planned(_plan_rows, (*by_row, *vectors), name, kernel, shape, len(by_row), numbers, out_dtype)
 
 
-def launch_rows(kernel, tile: RowProgram, by_row: tuple[Tensor, ...], *arguments, **constants) -> None:
-    """Launches a norm's kernel, if there are rows; `by_row` are the tensors that it reads or writes row by row."""
-    programs = math.prod(tile.programs)
-    if programs == 0:
-        return
-    with on_device_of(by_row[0]):
-        launch(
-            kernel, programs, *arguments,
-            **constants, C=tile.channels, ALIGN=math.gcd(tile.channels, common_alignment(*by_row)),
-            ROWS=tile.rows, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
-        )  # fmt: skip
-
-
-def empty_normed(x: Tensor, rows: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What a forward kernel fills: the result, so many rows for each sample of x, and the rows' mean and rstd."""
-    mean, rstd = (x.new_empty(x.shape[0], rows, dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape[0], rows, channels, dtype=dtype), mean, rstd
+def _plan_rows(*arguments) -> tuple[Launch, tuple[int, int]]:
+    *tensors, name, kernel, (samples, rows, slices, channels), count, numbers, _ = arguments
+    tile, direction = choose_row_tile(rows, slices, channels), name.partition(".")[2]
+    heuristic = RowTile(tile.rows, tile.num_warps) if direction == "forward" else tile
+    stream = next(t for t in tensors[:count] if t is not None)
+    key = {"dtype": "float32" if stream.dtype == torch.float32 else "16-bit", "rows": rows, "channels": channels}
+    tile = choose_tiles(stream.device, name, key, {direction: heuristic})[direction]
+    cut = cut_rows(tile, samples, rows, channels)
+    if direction == "backward":
+        numbers = *numbers, cut.rows_per_program
+    strides = [[None] * (2 if i < count else 1) if t is None else t.stride()[:-1] for i, t in enumerate(tensors)]
+    launch = Launch(
+        kernel, math.prod(cut.programs), *itertools.chain(*strides), rows, *numbers,
+        C=channels, ALIGN=math.gcd(channels, common_alignment(*tensors[:count])),
+        ROWS=cut.rows, BLOCK_C=cut.block_c, num_warps=cut.num_warps,
+    )  # fmt: skip
+    return launch, cut.programs
 
 
 def total(partials: Tensor) -> Tensor:
@@ -96,12 +98,12 @@ def total(partials: Tensor) -> Tensor:
     return partials.squeeze(2) if partials.shape[2] == 1 else partials.sum(2)
 
 
-def save_for_backward(ctx, tensors: tuple[Tensor | None, ...], modulation: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # no zeros for the statistics, which nobody differentiates
-    ctx.save_for_backward(*tensors)
-    ctx.modulation_dtypes = [tensor.dtype for tensor in modulation]
+def in_dtypes(sums: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
+    """The quantities of `total`, each in the dtype of what it is the gradient of."""
+    return [gradient.to(dtype) for gradient, dtype in zip(sums.unbind(0), dtypes)]
 
 
-def modulation_gradients(ctx, sums: Tensor) -> list[Tensor]:
-    """The sums over each sample's rows, in the dtypes of the modulation."""
-    return [gradient.to(dtype) for gradient, dtype in zip(sums.unbind(0), ctx.modulation_dtypes)]
+def empty_normed(x: Tensor, rows: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What a forward kernel fills: the result, so many rows for each sample of x, and the rows' mean and rstd."""
+    mean, rstd = (x.new_empty((x.shape[0], rows), dtype=torch.float32) for _ in range(2))
+    return x.new_empty((x.shape[0], rows, channels), dtype=dtype), mean, rstd

@@ -146,7 +146,7 @@ def amm_attention(
         )  # fmt: skip
     if head_dim > _MAX_HEAD_DIM:
         raise ValueError(f"q has a head dim of {head_dim}; the Triton kernels take up to {_MAX_HEAD_DIM}")
-    return autograd.amm_attention(q, k, v, grid, modulation, rel_pos_bias, float(factor), num_extra_tokens)
+    return autograd.amm_attention(q, k, v, grid, modulation, rel_pos_bias, float(factor), num_extra_tokens[0])
 
 
 def _is_autocast(tensor) -> bool:

@@ -1,5 +1,6 @@
 """Launchers, tiles and torch registration of the `amm_attention` kernels."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -8,13 +9,14 @@ import triton
 from torch import Tensor
 
 from .._launch import (
+    Launch,
     common_alignment,
-    define_gradient,
     define_op,
     dense_rows,
-    launch,
+    has_gradient,
     on_device_of,
-    refuse_forward_mode,
+    once_differentiable,
+    planned,
 )
 from .._tiles import CellTile, ScoreTile, choose_tiles
 from . import kernels, resident_kernels, short_kernels, table_kernels
@@ -121,6 +123,11 @@ _SHORT_PROGRAMS = {"short_forward": 528, "short_backward": 264}
 _TABLE_PROGRAMS = 512
 
 
+def _ceil(a: int, b: int) -> int:
+    """⌈a/b⌉, a twentieth of the time of triton.cdiv."""
+    return -(-a // b)
+
+
 def matrix_unit(device: torch.device) -> str:
     """The key of the tile tables for 16-bit inputs: Hopper, datacenter Blackwell, other NVIDIA, AMD CDNA."""
     if device.type != "cuda":  # the interpreter
@@ -176,12 +183,20 @@ class _Problem:
     q: Tensor
     k: Tensor
     v: Tensor
-    table: Tensor  # (heads or 1, offsets): bias, modulation, or pairs of both; q stands in where there is neither
-    has_bias: bool
-    has_modulation: bool
+    modulation: Tensor | None
+    rel_pos_bias: Tensor | None
     grid: tuple[int, int]
     before: int
     scale: float
+    tf32: bool
+
+    @property
+    def has_bias(self) -> bool:
+        return self.rel_pos_bias is not None
+
+    @property
+    def has_modulation(self) -> bool:
+        return self.modulation is not None
 
     @property
     def unit(self) -> str:
@@ -222,41 +237,23 @@ class _Problem:
 
     def sizes(self) -> tuple:
         _, N, heads, _ = self.q.shape
-        stride_table = self.table.stride(0) if self.table is not self.q and self.table.shape[0] > 1 else 0
+        by_head = self.has_bias or (self.has_modulation and self.modulation.ndim == 3)
+        stride_table = (2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) if by_head and heads > 1 else 0
         return (stride_table, N, heads, *self.grid, self.before, self.scale)
 
-    def constants(self, *tensors: Tensor) -> dict:
-        """Compile-time arguments common to the kernels; `tensors` are the rows that one of them touches."""
+    def launch(self, kernel, tile: ScoreTile | TableTile, programs: int, rows: tuple, *extra: int, **constants):
+        """`rows` are the tensors after q, k, v whose strides the kernel takes, `extra` its numbers after the
+        sizes. It is to be called with q, k, v, the table, and the kernel's other tensors."""
         D = self.q.shape[-1]
-        tf32 = self.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        return {
-            "D": D,
-            "BLOCK_D": padded(D),
-            "ALIGN": common_alignment(self.q, self.k, self.v, *tensors),
-            "HAS_BIAS": self.has_bias,
-            "HAS_MODULATION": self.has_modulation,
-            "PRECISION": "tf32" if tf32 else "ieee",  # what PyTorch's own products would be
-        }
-
-    def launch(
-        self,
-        kernel,
-        tile: ScoreTile | TableTile,
-        programs: int,
-        pointers: tuple,
-        rows: tuple,
-        *extra: int,
-        **constants,
-    ) -> None:
-        """`pointers` are the kernel's after the table, `rows` those of them whose strides it takes, `extra` its
-        run-time arguments after the sizes."""
-        launch(
-            kernel, programs,
-            self.q, self.k, self.v, self.table, *pointers, *self.strides(*rows), *self.sizes(), *extra,
-            **self.constants(*rows), **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        return Launch(
+            kernel, programs, *self.strides(*rows), *self.sizes(), *extra,
+            **constants, D=D, BLOCK_D=padded(D), ALIGN=common_alignment(self.q, self.k, self.v, *rows),
+            HAS_BIAS=self.has_bias, HAS_MODULATION=self.has_modulation,
+            PRECISION="tf32" if self.tf32 else "ieee",  # what PyTorch's own products would be
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
-    def launch_tiles(self, kernel, tile: ScoreTile, programs_per_head: int, pointers, rows, **constants) -> None:
+    def launch_tiles(self, kernel, tile: ScoreTile, programs_per_head: int, rows, **constants) -> Launch:
         """A kernel of which each program takes a tile of one head, or the whole head."""
         (B, N, heads, _), (H, W) = self.q.shape, self.grid
         has_extra, masked = H * W != N, N % tile.block_m != 0 or N % tile.block_n != 0
@@ -267,9 +264,9 @@ class _Problem:
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
         }
-        self.launch(kernel, tile, B * heads * programs_per_head, pointers, rows, **constants)
+        return self.launch(kernel, tile, B * heads * programs_per_head, rows, **constants)
 
-    def launch_short(self, kernel, tile: ScoreTile, splits: int, pointers, rows, **constants) -> None:
+    def launch_short(self, kernel, tile: ScoreTile, splits: int, rows, **constants) -> Launch:
         """A kernel of which each program takes one of `splits` shares of the batch of one head."""
         B, N, heads, _ = self.q.shape
         seq = triton.next_power_of_2(N)
@@ -280,204 +277,215 @@ class _Problem:
             "SEQ": seq,
             "BLOCK": tile.block_m,
         }
-        steps = triton.cdiv(triton.cdiv(B, packed), splits)
-        self.launch(kernel, tile, splits * heads, pointers, rows, B, steps, **constants)
+        steps = _ceil(_ceil(B, packed), splits)
+        return self.launch(kernel, tile, splits * heads, rows, B, steps, **constants)
 
     def short_splits(self, kernel: str, tile: ScoreTile) -> int:
         """Shares of the batch, none of them empty."""
         B, N, heads, _ = self.q.shape
-        groups = triton.cdiv(B, tile.block_m // triton.next_power_of_2(N))
-        steps = triton.cdiv(groups * heads, _SHORT_PROGRAMS[kernel])
-        return triton.cdiv(groups, steps)
+        groups = _ceil(B, tile.block_m // triton.next_power_of_2(N))
+        steps = _ceil(groups * heads, _SHORT_PROGRAMS[kernel])
+        return _ceil(groups, steps)
 
 
-def _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale) -> _Problem:
-    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    offsets, heads = (2 * grid_h - 1) * (2 * grid_w - 1), q.shape[2]
-    # The bias comes as (offsets, heads); a row of the grid should be one run of memory for a head.
-    table = q
-    if modulation is not None:
-        table = modulation = modulation.reshape(-1, offsets).contiguous()
-    if rel_pos_bias is not None:
-        table = rel_pos_bias.t().contiguous()
-    if modulation is not None and rel_pos_bias is not None:  # one 64-bit load gathers both
-        pairs = torch.stack([table.float(), modulation.float().expand(heads, -1)], dim=-1)
-        table = pairs.view(torch.int64).squeeze(-1)
-    has_bias, has_modulation = rel_pos_bias is not None, modulation is not None
-    return _Problem(q, k, v, table, has_bias, has_modulation, (grid_h, grid_w), before, scale)
+def _table(q: Tensor, modulation: Tensor | None, rel_pos_bias: Tensor | None) -> Tensor:
+    """(heads or 1, offsets): bias, modulation, or pairs of both; q stands in where there is neither.
+
+    The bias comes as (offsets, heads); a row of the grid should be one run of memory for a head.
+    """
+    if rel_pos_bias is None:
+        return q if modulation is None else modulation.contiguous()
+    bias = rel_pos_bias.t().contiguous()
+    if modulation is None:
+        return bias
+    pairs = [bias.float(), modulation.float().reshape(-1, bias.shape[1]).expand(bias.shape)]
+    return torch.stack(pairs, dim=-1).view(torch.int64)  # one 64-bit load gathers both
 
 
-def _logsumexp_shape(q: Tensor) -> tuple[int, ...]:
-    """Of float32 inputs in two parts, see `kernels`."""
+def _allows_tf32(q: Tensor) -> bool:
+    return q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and the rows' logsumexp, of float32 inputs in two parts, see `kernels`."""
     B, N, heads, _ = q.shape
-    return (B, heads, 2, N) if q.dtype == torch.float32 else (B, heads, N)
+    rows = (B, heads, 2, N) if q.dtype == torch.float32 else (B, heads, N)
+    return q.new_empty(q.shape), q.new_empty(rows, dtype=torch.float32)
+
+
+def _dense_like(q: Tensor) -> Tensor:
+    """An output's strides, without its memory."""
+    return torch.empty(q.shape, dtype=q.dtype, device="meta")
+
+
+def _plan_forward(q, k, v, modulation, rel_pos_bias, grid, before, scale, tf32) -> Launch:
+    p = _Problem(q, k, v, modulation, rel_pos_bias, grid, before, scale, tf32)
+    kernel, tile = p.forward_tile()
+    rows, N = (_dense_like(q),), q.shape[1]
+    if kernel == "short_forward":
+        return p.launch_short(short_kernels.short_forward, tile, p.short_splits(kernel, tile), rows)
+    if kernel == "resident_forward":
+        return p.launch_tiles(resident_kernels.resident_forward, tile, 1, rows, TILES=_ceil(N, tile.block_n))
+    return p.launch_tiles(kernels.forward, tile, _ceil(N, tile.block_m), rows)
 
 
 def _forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale):
-    p = _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    logsumexp = torch.empty(_logsumexp_shape(q), dtype=torch.float32, device=q.device)
-    if q.numel() == 0:
-        return out, logsumexp
-    pointers, rows = (out, logsumexp), (out,)
-    kernel, tile = p.forward_tile()
-    N = q.shape[1]
-    with on_device_of(q):
-        if kernel == "short_forward":
-            p.launch_short(short_kernels.short_forward, tile, p.short_splits(kernel, tile), pointers, rows)
-        elif kernel == "resident_forward":
-            tiles = triton.cdiv(N, tile.block_n)
-            p.launch_tiles(resident_kernels.resident_forward, tile, 1, pointers, rows, TILES=tiles)
-        else:
-            p.launch_tiles(kernels.forward, tile, triton.cdiv(N, tile.block_m), pointers, rows)
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    out, logsumexp = _empty_outputs(q)
+    if q.numel():
+        tensors = q, k, v, modulation, rel_pos_bias
+        launch = planned(_plan_forward, tensors, (grid_h, grid_w), before, scale, _allows_tf32(q))
+        with on_device_of(q):
+            launch(q, k, v, _table(q, modulation, rel_pos_bias), out, logsumexp)
     return out, logsumexp
+
+
+@dataclass(frozen=True)
+class _TableGradients:
+    """What adds up the gradients of tables from `partials` numbers a table."""
+
+    launch: Launch
+    partials: int
+    reduce: Launch
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """`short`, or q, kv and, if a table's gradient is needed, `tables`."""
+
+    short: _TableGradients | None = None
+    q: Launch | None = None
+    kv: Launch | None = None
+    tables: _TableGradients | None = None
+
+
+def _plan_backward(
+    grad_out, q, k, v, modulation, rel_pos_bias, grid, before, scale, tf32, needs_modulation, needs_bias
+) -> _Backward:
+    p = _Problem(q, k, v, modulation, rel_pos_bias, grid, before, scale, tf32)
+    N, tiles, out = q.shape[1], p.backward_tiles(), _dense_like(q)
+    if "short_backward" in tiles:
+        return _Backward(short=_plan_short_backward(p, tiles["short_backward"], grad_out, out, needs_bias))
+    tile = tiles["backward_q"]
+    q_pass = p.launch_tiles(
+        kernels.backward_q, tile, _ceil(N, tile.block_m), (out, grad_out), WHOLE_ROWS=tile.block_n >= N
+    )
+    tile = tiles["backward_kv"]
+    kv_pass = p.launch_tiles(
+        kernels.backward_kv, tile, _ceil(N, tile.block_n), (grad_out, out), WHOLE_ROWS=tile.block_n >= N
+    )
+    if not (needs_modulation or needs_bias):
+        return _Backward(q=q_pass, kv=kv_pass)
+    tile = lay_out_cells(tiles["backward_tables"], grid)
+    return _Backward(q=q_pass, kv=kv_pass, tables=_plan_tables(p, tile, grad_out, needs_modulation, needs_bias))
+
+
+def _plan_short_backward(p, tile, grad_out, out, needs_bias) -> _TableGradients:
+    splits, heads, block = p.short_splits("short_backward", tile), p.q.shape[2], tile.block_m
+    launch = p.launch_short(
+        short_kernels.short_backward, tile, splits, (grad_out, out), GRAD_BIAS=needs_bias,
+    )  # fmt: skip
+    reduce = Launch(
+        short_kernels.reduce_short_partials, _reduction_programs(p), splits, heads, *p.grid, p.before,
+        SEQ=triton.next_power_of_2(p.q.shape[1]), BLOCK=block, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM,
+    )  # fmt: skip
+    return _TableGradients(launch, splits * heads * block * block, reduce)
+
+
+def _plan_tables(p, tile, grad_out, needs_modulation, needs_bias) -> _TableGradients:
+    B, _, heads, _ = p.q.shape
+    H, W = p.grid
+    layout = {"ITEMS": tile.items, "ROWS": tile.rows, "COLUMNS": tile.columns}
+    block = math.prod(layout.values())
+    distances = (2 * _ceil(H, tile.rows) - 1) * (2 * _ceil(W, tile.columns) - 1)
+    groups = _ceil(B, tile.items)
+    groups_per_split = _ceil(groups * heads * distances, _TABLE_PROGRAMS)
+    splits = _ceil(groups, groups_per_split)
+    launch = p.launch(
+        table_kernels.backward_tables, tile, splits * heads * distances, (grad_out,), B, groups_per_split,
+        GRAD_BIAS=needs_bias, GRAD_MODULATION=needs_modulation,
+        MASKED=tile.items > 1 or H % tile.rows != 0 or W % tile.columns != 0, **layout,
+    )  # fmt: skip
+    reduce = Launch(
+        table_kernels.reduce_table_partials, _reduction_programs(p), splits, heads, H, W,
+        **layout, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM,
+    )  # fmt: skip
+    return _TableGradients(launch, splits * heads * distances * block * block, reduce)
 
 
 def _backward(
     grad_out, q, k, v, modulation, rel_pos_bias, out, logsumexp, grid_h, grid_w, before, scale,
     needs_modulation, needs_bias,
 ):  # fmt: skip
-    out, logsumexp = out.contiguous(), logsumexp.contiguous()
-    grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
-    offsets = (2 * grid_h - 1, 2 * grid_w - 1)
-    heads = q.shape[2]
+    grad_out, q, k, v = map(dense_rows, (grad_out, q, k, v))
+    B, N, heads, _ = q.shape
+    grad_q, grad_k, grad_v = (q.new_empty(q.shape) for _ in range(3))
+    new = functools.partial(q.new_empty, dtype=torch.float32)
+    table_shape = (heads, 2 * grid_h - 1, 2 * grid_w - 1)
     grad_bias, grad_modulation = (  # of each head; empty where not needed
-        torch.empty((heads, *offsets) if needed else (0,), dtype=torch.float32, device=q.device)
-        for needed in (needs_bias, needs_modulation)
+        new(table_shape if needed else 0) for needed in (needs_bias, needs_modulation)
     )
     if q.numel() == 0:
-        grad_bias.zero_()
-        grad_modulation.zero_()
-    else:
-        p = _problem(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale)
-        with on_device_of(q):
-            _launch_backward(
-                p, dense_rows(grad_out), out, logsumexp, grad_q, grad_k, grad_v, grad_bias, grad_modulation
-            )
-    if needs_bias:
+        return grad_q, grad_k, grad_v, *_table_gradients(grad_modulation.zero_(), grad_bias.zero_(), modulation, rel_pos_bias)
+    plan = planned(
+        _plan_backward, (grad_out, q, k, v, modulation, rel_pos_bias),
+        (grid_h, grid_w), before, scale, _allows_tf32(q), needs_modulation, needs_bias,
+    )  # fmt: skip
+    inputs = q, k, v, _table(q, modulation, rel_pos_bias)
+    with on_device_of(q):
+        if plan.short is not None:
+            partials = new(plan.short.partials if needs_bias else 0)
+            plan.short.launch(*inputs, grad_out, logsumexp, grad_q, grad_k, grad_v, partials)
+            if needs_bias:
+                plan.short.reduce(partials, grad_bias)
+        else:
+            delta = new((B, heads, N))
+            plan.q(*inputs, out, grad_out, logsumexp, delta, grad_q)
+            plan.kv(*inputs, grad_out, logsumexp, delta, grad_k, grad_v)
+            if plan.tables is not None:
+                partials = [new(plan.tables.partials if needed else 0) for needed in (needs_bias, needs_modulation)]
+                plan.tables.launch(*inputs, grad_out, logsumexp, delta, *partials)
+                for needed, partial, gradient in zip((needs_bias, needs_modulation), partials, (grad_bias, grad_modulation)):
+                    if needed:
+                        plan.tables.reduce(partial, gradient)
+    return grad_q, grad_k, grad_v, *_table_gradients(grad_modulation, grad_bias, modulation, rel_pos_bias)
+
+
+def _table_gradients(grad_modulation, grad_bias, modulation, rel_pos_bias) -> tuple[Tensor, Tensor]:
+    """As the tables are, from the gradients for each head."""
+    if grad_modulation.numel():
+        grad_modulation = (grad_modulation.sum(0) if modulation.ndim == 2 else grad_modulation).to(modulation.dtype)
+    if grad_bias.numel():
         grad_bias = grad_bias.flatten(1).t().to(rel_pos_bias.dtype).contiguous()
-    if needs_modulation:
-        if modulation.ndim == 2:  # one table for all heads
-            grad_modulation = grad_modulation.sum(0)
-        grad_modulation = grad_modulation.to(modulation.dtype)
-    return grad_q, grad_k, grad_v, grad_modulation, grad_bias
-
-
-def _launch_backward(p, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_bias, grad_modulation) -> None:
-    """Fills the gradients; of the tables only those that have elements."""
-    N, tiles = p.q.shape[1], p.backward_tiles()
-    if "short_backward" in tiles:
-        _launch_short_backward(p, tiles["short_backward"], grad_out, logsumexp, grad_q, grad_k, grad_v, grad_bias)
-        return
-    B, _, heads, _ = p.q.shape
-    delta = torch.empty(B, heads, N, dtype=torch.float32, device=out.device)
-    tile = tiles["backward_q"]
-    p.launch_tiles(
-        kernels.backward_q, tile, triton.cdiv(N, tile.block_m),
-        (out, grad_out, logsumexp, delta, grad_q), (out, grad_out), WHOLE_ROWS=tile.block_n >= N,
-    )  # fmt: skip
-    tile = tiles["backward_kv"]
-    p.launch_tiles(
-        kernels.backward_kv, tile, triton.cdiv(N, tile.block_n),
-        (grad_out, logsumexp, delta, grad_k, grad_v), (grad_out, grad_k), WHOLE_ROWS=tile.block_n >= N,
-    )  # fmt: skip
-    if grad_bias.numel() or grad_modulation.numel():
-        tile = lay_out_cells(tiles["backward_tables"], p.grid)
-        _launch_table_gradients(p, tile, grad_out, logsumexp, delta, grad_bias, grad_modulation)
-
-
-def _launch_short_backward(p, tile, grad_out, logsumexp, grad_q, grad_k, grad_v, grad_bias) -> None:
-    splits, heads, block = p.short_splits("short_backward", tile), p.q.shape[2], tile.block_m
-    needs_bias = grad_bias.numel() > 0
-    size = splits * heads * block * block if needs_bias else 0
-    partials = torch.empty(size, dtype=torch.float32, device=grad_q.device)
-    p.launch_short(
-        short_kernels.short_backward, tile, splits,
-        (grad_out, logsumexp, grad_q, grad_k, grad_v, partials), (grad_out, grad_q), GRAD_BIAS=needs_bias,
-    )  # fmt: skip
-    if needs_bias:
-        seq = triton.next_power_of_2(p.q.shape[1])
-        launch(
-            short_kernels.reduce_short_partials, _reduction_programs(grad_bias),
-            partials, grad_bias, splits, heads, *p.grid, p.before,
-            SEQ=seq, BLOCK=block, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM,
-        )  # fmt: skip
-
-
-def _launch_table_gradients(p, tile, grad_out, logsumexp, delta, grad_bias, grad_modulation) -> None:
-    B, _, heads, _ = p.q.shape
-    H, W = p.grid
-    layout = {"ITEMS": tile.items, "ROWS": tile.rows, "COLUMNS": tile.columns}
-    block = math.prod(layout.values())
-    distances = (2 * triton.cdiv(H, tile.rows) - 1) * (2 * triton.cdiv(W, tile.columns) - 1)
-    groups = triton.cdiv(B, tile.items)
-    groups_per_split = triton.cdiv(groups * heads * distances, _TABLE_PROGRAMS)
-    splits = triton.cdiv(groups, groups_per_split)
-    size = splits * heads * distances * block * block
-    bias_partials, modulation_partials = (
-        torch.empty(size if grad.numel() else 0, dtype=torch.float32, device=grad.device)
-        for grad in (grad_bias, grad_modulation)
-    )
-    p.launch(
-        table_kernels.backward_tables, tile, splits * heads * distances,
-        (grad_out, logsumexp, delta, bias_partials, modulation_partials), (grad_out,), B, groups_per_split,
-        GRAD_BIAS=grad_bias.numel() > 0, GRAD_MODULATION=grad_modulation.numel() > 0,
-        MASKED=tile.items > 1 or H % tile.rows != 0 or W % tile.columns != 0, **layout,
-    )  # fmt: skip
-    for partials, gradient in ((bias_partials, grad_bias), (modulation_partials, grad_modulation)):
-        if gradient.numel():
-            launch(
-                table_kernels.reduce_table_partials, _reduction_programs(gradient),
-                partials, gradient, splits, heads, H, W, **layout, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM,
-            )  # fmt: skip
+    return grad_modulation, grad_bias
 
 
 _OFFSETS_PER_PROGRAM = 16
 
 
-def _reduction_programs(gradient: Tensor) -> int:
-    heads, rows, columns = gradient.shape
-    return heads * triton.cdiv(rows * columns, _OFFSETS_PER_PROGRAM)
-
-
-def _fake_forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale):
-    return q.new_empty(q.shape), q.new_empty(_logsumexp_shape(q), dtype=torch.float32)
+def _reduction_programs(p: _Problem) -> int:
+    (H, W), heads = p.grid, p.q.shape[2]
+    return heads * _ceil((2 * H - 1) * (2 * W - 1), _OFFSETS_PER_PROGRAM)
 
 
 def _fake_backward(
     grad_out, q, k, v, modulation, rel_pos_bias, out, logsumexp, grid_h, grid_w, before, scale,
     needs_modulation, needs_bias,
 ):  # fmt: skip
-    gradients = [out.new_empty(out.shape) for _ in range(3)]
+    gradients = [q.new_empty(q.shape) for _ in range(3)]
     for table, needed in ((modulation, needs_modulation), (rel_pos_bias, needs_bias)):
         gradients.append(table.new_empty(table.shape) if needed else q.new_empty(0, dtype=torch.float32))
     return tuple(gradients)
 
 
-def _save_for_backward(ctx, inputs, output):
-    q, k, v, modulation, rel_pos_bias, *ctx.arguments = inputs
-    ctx.set_materialize_grads(False)  # no zeros for the logsumexp, which nobody differentiates
-    ctx.save_for_backward(q, k, v, modulation, rel_pos_bias, *output)
-
-
-def _differentiate(ctx, grad_out, _grad_logsumexp):
-    q, k, v, modulation, rel_pos_bias, out, logsumexp = ctx.saved_tensors
-    needs_modulation, needs_bias = ctx.needs_input_grad[3:5]
-    *grads, grad_modulation, grad_bias = torch.ops.edt_kernels.amm_attention_backward(
-        grad_out, q, k, v, modulation, rel_pos_bias, out, logsumexp, *ctx.arguments, needs_modulation, needs_bias
-    )
-    tables = (grad_modulation if needs_modulation else None, grad_bias if needs_bias else None)
-    return (*grads, *tables, *[None] * len(ctx.arguments))
-
-
 _ARGUMENTS = "int grid_h, int grid_w, int before, float scale"
-define_op(
+_forward_op = define_op(
     "amm_attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor? modulation, Tensor? rel_pos_bias, {_ARGUMENTS}) -> (Tensor, Tensor)",
     _forward,
-    _fake_forward,
+    lambda q, *_: _empty_outputs(q),
 )
-define_op(
+_backward_op = define_op(
     "amm_attention_backward",
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? modulation, Tensor? rel_pos_bias, Tensor out, "
     f"Tensor logsumexp, {_ARGUMENTS}, bool needs_modulation, bool needs_bias) "
@@ -485,7 +493,24 @@ define_op(
     _backward,
     _fake_backward,
 )
-define_gradient("amm_attention", _save_for_backward, _differentiate)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, modulation, rel_pos_bias, *numbers):
+        out, logsumexp = _forward_op(q, k, v, modulation, rel_pos_bias, *numbers)
+        ctx.save_for_backward(q, k, v, modulation, rel_pos_bias, out, logsumexp)
+        ctx.numbers = numbers
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        needs_modulation, needs_bias = ctx.needs_input_grad[3:5]
+        *grads, grad_modulation, grad_bias = _backward_op(
+            grad_out, *ctx.saved_tensors, *ctx.numbers, needs_modulation, needs_bias
+        )
+        tables = grad_modulation if needs_modulation else None, grad_bias if needs_bias else None
+        return once_differentiable("amm_attention", (*grads, *tables, *[None] * len(ctx.numbers)))
 
 
 def amm_attention(
@@ -496,11 +521,10 @@ def amm_attention(
     modulation: Tensor | None,
     rel_pos_bias: Tensor | None,
     scale: float,
-    num_extra_tokens: tuple[int, int],
+    before: int,
 ) -> Tensor:
     """`edt_kernels.amm_attention` by the kernels; the arguments are checked."""
-    refuse_forward_mode("amm_attention", q, k, v, modulation, rel_pos_bias)
-    out, _ = torch.ops.edt_kernels.amm_attention(
-        q, k, v, modulation, rel_pos_bias, *grid, num_extra_tokens[0], scale
-    )
-    return out
+    arguments = q, k, v, modulation, rel_pos_bias, *grid, before, scale
+    if has_gradient(q, k, v, modulation, rel_pos_bias):
+        return _Function.apply(*arguments)
+    return _forward_op(*arguments)[0]

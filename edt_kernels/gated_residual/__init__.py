@@ -35,4 +35,4 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     check_like("gate", gate, (x.shape[0], x.shape[2]), "x", x)
     if select_backend(x=x, y=y, gate=gate) == "reference":
         return reference.gated_residual(x, y, gate)
-    return autograd.gated_residual(x, y, gate)
+    return autograd.gated_residual_adaln(x, y, gate, None, None, 0.0, x.dtype)[0]

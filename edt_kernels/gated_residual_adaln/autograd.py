@@ -1,154 +1,118 @@
-"""Launchers and torch registration of `gated_residual_adaln` and, by the same kernels, `gated_residual`."""
+"""Launchers and torch registration of `adaln`, `gated_residual` and `gated_residual_adaln`, which share kernels: an
+op leaves out what it has not."""
 
 import torch
 from torch import Tensor
 
-from .._launch import define_gradient, define_op, dense_rows, refuse_forward_mode
-from .._rows import empty_normed, launch_rows, modulation_gradients, row_program, save_for_backward, total
-from . import kernels
+from .. import _norm_kernels as kernels
+from .._launch import define_op, dense_rows, has_gradient, on_device_of, once_differentiable
+from .._rows import empty_normed, in_dtypes, plan_rows, total
 
 
-def _op(norm: bool) -> str:
-    return "gated_residual_adaln" if norm else "gated_residual"
+def _name(gate, scale) -> str:
+    return "adaln" if gate is None else "gated_residual" if scale is None else "gated_residual_adaln"
 
 
-def _launch_forward(x, y, gate, shift, scale, eps, x_out, out, mean, rstd) -> None:
-    """With out None: the residual alone. Absent tensors are stood in for by x, which the kernel does not read."""
-    norm = out is not None
-    if not norm:
-        shift = scale = out = mean = rstd = x
-    _, N, C = x.shape
-    tile = row_program(f"{_op(norm)}.forward", x, N, 1, C)
-    launch_rows(
-        kernels.forward, tile, (x, y, x_out, out),
-        x, y, gate, shift, scale, x_out, out, mean, rstd, *x.stride()[:2], *y.stride()[:2],
-        gate.stride(0), shift.stride(0), scale.stride(0), N, eps, NORM=norm,
-    )  # fmt: skip
+def _existing(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
-def _launch_backward(grad_x_out, grad_out, x_out, y, gate, scale, mean, rstd, grad_x, grad_y) -> Tensor:
-    """Fills grad_x (unless grad_out is None) and grad_y; the sums (1 or 3, B, C) of dgate, dshift and dscale."""
-    norm = grad_out is not None
-    if not norm:
-        grad_out = x_out = scale = mean = rstd = grad_x = grad_x_out
-    _, N, C = y.shape
-    tile = row_program(f"{_op(norm)}.backward", x_out, N, 1, C)
-    partials = y.new_empty(3 if norm else 1, *tile.programs, C, dtype=torch.float32)
-    launch_rows(
-        kernels.backward, tile, (grad_x_out, grad_out, x_out, y, grad_y),
-        grad_x_out, grad_out, x_out, y, gate, scale, mean, rstd, grad_x, grad_y, partials,
-        *grad_x_out.stride()[:2], *grad_out.stride()[:2], *y.stride()[:2], gate.stride(0), scale.stride(0),
-        N, tile.rows_per_program, NORM=norm,
-    )  # fmt: skip
-    return total(partials)
+def _empty_outputs(x, y, gate, shift, scale, eps, out_dtype):
+    """x' with a gate; the norm, the mean and the rstd of each row with a scale."""
+    normed = (None,) * 3 if scale is None else empty_normed(x, x.shape[1], x.shape[2], out_dtype)
+    return None if gate is None else x.new_empty(x.shape), *normed
 
 
 def _forward(x, y, gate, shift, scale, eps, out_dtype):
     x, y, gate, shift, scale = map(dense_rows, (x, y, gate, shift, scale))
-    x_out, normed = x.new_empty(x.shape), empty_normed(x, x.shape[1], x.shape[2], out_dtype)
-    _launch_forward(x, y, gate, shift, scale, eps, x_out, *normed)
-    return x_out, *normed
+    B, N, C = x.shape
+    launch, _ = plan_rows(
+        f"{_name(gate, scale)}.forward", kernels.forward, (B, N, 1, C), (x, y), (gate, shift, scale), eps,
+        out_dtype=out_dtype,
+    )  # fmt: skip
+    outputs = _empty_outputs(x, y, gate, shift, scale, eps, out_dtype)
+    with on_device_of(x):
+        launch(x, y, gate, shift, scale, *outputs)
+    return _existing(*outputs)
 
 
-def _backward(grad_x_out, grad_out, x_out, y, gate, scale, mean, rstd):
-    grad_x_out, grad_out, y, gate, scale = map(dense_rows, (grad_x_out, grad_out, y, gate, scale))
-    grad_x, grad_y = x_out.new_empty(x_out.shape), y.new_empty(y.shape)
-    sums = _launch_backward(grad_x_out, grad_out, x_out, y, gate, scale, mean, rstd, grad_x, grad_y)
-    return grad_x, grad_y, sums
+def _empty_gradients(x, y, scale):
+    """dx with a scale (else it is what arrives), dy with a gate."""
+    return None if scale is None else x.new_empty(x.shape), None if y is None else y.new_empty(y.shape)
 
 
-def _residual_forward(x, y, gate):
-    x, y, gate = map(dense_rows, (x, y, gate))
-    x_out = x.new_empty(x.shape)
-    _launch_forward(x, y, gate, None, None, 0.0, x_out, None, None, None)
-    return x_out
+def _backward(grad_x_out, grad_out, x, y, gate, scale, mean, rstd):
+    grad_x_out, grad_out, x, y, gate, scale = map(dense_rows, (grad_x_out, grad_out, x, y, gate, scale))
+    stream = y if x is None else x
+    B, N, C = stream.shape
+    launch, programs = plan_rows(
+        f"{_name(gate, scale)}.backward", kernels.backward, (B, N, 1, C), (grad_x_out, grad_out, x, y), (gate, scale)
+    )
+    grad_x, grad_y = _empty_gradients(x, y, scale)
+    quantities = len(_existing(gate, scale, scale))
+    partials = stream.new_empty((quantities, *programs, C), dtype=torch.float32)
+    with on_device_of(stream):
+        launch(grad_x_out, grad_out, x, y, gate, scale, mean, rstd, grad_x, grad_y, partials)
+    return _existing(grad_x, grad_y, total(partials))
 
 
-def _residual_backward(grad_x_out, y, gate):
-    grad_x_out, y, gate = map(dense_rows, (grad_x_out, y, gate))
-    grad_y = y.new_empty(y.shape)
-    return grad_y, _launch_backward(grad_x_out, None, None, y, gate, None, None, None, None, grad_y)
+def _fake_backward(grad_x_out, grad_out, x, y, gate, scale, mean, rstd):
+    B, _, C = (y if x is None else x).shape
+    sums = (y if x is None else x).new_empty((len(_existing(gate, scale, scale)), B, C), dtype=torch.float32)
+    return _existing(*_empty_gradients(x, y, scale), sums)
 
 
-def _fake_forward(x, y, gate, shift, scale, eps, out_dtype):
-    return x.new_empty(x.shape), *empty_normed(x, x.shape[1], x.shape[2], out_dtype)
-
-
-def _fake_backward(grad_x_out, grad_out, x_out, y, gate, scale, mean, rstd):
-    return x_out.new_empty(x_out.shape), y.new_empty(y.shape), y.new_empty(3, *gate.shape, dtype=torch.float32)
-
-
-def _fake_residual_forward(x, y, gate):
-    return x.new_empty(x.shape)
-
-
-def _fake_residual_backward(grad_x_out, y, gate):
-    return y.new_empty(y.shape), y.new_empty(1, *gate.shape, dtype=torch.float32)
-
-
-def _save_for_backward(ctx, inputs, output):
-    _, y, gate, shift, scale, _, _ = inputs
-    x_out, _, *statistics = output
-    save_for_backward(ctx, (x_out, y, gate, scale, *statistics), modulation=(gate, shift, scale))
-
-
-def _differentiate(ctx, grad_x_out, grad_out, _grad_mean, _grad_rstd):
-    saved = x_out, *_ = ctx.saved_tensors  # once: a checkpoint recomputes for one reading
-    grad_x_out = torch.zeros_like(x_out) if grad_x_out is None else grad_x_out
-    grad_out = torch.zeros_like(x_out) if grad_out is None else grad_out
-    grad_x, grad_y, sums = torch.ops.edt_kernels.gated_residual_adaln_backward(grad_x_out, grad_out, *saved)
-    return grad_x, grad_y, *modulation_gradients(ctx, sums), None, None
-
-
-def _save_residual_for_backward(ctx, inputs, output):
-    _, y, gate = inputs
-    save_for_backward(ctx, (y, gate), modulation=(gate,))
-
-
-def _differentiate_residual(ctx, grad_x_out):
-    grad_y, sums = torch.ops.edt_kernels.gated_residual_backward(grad_x_out, *ctx.saved_tensors)
-    return grad_x_out, grad_y, *modulation_gradients(ctx, sums)
-
-
-define_op(
+_forward_op = define_op(
     "gated_residual_adaln",
-    "(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps, ScalarType out_dtype) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, float eps, ScalarType out_dtype) -> Tensor[]",
     _forward,
-    _fake_forward,
+    lambda *arguments: _existing(*_empty_outputs(*arguments)),
 )
-define_op(
+_backward_op = define_op(
     "gated_residual_adaln_backward",
-    "(Tensor grad_x_out, Tensor grad_out, Tensor x_out, Tensor y, Tensor gate, Tensor scale, Tensor mean, "
-    "Tensor rstd) -> (Tensor, Tensor, Tensor)",
+    "(Tensor? grad_x_out, Tensor? grad_out, Tensor? x, Tensor? y, Tensor? gate, Tensor? scale, Tensor? mean, "
+    "Tensor? rstd) -> Tensor[]",
     _backward,
     _fake_backward,
 )
-define_gradient("gated_residual_adaln", _save_for_backward, _differentiate)
-define_op(
-    "gated_residual",
-    "(Tensor x, Tensor y, Tensor gate) -> Tensor",
-    _residual_forward,
-    _fake_residual_forward,
-)
-define_op(
-    "gated_residual_backward",
-    "(Tensor grad_x_out, Tensor y, Tensor gate) -> (Tensor, Tensor)",
-    _residual_backward,
-    _fake_residual_backward,
-)
-define_gradient("gated_residual", _save_residual_for_backward, _differentiate_residual)
 
 
-def gated_residual_adaln(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """`edt_kernels.gated_residual_adaln` by the kernels; the arguments are checked."""
-    refuse_forward_mode("gated_residual_adaln", x, y, gate, shift, scale)
-    return torch.ops.edt_kernels.gated_residual_adaln(x, y, gate, shift, scale, eps, out_dtype)[:2]
+class _Function(torch.autograd.Function):
+    """With neither gate nor y `adaln`, with neither shift nor scale `gated_residual`."""
+
+    @staticmethod
+    def forward(ctx, x, y, gate, shift, scale, eps, out_dtype):
+        outputs = _forward_op(x, y, gate, shift, scale, eps, out_dtype)
+        ctx.set_materialize_grads(False)
+        normed = None if scale is None else x if gate is None else outputs[0]
+        statistics = (None, None) if scale is None else outputs[-2:]
+        ctx.save_for_backward(normed, y, gate, scale, *statistics)
+        ctx.shift_dtype = None if shift is None else shift.dtype
+        return tuple(outputs if scale is None else outputs[:-2])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        saved = x, y, gate, scale, _, _ = ctx.saved_tensors  # once: a checkpoint recomputes for one reading
+        grad_x_out, grad_out = (None, *grads) if gate is None else (*grads, None)[:2]
+        if scale is not None and grad_out is None:
+            grad_out = torch.zeros_like(x)
+        if gate is not None and grad_x_out is None:
+            grad_x_out = torch.zeros_like(x)
+        *grads, sums = _backward_op(grad_x_out, grad_out, *saved)
+        grad_x = grad_x_out if scale is None else grads.pop(0)
+        if gate is None:
+            grads = grad_x, None, None, *in_dtypes(sums, ctx.shift_dtype, scale.dtype)
+        elif scale is None:
+            grads = grad_x, *grads, *in_dtypes(sums, gate.dtype), None, None
+        else:
+            grads = grad_x, *grads, *in_dtypes(sums, gate.dtype, ctx.shift_dtype, scale.dtype)
+        return once_differentiable(_name(gate, scale), (*grads, None, None))
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """`edt_kernels.gated_residual` by the kernels; the arguments are checked."""
-    refuse_forward_mode("gated_residual", x, y, gate)
-    return torch.ops.edt_kernels.gated_residual(x, y, gate)
+def gated_residual_adaln(x, y, gate, shift, scale, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The outputs of `edt_kernels.gated_residual_adaln` that there are, by the kernels; the arguments are checked.
+    Without y and gate `edt_kernels.adaln`, without shift and scale `edt_kernels.gated_residual`."""
+    arguments = x, y, gate, shift, scale, eps, out_dtype
+    if has_gradient(x, y, gate, shift, scale):
+        return _Function.apply(*arguments)
+    return tuple(_forward_op(*arguments)[: 2 - (gate is None) - (scale is None)])

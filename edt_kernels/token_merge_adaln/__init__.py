@@ -67,4 +67,4 @@ def token_merge_adaln(
     if select_backend(x=x, shift=shift, scale=scale) == "reference":
         return reference.token_merge_adaln(x, shift, scale, grid=grid, keep=keep, eps=eps, out_dtype=out_dtype)
     out_dtype = out_dtype or default_out_dtype(x)
-    return autograd.token_merge_adaln(x, shift, scale, keep, grid, eps, out_dtype)
+    return autograd.token_merge_adaln(x, shift, scale, keep, grid[1], eps, out_dtype)

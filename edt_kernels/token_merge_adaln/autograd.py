@@ -3,94 +3,73 @@
 import torch
 from torch import Tensor
 
-from .._launch import define_gradient, define_op, dense_rows, refuse_forward_mode
-from .._rows import empty_normed, launch_rows, modulation_gradients, row_program, save_for_backward, total
+from .._launch import define_op, dense_rows, has_gradient, on_device_of, once_differentiable
+from .._rows import empty_normed, in_dtypes, plan_rows, total
 from . import kernels
 
 
-def _keep_arguments(x: Tensor, keep: Tensor | None) -> tuple[Tensor, int, bool]:
-    """Bytes, their stride by sample, and whether there is a mask; x stands in for one that is not read."""
-    if keep is None:
-        return x, 0, False
-    keep = dense_rows(keep).view(torch.uint8)
-    return keep, keep.stride(0), True
-
-
-def _forward(x, shift, scale, keep, grid_h, grid_w, eps, out_dtype):
-    x, shift, scale = map(dense_rows, (x, shift, scale))
-    _, tokens, C = x.shape
-    N = tokens // 4
-    out, mean, rstd = empty_normed(x, N, 4 * C, out_dtype)
-    tile = row_program("token_merge_adaln.forward", x, N, 4, C)
-    keep, stride_keep, masked = _keep_arguments(x, keep)
-    launch_rows(
-        kernels.forward, tile, (x, out),
-        x, shift, scale, keep, out, mean, rstd, *x.stride()[:2], shift.stride(0), scale.stride(0),
-        stride_keep, N, grid_w, eps, MASKED=masked,
+def _forward(x, shift, scale, keep, grid_w, eps, out_dtype):
+    x, shift, scale, keep = map(dense_rows, (x, shift, scale, keep))
+    B, tokens, C = x.shape
+    launch, _ = plan_rows(
+        "token_merge_adaln.forward", kernels.forward, (B, tokens // 4, 4, C), (x,), (shift, scale, keep), grid_w, eps,
+        out_dtype=out_dtype,
     )  # fmt: skip
-    return out, mean, rstd
+    outputs = empty_normed(x, tokens // 4, 4 * C, out_dtype)
+    with on_device_of(x):
+        launch(x, shift, scale, keep, *outputs)
+    return outputs
 
 
-def _backward(grad_out, x, scale, keep, mean, rstd, grid_h, grid_w):
-    grad_out, x, scale = map(dense_rows, (grad_out, x, scale))
-    _, N, width = grad_out.shape
-    tile = row_program("token_merge_adaln.backward", x, N, 4, width // 4)
-    grad_x, partials = x.new_empty(x.shape), x.new_empty(2, *tile.programs, width, dtype=torch.float32)
-    keep, stride_keep, masked = _keep_arguments(x, keep)
-    launch_rows(
-        kernels.backward, tile, (x, grad_out, grad_x),
-        grad_out, x, scale, keep, mean, rstd, grad_x, partials, *grad_out.stride()[:2], *x.stride()[:2],
-        scale.stride(0), stride_keep, N, grid_w, tile.rows_per_program, MASKED=masked,
-    )  # fmt: skip
+def _backward(grad_out, x, scale, keep, mean, rstd, grid_w):
+    grad_out, x, scale, keep = map(dense_rows, (grad_out, x, scale, keep))
+    B, N, width = grad_out.shape
+    launch, programs = plan_rows(
+        "token_merge_adaln.backward", kernels.backward, (B, N, 4, width // 4), (grad_out, x), (scale, keep), grid_w
+    )
+    grad_x, partials = x.new_empty(x.shape), x.new_empty((2, *programs, width), dtype=torch.float32)
+    with on_device_of(x):
+        launch(grad_out, x, scale, keep, mean, rstd, grad_x, partials)
     return grad_x, total(partials)
 
 
-def _fake_forward(x, shift, scale, keep, grid_h, grid_w, eps, out_dtype):
-    _, tokens, C = x.shape
-    return empty_normed(x, tokens // 4, 4 * C, out_dtype)
-
-
-def _fake_backward(grad_out, x, scale, keep, mean, rstd, grid_h, grid_w):
-    return x.new_empty(x.shape), x.new_empty(2, *scale.shape, dtype=torch.float32)
-
-
-def _save_for_backward(ctx, inputs, output):
-    x, shift, scale, keep, *ctx.grid, _, _ = inputs
-    _, *statistics = output
-    save_for_backward(ctx, (x, scale, keep, *statistics), modulation=(shift, scale))
-
-
-def _differentiate(ctx, grad_out, _grad_mean, _grad_rstd):
-    grad_x, sums = torch.ops.edt_kernels.token_merge_adaln_backward(grad_out, *ctx.saved_tensors, *ctx.grid)
-    return grad_x, *modulation_gradients(ctx, sums), *[None] * 5
-
-
-define_op(
+_forward_op = define_op(
     "token_merge_adaln",
-    "(Tensor x, Tensor shift, Tensor scale, Tensor? keep, int grid_h, int grid_w, float eps, "
-    "ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor shift, Tensor scale, Tensor? keep, int grid_w, float eps, ScalarType out_dtype) "
+    "-> (Tensor, Tensor, Tensor)",
     _forward,
-    _fake_forward,
+    lambda x, shift, scale, keep, grid_w, eps, out_dtype: empty_normed(
+        x, x.shape[1] // 4, 4 * x.shape[2], out_dtype
+    ),
 )
-define_op(
+_backward_op = define_op(
     "token_merge_adaln_backward",
-    "(Tensor grad_out, Tensor x, Tensor scale, Tensor? keep, Tensor mean, Tensor rstd, int grid_h, int grid_w) "
+    "(Tensor grad_out, Tensor x, Tensor scale, Tensor? keep, Tensor mean, Tensor rstd, int grid_w) "
     "-> (Tensor, Tensor)",
     _backward,
-    _fake_backward,
+    lambda grad_out, x, scale, *_: (x.new_empty(x.shape), x.new_empty((2, *scale.shape), dtype=torch.float32)),
 )
-define_gradient("token_merge_adaln", _save_for_backward, _differentiate)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shift, scale, keep, grid_w, eps, out_dtype):
+        out, *statistics = _forward_op(x, shift, scale, keep, grid_w, eps, out_dtype)
+        ctx.save_for_backward(x, scale, keep, *statistics)
+        ctx.shift_dtype, ctx.grid_w = shift.dtype, grid_w
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        saved = _, scale, *_ = ctx.saved_tensors  # once: a checkpoint recomputes for one reading
+        grad_x, sums = _backward_op(grad_out, *saved, ctx.grid_w)
+        grads = grad_x, *in_dtypes(sums, ctx.shift_dtype, scale.dtype), *[None] * 4
+        return once_differentiable("token_merge_adaln", grads)
 
 
 def token_merge_adaln(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    keep: Tensor | None,
-    grid: tuple[int, int],
-    eps: float,
-    out_dtype: torch.dtype | None,
+    x: Tensor, shift: Tensor, scale: Tensor, keep: Tensor | None, grid_w: int, eps: float, out_dtype: torch.dtype
 ) -> Tensor:
     """`edt_kernels.token_merge_adaln` by the kernels; the arguments are checked."""
-    refuse_forward_mode("token_merge_adaln", x, shift, scale)
-    return torch.ops.edt_kernels.token_merge_adaln(x, shift, scale, keep, *grid, eps, out_dtype)[0]
+    arguments = x, shift, scale, keep if keep is None else keep.view(torch.uint8), grid_w, eps, out_dtype
+    return _Function.apply(*arguments) if has_gradient(x, shift, scale) else _forward_op(*arguments)[0]

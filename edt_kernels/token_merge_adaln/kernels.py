@@ -28,7 +28,7 @@ def zero_dropped(values, keep, places, row_exists):
 def forward(
     x, shift, scale, keep, out, mean, rstd,
     stride_xb, stride_xn, stride_shift, stride_scale, stride_keep, N, W, eps,
-    C: tl.constexpr, MASKED: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """N merged tokens a sample; W is the grid's width before merging."""
     sample, first, last = norm.rows_of_program(N, ROWS)
@@ -38,7 +38,7 @@ def forward(
     x_tile = norm.load_rows(x, sample, token, stride_xb, stride_xn, c, mask, ALIGN)
     x_hat = norm.normalize(x_tile, mean, rstd, number, row_exists, exists, eps, 4 * C)
     result = norm.modulate(x_hat, shift, scale, sample, stride_shift, stride_scale, place, exists)
-    if MASKED:
+    if keep is not None:
         result = zero_dropped(result, keep, sample * stride_keep + token, row_exists)
     norm.store(out, number * (4 * C) + place, result, mask)
 
@@ -47,7 +47,7 @@ def forward(
 def backward(
     grad_out, x, scale, keep, mean, rstd, grad_x, partials,
     stride_gb, stride_gn, stride_xb, stride_xn, stride_scale, stride_keep, N, W, rows_per_program,
-    C: tl.constexpr, MASKED: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx, and the partial sums of dshift and dscale."""
     sample, first, last = norm.rows_of_program(N, rows_per_program)
@@ -60,7 +60,7 @@ def backward(
         token = merged_tokens(row, W)
         x_tile = norm.load_rows(x, sample, token, stride_xb, stride_xn, c, mask, ALIGN)
         grad_tile = norm.load_rows(grad_out, sample, row, stride_gb, stride_gn, place, mask, ALIGN)
-        if MASKED:
+        if keep is not None:
             grad_tile = zero_dropped(grad_tile, keep, sample * stride_keep + token, row_exists)
         dx, shift_sum, scale_sum = norm.differentiate(
             grad_tile, x_tile, scale_row, mean, rstd, number, row_exists, exists, shift_sum, scale_sum, 4 * C

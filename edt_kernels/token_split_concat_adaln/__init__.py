@@ -51,4 +51,4 @@ def token_split_concat_adaln(
     eps = check_eps(eps)
     if select_backend(x=x, skip=skip, shift=shift, scale=scale) == "reference":
         return reference.token_split_concat_adaln(x, skip, shift, scale, grid=grid, eps=eps)
-    return autograd.token_split_concat_adaln(x, skip, shift, scale, grid, eps, default_out_dtype(x))
+    return autograd.token_split_concat_adaln(x, skip, shift, scale, grid[1], eps, default_out_dtype(x))

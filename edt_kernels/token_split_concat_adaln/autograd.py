@@ -3,88 +3,79 @@
 import torch
 from torch import Tensor
 
-from .._launch import define_gradient, define_op, dense_rows, refuse_forward_mode
-from .._rows import empty_normed, launch_rows, modulation_gradients, row_program, save_for_backward, total
+from .._launch import define_op, dense_rows, has_gradient, on_device_of, once_differentiable
+from .._rows import empty_normed, in_dtypes, plan_rows, total
 from . import kernels
 
 
-def _forward(x, skip, shift, scale, grid_h, grid_w, eps, out_dtype):
+def _forward(x, skip, shift, scale, grid_w, eps, out_dtype):
     x, skip, shift, scale = map(dense_rows, (x, skip, shift, scale))
-    _, N, C = skip.shape
-    out, mean, rstd = empty_normed(x, N, 2 * C, out_dtype)
-    tile = row_program("token_split_concat_adaln.forward", skip, N, 2, C)
-    launch_rows(
-        kernels.forward, tile, (x, skip, out),
-        x, skip, shift, scale, out, mean, rstd, *x.stride()[:2], *skip.stride()[:2], shift.stride(0),
-        scale.stride(0), N, grid_w, eps,
+    B, N, C = skip.shape
+    launch, _ = plan_rows(
+        "token_split_concat_adaln.forward", kernels.forward, (B, N, 2, C), (x, skip), (shift, scale), grid_w, eps,
+        out_dtype=out_dtype,
     )  # fmt: skip
-    return out, mean, rstd
+    outputs = empty_normed(x, N, 2 * C, out_dtype)
+    with on_device_of(x):
+        launch(x, skip, shift, scale, *outputs)
+    return outputs
 
 
-def _backward(grad_out, x, skip, scale, mean, rstd, grid_h, grid_w):
+def _backward(grad_out, x, skip, scale, mean, rstd, grid_w):
     grad_out, x, skip, scale = map(dense_rows, (grad_out, x, skip, scale))
-    _, N, C = skip.shape
-    tile = row_program("token_split_concat_adaln.backward", skip, N, 2, C)
+    B, N, C = skip.shape
+    launch, programs = plan_rows(
+        "token_split_concat_adaln.backward", kernels.backward, (B, N, 2, C), (grad_out, x, skip), (scale,), grid_w
+    )
     grad_x, grad_skip = x.new_empty(x.shape), skip.new_empty(skip.shape)
-    partials = x.new_empty(2, *tile.programs, 2 * C, dtype=torch.float32)
-    launch_rows(
-        kernels.backward, tile, (x, skip, grad_out, grad_skip),
-        grad_out, x, skip, scale, mean, rstd, grad_x, grad_skip, partials,
-        *grad_out.stride()[:2], *x.stride()[:2], *skip.stride()[:2], scale.stride(0),
-        N, grid_w, tile.rows_per_program,
-    )  # fmt: skip
+    partials = x.new_empty((2, *programs, 2 * C), dtype=torch.float32)
+    with on_device_of(x):
+        launch(grad_out, x, skip, scale, mean, rstd, grad_x, grad_skip, partials)
     return grad_x, grad_skip, total(partials)
 
 
-def _fake_forward(x, skip, shift, scale, grid_h, grid_w, eps, out_dtype):
-    _, N, C = skip.shape
-    return empty_normed(x, N, 2 * C, out_dtype)
-
-
-def _fake_backward(grad_out, x, skip, scale, mean, rstd, grid_h, grid_w):
-    sums = x.new_empty(2, *scale.shape, dtype=torch.float32)
+def _fake_backward(grad_out, x, skip, scale, mean, rstd, grid_w):
+    sums = x.new_empty((2, *scale.shape), dtype=torch.float32)
     return x.new_empty(x.shape), skip.new_empty(skip.shape), sums
 
 
-def _save_for_backward(ctx, inputs, output):
-    x, skip, shift, scale, *ctx.grid, _, _ = inputs
-    _, *statistics = output
-    save_for_backward(ctx, (x, skip, scale, *statistics), modulation=(shift, scale))
-
-
-def _differentiate(ctx, grad_out, _grad_mean, _grad_rstd):
-    grad_x, grad_skip, sums = torch.ops.edt_kernels.token_split_concat_adaln_backward(
-        grad_out, *ctx.saved_tensors, *ctx.grid
-    )
-    return grad_x, grad_skip, *modulation_gradients(ctx, sums), *[None] * 4
-
-
-define_op(
+_forward_op = define_op(
     "token_split_concat_adaln",
-    "(Tensor x, Tensor skip, Tensor shift, Tensor scale, int grid_h, int grid_w, float eps, "
-    "ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor skip, Tensor shift, Tensor scale, int grid_w, float eps, ScalarType out_dtype) "
+    "-> (Tensor, Tensor, Tensor)",
     _forward,
-    _fake_forward,
+    lambda x, skip, shift, scale, grid_w, eps, out_dtype: empty_normed(
+        x, skip.shape[1], 2 * skip.shape[2], out_dtype
+    ),
 )
-define_op(
+_backward_op = define_op(
     "token_split_concat_adaln_backward",
-    "(Tensor grad_out, Tensor x, Tensor skip, Tensor scale, Tensor mean, Tensor rstd, int grid_h, int grid_w) "
+    "(Tensor grad_out, Tensor x, Tensor skip, Tensor scale, Tensor mean, Tensor rstd, int grid_w) "
     "-> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
-define_gradient("token_split_concat_adaln", _save_for_backward, _differentiate)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, skip, shift, scale, grid_w, eps, out_dtype):
+        out, *statistics = _forward_op(x, skip, shift, scale, grid_w, eps, out_dtype)
+        ctx.save_for_backward(x, skip, scale, *statistics)
+        ctx.shift_dtype, ctx.grid_w = shift.dtype, grid_w
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        saved = *_, scale, _, _ = ctx.saved_tensors  # once: a checkpoint recomputes for one reading
+        *grads, sums = _backward_op(grad_out, *saved, ctx.grid_w)
+        grads = *grads, *in_dtypes(sums, ctx.shift_dtype, scale.dtype), *[None] * 3
+        return once_differentiable("token_split_concat_adaln", grads)
 
 
 def token_split_concat_adaln(
-    x: Tensor,
-    skip: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    grid: tuple[int, int],
-    eps: float,
-    out_dtype: torch.dtype | None,
+    x: Tensor, skip: Tensor, shift: Tensor, scale: Tensor, grid_w: int, eps: float, out_dtype: torch.dtype
 ) -> Tensor:
     """`edt_kernels.token_split_concat_adaln` by the kernels; the arguments are checked."""
-    refuse_forward_mode("token_split_concat_adaln", x, skip, shift, scale)
-    return torch.ops.edt_kernels.token_split_concat_adaln(x, skip, shift, scale, *grid, eps, out_dtype)[0]
+    arguments = x, skip, shift, scale, grid_w, eps, out_dtype
+    return _Function.apply(*arguments) if has_gradient(x, skip, shift, scale) else _forward_op(*arguments)[0]
