@@ -13,8 +13,33 @@ except ImportError:  # Triton has no build for this platform; every op still has
 # Whether @triton.jit made interpreted functions: fixed when kernels are imported, as they are with this module.
 _INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
+_VARIABLE = "EDT_KERNELS_BACKEND"
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICE_BACKENDS = {"cuda": "triton", "cpu": "reference"}  # ROCm tensors are "cuda" to torch
+
+
+_chosen: dict[tuple, str] = {}
+_MOST_SIGNATURES = 4096
+
+
+def checked(check, signature: tuple | None, tensors: tuple, *arguments) -> str:
+    """`check(*tensors, *arguments)`, which checks a call and chooses its backend, once for each `signature` of the
+    tensors (see `_tracing.signature`) and arguments."""
+    if signature is None:
+        return check(*tensors, *arguments)
+    key = check, signature, *arguments, *map(type, arguments), os.environ.get(_VARIABLE)
+    try:
+        return _chosen[key]
+    except (KeyError, TypeError):  # unknown; not hashable, such as a grid in a list
+        pass
+    backend = check(*tensors, *arguments)
+    if len(_chosen) >= _MOST_SIGNATURES:
+        _chosen.clear()
+    try:
+        _chosen[key] = backend
+    except TypeError:
+        pass
+    return backend
 
 
 def select_backend(**tensors: Tensor) -> str:
@@ -23,7 +48,7 @@ def select_backend(**tensors: Tensor) -> str:
     Never falls back from a backend that was asked for.
     """
     device = next(iter(tensors.values())).device.type
-    requested = os.environ.get("EDT_KERNELS_BACKEND", "")
+    requested = os.environ.get(_VARIABLE, "")
     if requested not in ("", "triton", "reference"):
         raise ValueError(f"EDT_KERNELS_BACKEND is {requested!r}; it must be 'triton', 'reference' or unset")
     backend = requested or _DEVICE_BACKENDS.get(device, "reference")

@@ -12,9 +12,11 @@ import threading
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from triton.runtime.jit import JITFunction
+from triton import knobs
+from triton.runtime import driver
 
 from ._backend import _INTERPRETED
+from ._tracing import described, in_func_transform
 
 # Triton's interpreter has one running program and one patched language for all threads.
 _one_at_a_time = threading.RLock() if _INTERPRETED else contextlib.nullcontext()
@@ -36,10 +38,18 @@ class Launch:
         self._compiled = self._tail = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        if self._compiled is not None:
-            self._compiled(*tensors, *self._tail)
-        elif self._programs:
-            self._first(tensors)
+        compiled = self._compiled
+        if compiled is None:
+            if self._programs:
+                self._first(tensors)
+        elif knobs.runtime.launch_enter_hook is None and knobs.runtime.launch_exit_hook is None:
+            stream = driver.active.get_current_stream(self._device)
+            compiled.run(
+                self._programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *tensors, *self._tail,
+            )  # fmt: skip
+        else:  # a profiler's
+            compiled[(self._programs, 1, 1)](*tensors, *self._tail)
 
     def _first(self, tensors: tuple[Tensor | None, ...]) -> None:
         with _one_at_a_time:
@@ -49,15 +59,13 @@ class Launch:
         if compiled is not None:  # but for the interpreter. Its launcher is a tenth of JITFunction's work
             constants = (p.name for p in self._kernel.params if p.is_constexpr)
             self._tail = (*self._numbers, *(self._constants[name] for name in constants))
-            self._compiled = compiled[(self._programs, 1, 1)]
+            self._device = driver.active.get_current_device()
+            self._compiled = compiled
 
 
-def planned(plan, tensors: tuple[Tensor | None, ...], *arguments):
-    """`plan(*tensors, *arguments)`, made once for all tensors that a launch cannot tell apart."""
-    key = (
-        plan, *arguments,
-        *[t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 63) for t in tensors],
-    )  # fmt: skip
+def planned(plan, signature: tuple | None, tensors: tuple[Tensor | None, ...], *arguments):
+    """`plan(*tensors, *arguments)`, made once for each signature of the tensors and arguments."""
+    key = plan, signature or described(*tensors), *arguments
     try:
         return _plans[key]
     except KeyError:
@@ -97,23 +105,36 @@ def on_device_of(tensor: Tensor):
     return _nothing
 
 
-def define_op(name: str, schema: str, launch, fake):
-    """Registers `edt_kernels::name`, without gradients, and returns it: `launch` runs it, `fake` makes the empty
-    outputs of traced calls."""
-    torch.library.define(f"edt_kernels::{name}", schema)
-    torch.library.impl(f"edt_kernels::{name}", ("cuda", "cpu"))(launch)
-    torch.library.register_fake(f"edt_kernels::{name}")(fake)
-    return getattr(torch.ops.edt_kernels, name).default
+class Op:
+    """`edt_kernels::name`, an op of torch without gradients: `run(*arguments, signature=None)` computes it, `fake` makes
+    the empty outputs of traced calls.
+
+    Called with the signature of its tensors and its arguments, it skips torch's dispatcher, which takes as long as
+    all else, where nobody watches it (see `_tracing.signature`).
+    """
+
+    def __init__(self, name: str, schema: str, run, fake) -> None:
+        torch.library.define(f"edt_kernels::{name}", schema)
+        torch.library.impl(f"edt_kernels::{name}", ("cuda", "cpu"))(run)
+        torch.library.register_fake(f"edt_kernels::{name}")(fake)
+        self._run, self._registered = run, getattr(torch.ops.edt_kernels, name).default
+
+    def __call__(self, signature: tuple | None, *arguments):
+        if signature is None:
+            return self._registered(*arguments)
+        return self._run(*arguments, signature=signature)
 
 
 def has_gradient(*tensors: Tensor | None) -> bool:
     """Whether a call has to go by its `torch.autograd.Function`: for gradients, or for it to refuse forward mode
     and the transforms of torch.func, in which an op without it would lose tangents or mapped dimensions."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return True
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
     if torch.compiler.is_compiling():
         return False
-    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+    return forward_ad._current_level >= 0 or in_func_transform()
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -75,13 +75,13 @@ def mean_of_rows(values, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def normalize(x, mean, rstd, number, row_exists, exists, eps, WIDTH: tl.constexpr):
-    """x̂ of a tile that is zero where nothing exists. Stores its rows' statistics."""
+def normalize(x, statistics, number, row_exists, exists, eps, WIDTH: tl.constexpr):
+    """x̂ of a tile that is zero where nothing exists. Stores the mean and rstd of its rows."""
     row_mean = mean_of_rows(x, WIDTH)
     centered = tl.where(exists, x - row_mean, 0.0)
     row_rstd = tl.rsqrt(mean_of_rows(centered * centered, WIDTH) + eps)
-    store(mean, number, row_mean, row_exists)
-    store(rstd, number, row_rstd, row_exists)
+    store(statistics, 2 * number, row_mean, row_exists)
+    store(statistics, 2 * number + 1, row_rstd, row_exists)
     return centered * row_rstd
 
 
@@ -95,11 +95,11 @@ def modulate(x_hat, shift, scale, sample, stride_shift, stride_scale, place, exi
 
 @triton.jit
 def differentiate(
-    grad_out, x, scale_row, mean, rstd, number, row_exists, exists, shift_sum, scale_sum, WIDTH: tl.constexpr
+    grad_out, x, scale_row, statistics, number, row_exists, exists, shift_sum, scale_sum, WIDTH: tl.constexpr
 ):
     """dx of a tile; the sums of dshift and dscale with it. They have a tile's shape, and `store_sum` adds up its
     rows: adding them here would exchange them between warps for every tile."""
-    row_mean, row_rstd = load(mean, number, row_exists), load(rstd, number, row_exists)
+    row_mean, row_rstd = load(statistics, 2 * number, row_exists), load(statistics, 2 * number + 1, row_exists)
     x_hat = tl.where(exists, (x - row_mean) * row_rstd, 0.0)
     h = grad_out * (1.0 + scale_row)
     dx = row_rstd * (h - mean_of_rows(h, WIDTH) - x_hat * mean_of_rows(h * x_hat, WIDTH))

@@ -16,7 +16,7 @@ from . import _norm as norm
 
 @triton.jit
 def forward(
-    x, y, gate, shift, scale, x_out, out, mean, rstd,
+    x, y, gate, shift, scale, x_out, out, statistics,
     stride_xb, stride_xn, stride_yb, stride_yn, stride_gate, stride_shift, stride_scale, N, eps,
     C: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -32,14 +32,14 @@ def forward(
         norm.store(x_out, number * C + place, x_new, mask)
         x_tile = x_new.to(tl.float32)
     if scale is not None:
-        x_hat = norm.normalize(x_tile, mean, rstd, number, row_exists, exists, eps, C)
+        x_hat = norm.normalize(x_tile, statistics, number, row_exists, exists, eps, C)
         result = norm.modulate(x_hat, shift, scale, sample, stride_shift, stride_scale, place, exists)
         norm.store(out, number * C + place, result, mask)
 
 
 @triton.jit(do_not_specialize=norm.ANY_VALUE)
 def backward(
-    grad_x_out, grad_out, x_out, y, gate, scale, mean, rstd, grad_x, grad_y, partials,
+    grad_x_out, grad_out, x_out, y, gate, scale, statistics, grad_x, grad_y, partials,
     stride_gxb, stride_gxn, stride_gb, stride_gn, stride_xb, stride_xn, stride_yb, stride_yn,
     stride_gate, stride_scale, N, rows_per_program,
     C: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -65,7 +65,7 @@ def backward(
             x_tile = norm.load_rows(x_out, sample, row, stride_xb, stride_xn, place, mask, ALIGN)
             grad_tile = norm.load_rows(grad_out, sample, row, stride_gb, stride_gn, place, mask, ALIGN)
             norm_dx, shift_sum, scale_sum = norm.differentiate(
-                grad_tile, x_tile, scale_row, mean, rstd, number, row_exists, exists, shift_sum, scale_sum, C
+                grad_tile, x_tile, scale_row, statistics, number, row_exists, exists, shift_sum, scale_sum, C
             )
             dx += norm_dx
             norm.store(grad_x, number * C + place, dx, mask)

@@ -62,7 +62,7 @@ def cut_rows(tile: RowTile | RowLoop, samples: int, rows: int, channels: int) ->
 
 
 def plan_rows(
-    name: str, kernel, shape: tuple[int, int, int, int], by_row: tuple, vectors: tuple, *numbers, out_dtype=None
+    signature: tuple | None, name: str, kernel, shape: tuple[int, int, int, int], by_row: tuple, vectors: tuple, *numbers, out_dtype=None
 ) -> tuple[Launch, tuple[int, int]]:
     """A pass of a norm, such as "adaln.forward", over (samples, rows, slices, channels of a slice): the launch of
     its kernel, and the numbers of samples and of programs of each.
@@ -71,7 +71,7 @@ def plan_rows(
     but for their last, dense, dimension; the number of rows, other numbers and, backward, the rows of a program.
     What is absent is None, and so are its strides.
     """
-    return planned(_plan_rows, (*by_row, *vectors), name, kernel, shape, len(by_row), numbers, out_dtype)
+    return planned(_plan_rows, signature, (*by_row, *vectors), name, kernel, shape, len(by_row), numbers, out_dtype)
 
 
 def _plan_rows(*arguments) -> tuple[Launch, tuple[int, int]]:
@@ -103,7 +103,13 @@ def in_dtypes(sums: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
     return [gradient.to(dtype) for gradient, dtype in zip(sums.unbind(0), dtypes)]
 
 
-def empty_normed(x: Tensor, rows: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What a forward kernel fills: the result, so many rows for each sample of x, and the rows' mean and rstd."""
-    mean, rstd = (x.new_empty((x.shape[0], rows), dtype=torch.float32) for _ in range(2))
-    return x.new_empty((x.shape[0], rows, channels), dtype=dtype), mean, rstd
+def dense_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Empty, of the tensor's shape, contiguous."""
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def empty_normed(x: Tensor, rows: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a forward kernel fills: the result, so many rows for each sample of x; mean and 1/σ of each row."""
+    B = x.shape[0]
+    out = x.new_empty((B, rows, channels), dtype=dtype)
+    return out, x.new_empty((B, rows, 2), dtype=torch.float32)

@@ -1,12 +1,36 @@
-"""What a call may do beside computing: look at values, keep what it made."""
+"""What a call may do beside computing: look at values, keep what it made or found out."""
 
 import torch
 from torch import Tensor, nn
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack  # pyright: ignore[reportAttributeAccessIssue] - not in torch's stubs
 
 
 def in_func_transform() -> bool:
     """Whether `torch.func.grad`, `vmap` or another of its transforms runs."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue] - not in torch's stubs
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue] - not in torch's stubs
+
+
+def described(*tensors: Tensor | None) -> tuple:
+    """All of tensors that checks and launches depend on. 64 bytes are 16 float32, the widest alignment that a kernel
+    is told of."""
+    return tuple([
+        t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 63) for t in tensors
+    ])  # fmt: skip
+
+
+def signature(*tensors: Tensor | None) -> tuple | None:
+    """`described`, or None where torch has to see a call as an op: for a compiler, a dispatch mode, a transform of
+    `torch.func`, subclasses of tensors. Also for what is no tensor, or one without strides."""
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or in_func_transform() or _get_tracing_state():
+        return None
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is not Tensor and kind is not nn.Parameter:
+            if tensor is not None:
+                return None
+        elif tensor.layout is not torch.strided or tensor.is_nested:
+            return None
+    return described(*tensors)
 
 
 def add_in_place(total: Tensor, term: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .._backend import select_backend, triton
+from .._backend import checked, select_backend, triton
 from .._checks import check_eps, check_like, check_out_dtype, check_rows
+from .._tracing import signature
 from . import reference
 from .reference import default_out_dtype
 
@@ -37,12 +38,19 @@ def adaln(
 
     Source: adaLN of DiT (arXiv 2212.09748).
     """
+    tensors = x, shift, scale
+    known = signature(*tensors)
+    if checked(_check, known, tensors, eps, out_dtype) == "reference":
+        return reference.adaln(x, shift, scale, eps=float(eps), out_dtype=out_dtype)
+    out_dtype = out_dtype or default_out_dtype(x)
+    return autograd.gated_residual_adaln(known, x, None, None, shift, scale, float(eps), out_dtype)[0]
+
+
+def _check(x, shift, scale, eps, out_dtype) -> str:
     check_rows("x", x)
     modulation_shape = (x.shape[0], x.shape[2])
     check_like("shift", shift, modulation_shape, "x", x)
     check_like("scale", scale, modulation_shape, "x", x)
-    eps = check_eps(eps)
+    check_eps(eps)
     check_out_dtype(out_dtype)
-    if select_backend(x=x, shift=shift, scale=scale) == "reference":
-        return reference.adaln(x, shift, scale, eps=eps, out_dtype=out_dtype)
-    return autograd.gated_residual_adaln(x, None, None, shift, scale, eps, out_dtype or default_out_dtype(x))[0]
+    return select_backend(x=x, shift=shift, scale=scale)

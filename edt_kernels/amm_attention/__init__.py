@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._backend import select_backend, triton
+from .._backend import checked, select_backend, triton
 from .._checks import (
     check_extra_tokens,
     check_floating,
@@ -16,6 +16,7 @@ from .._checks import (
     enabled_autocast_dtype,
     shown,
 )
+from .._tracing import signature
 from . import reference
 
 if triton is not None:
@@ -123,11 +124,28 @@ def amm_attention(
     Source: EDT (arXiv 2410.23788), sections 3.2 and A.3; online softmax as in FlashAttention-2
     (arXiv 2307.08691).
     """
-    grid = check_grid(grid)
     autocast_dtype = enabled_autocast_dtype(q)
     if autocast_dtype is not None:
         q, k, v = (t.to(autocast_dtype) if _is_autocast(t) else t for t in (q, k, v))
-    num_extra_tokens = check_extra_tokens(num_extra_tokens)
+    tensors = q, k, v, modulation, rel_pos_bias
+    known = signature(*tensors)
+    backend = checked(_check, known, tensors, grid, scale, num_extra_tokens)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if backend == "reference":
+        return reference.amm_attention(
+            q, k, v, grid=tuple(grid), modulation=modulation, rel_pos_bias=rel_pos_bias, scale=scale,
+            num_extra_tokens=tuple(num_extra_tokens),
+        )  # fmt: skip
+    return autograd.amm_attention(known, *tensors, grid, num_extra_tokens[0], scale)
+
+
+def _is_autocast(tensor) -> bool:
+    """float64 stays what it is, as in PyTorch's own ops."""
+    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+
+
+def _check(q, k, v, modulation, rel_pos_bias, grid, scale, num_extra_tokens) -> str:
+    grid, num_extra_tokens = check_grid(grid), check_extra_tokens(num_extra_tokens)
     _check_qkv(q, k, v, grid, num_extra_tokens)
     heads, head_dim = q.shape[2:]
     offsets = (2 * grid[0] - 1, 2 * grid[1] - 1)
@@ -135,23 +153,11 @@ def amm_attention(
         _check_table("modulation", modulation, [offsets, (heads, *offsets)], q)
     if rel_pos_bias is not None:
         _check_table("rel_pos_bias", rel_pos_bias, [(offsets[0] * offsets[1], heads)], q)
-    scale = check_scale(scale)
-    factor = head_dim**-0.5 if scale is None else scale
-
-    if select_backend(q=q) == "reference":
-        return reference.amm_attention(
-            q, k, v,
-            grid=grid, modulation=modulation, rel_pos_bias=rel_pos_bias, scale=factor,
-            num_extra_tokens=num_extra_tokens,
-        )  # fmt: skip
-    if head_dim > _MAX_HEAD_DIM:
+    check_scale(scale)
+    backend = select_backend(q=q)
+    if backend == "triton" and head_dim > _MAX_HEAD_DIM:
         raise ValueError(f"q has a head dim of {head_dim}; the Triton kernels take up to {_MAX_HEAD_DIM}")
-    return autograd.amm_attention(q, k, v, grid, modulation, rel_pos_bias, float(factor), num_extra_tokens[0])
-
-
-def _is_autocast(tensor) -> bool:
-    """float64 stays what it is, as in PyTorch's own ops."""
-    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return backend
 
 
 def _check_qkv(q, k, v, grid, extra) -> None:

@@ -10,15 +10,17 @@ from torch import Tensor
 
 from .._launch import (
     Launch,
+    Op,
     common_alignment,
-    define_op,
     dense_rows,
     has_gradient,
     on_device_of,
     once_differentiable,
     planned,
 )
+from .._rows import dense_like
 from .._tiles import CellTile, ScoreTile, choose_tiles
+from .._tracing import signature
 from . import kernels, resident_kernels, short_kernels, table_kernels
 
 
@@ -310,7 +312,7 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     """The output and the rows' logsumexp, of float32 inputs in two parts, see `kernels`."""
     B, N, heads, _ = q.shape
     rows = (B, heads, 2, N) if q.dtype == torch.float32 else (B, heads, N)
-    return q.new_empty(q.shape), q.new_empty(rows, dtype=torch.float32)
+    return dense_like(q), q.new_empty(rows, dtype=torch.float32)
 
 
 def _dense_like(q: Tensor) -> Tensor:
@@ -329,12 +331,12 @@ def _plan_forward(q, k, v, modulation, rel_pos_bias, grid, before, scale, tf32) 
     return p.launch_tiles(kernels.forward, tile, _ceil(N, tile.block_m), rows)
 
 
-def _forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale):
+def _forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale, signature=None):
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     out, logsumexp = _empty_outputs(q)
     if q.numel():
         tensors = q, k, v, modulation, rel_pos_bias
-        launch = planned(_plan_forward, tensors, (grid_h, grid_w), before, scale, _allows_tf32(q))
+        launch = planned(_plan_forward, signature, tensors, (grid_h, grid_w), before, scale, _allows_tf32(q))
         with on_device_of(q):
             launch(q, k, v, _table(q, modulation, rel_pos_bias), out, logsumexp)
     return out, logsumexp
@@ -415,11 +417,11 @@ def _plan_tables(p, tile, grad_out, needs_modulation, needs_bias) -> _TableGradi
 
 def _backward(
     grad_out, q, k, v, modulation, rel_pos_bias, out, logsumexp, grid_h, grid_w, before, scale,
-    needs_modulation, needs_bias,
+    needs_modulation, needs_bias, signature=None,
 ):  # fmt: skip
     grad_out, q, k, v = map(dense_rows, (grad_out, q, k, v))
     B, N, heads, _ = q.shape
-    grad_q, grad_k, grad_v = (q.new_empty(q.shape) for _ in range(3))
+    grad_q, grad_k, grad_v = (dense_like(q) for _ in range(3))
     new = functools.partial(q.new_empty, dtype=torch.float32)
     table_shape = (heads, 2 * grid_h - 1, 2 * grid_w - 1)
     grad_bias, grad_modulation = (  # of each head; empty where not needed
@@ -428,7 +430,7 @@ def _backward(
     if q.numel() == 0:
         return grad_q, grad_k, grad_v, *_table_gradients(grad_modulation.zero_(), grad_bias.zero_(), modulation, rel_pos_bias)
     plan = planned(
-        _plan_backward, (grad_out, q, k, v, modulation, rel_pos_bias),
+        _plan_backward, signature, (grad_out, q, k, v, modulation, rel_pos_bias),
         (grid_h, grid_w), before, scale, _allows_tf32(q), needs_modulation, needs_bias,
     )  # fmt: skip
     inputs = q, k, v, _table(q, modulation, rel_pos_bias)
@@ -472,20 +474,20 @@ def _fake_backward(
     grad_out, q, k, v, modulation, rel_pos_bias, out, logsumexp, grid_h, grid_w, before, scale,
     needs_modulation, needs_bias,
 ):  # fmt: skip
-    gradients = [q.new_empty(q.shape) for _ in range(3)]
+    gradients = [dense_like(q) for _ in range(3)]
     for table, needed in ((modulation, needs_modulation), (rel_pos_bias, needs_bias)):
         gradients.append(table.new_empty(table.shape) if needed else q.new_empty(0, dtype=torch.float32))
     return tuple(gradients)
 
 
 _ARGUMENTS = "int grid_h, int grid_w, int before, float scale"
-_forward_op = define_op(
+_forward_op = Op(
     "amm_attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor? modulation, Tensor? rel_pos_bias, {_ARGUMENTS}) -> (Tensor, Tensor)",
     _forward,
     lambda q, *_: _empty_outputs(q),
 )
-_backward_op = define_op(
+_backward_op = Op(
     "amm_attention_backward",
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? modulation, Tensor? rel_pos_bias, Tensor out, "
     f"Tensor logsumexp, {_ARGUMENTS}, bool needs_modulation, bool needs_bias) "
@@ -497,34 +499,36 @@ _backward_op = define_op(
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, modulation, rel_pos_bias, *numbers):
-        out, logsumexp = _forward_op(q, k, v, modulation, rel_pos_bias, *numbers)
+    def forward(ctx, known, q, k, v, modulation, rel_pos_bias, *numbers):
+        out, logsumexp = _forward_op(known, q, k, v, modulation, rel_pos_bias, *numbers)
         ctx.save_for_backward(q, k, v, modulation, rel_pos_bias, out, logsumexp)
         ctx.numbers = numbers
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        needs_modulation, needs_bias = ctx.needs_input_grad[3:5]
+        needs_modulation, needs_bias = ctx.needs_input_grad[4:6]
+        tensors = grad_out, *ctx.saved_tensors
         *grads, grad_modulation, grad_bias = _backward_op(
-            grad_out, *ctx.saved_tensors, *ctx.numbers, needs_modulation, needs_bias
+            signature(*tensors), *tensors, *ctx.numbers, needs_modulation, needs_bias
         )
         tables = grad_modulation if needs_modulation else None, grad_bias if needs_bias else None
-        return once_differentiable("amm_attention", (*grads, *tables, *[None] * len(ctx.numbers)))
+        return once_differentiable("amm_attention", (None, *grads, *tables, *[None] * len(ctx.numbers)))
 
 
 def amm_attention(
+    known: tuple | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    grid: tuple[int, int],
     modulation: Tensor | None,
     rel_pos_bias: Tensor | None,
-    scale: float,
+    grid: tuple[int, int],
     before: int,
+    scale: float,
 ) -> Tensor:
-    """`edt_kernels.amm_attention` by the kernels; the arguments are checked."""
-    arguments = q, k, v, modulation, rel_pos_bias, *grid, before, scale
+    """`edt_kernels.amm_attention` by the kernels; the arguments are checked, `known` is their tensors' signature."""
+    arguments = known, q, k, v, modulation, rel_pos_bias, *grid, before, scale
     if has_gradient(q, k, v, modulation, rel_pos_bias):
         return _Function.apply(*arguments)
     return _forward_op(*arguments)[0]

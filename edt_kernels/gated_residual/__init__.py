@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from .._backend import select_backend, triton
+from .._backend import checked, select_backend, triton
 from .._checks import check_like, check_rows
+from .._tracing import signature
 from . import reference
 
 if triton is not None:
@@ -30,9 +31,15 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
     Source: adaLN-Zero of DiT (arXiv 2212.09748).
     """
+    tensors = x, y, gate
+    known = signature(*tensors)
+    if checked(_check, known, tensors) == "reference":
+        return reference.gated_residual(x, y, gate)
+    return autograd.gated_residual_adaln(known, x, y, gate, None, None, 0.0, x.dtype)[0]
+
+
+def _check(x, y, gate) -> str:
     check_rows("x", x)
     check_like("y", y, x.shape, "x", x)
     check_like("gate", gate, (x.shape[0], x.shape[2]), "x", x)
-    if select_backend(x=x, y=y, gate=gate) == "reference":
-        return reference.gated_residual(x, y, gate)
-    return autograd.gated_residual_adaln(x, y, gate, None, None, 0.0, x.dtype)[0]
+    return select_backend(x=x, y=y, gate=gate)

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from .._backend import select_backend, triton
+from .._backend import checked, select_backend, triton
 from .._checks import check_eps, check_like, check_out_dtype, check_rows
 from ..adaln.reference import default_out_dtype
+from .._tracing import signature
 from . import reference
 
 if triton is not None:
@@ -44,13 +45,18 @@ def gated_residual_adaln(
 
     Source: adaLN-Zero of DiT (arXiv 2212.09748).
     """
+    tensors = x, y, gate, shift, scale
+    known = signature(*tensors)
+    if checked(_check, known, tensors, eps, out_dtype) == "reference":
+        return reference.gated_residual_adaln(*tensors, eps=float(eps), out_dtype=out_dtype)
+    return autograd.gated_residual_adaln(known, *tensors, float(eps), out_dtype or default_out_dtype(y))
+
+
+def _check(x, y, gate, shift, scale, eps, out_dtype) -> str:
     check_rows("x", x)
     check_like("y", y, x.shape, "x", x)
     for name, tensor in (("gate", gate), ("shift", shift), ("scale", scale)):
         check_like(name, tensor, (x.shape[0], x.shape[2]), "x", x)
-    eps = check_eps(eps)
+    check_eps(eps)
     check_out_dtype(out_dtype)
-    if select_backend(x=x, y=y, gate=gate, shift=shift, scale=scale) == "reference":
-        return reference.gated_residual_adaln(x, y, gate, shift, scale, eps=eps, out_dtype=out_dtype)
-    out_dtype = out_dtype or default_out_dtype(y)
-    return autograd.gated_residual_adaln(x, y, gate, shift, scale, eps, out_dtype)
+    return select_backend(x=x, y=y, gate=gate, shift=shift, scale=scale)

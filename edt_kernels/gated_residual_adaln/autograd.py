@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from .. import _norm_kernels as kernels
-from .._launch import define_op, dense_rows, has_gradient, on_device_of, once_differentiable
-from .._rows import empty_normed, in_dtypes, plan_rows, total
+from .._launch import Op, dense_rows, has_gradient, on_device_of, once_differentiable
+from .._rows import dense_like, empty_normed, in_dtypes, plan_rows, total
+from .._tracing import signature
 
 
 def _name(gate, scale) -> str:
@@ -18,16 +19,16 @@ def _existing(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def _empty_outputs(x, y, gate, shift, scale, eps, out_dtype):
-    """x' with a gate; the norm, the mean and the rstd of each row with a scale."""
-    normed = (None,) * 3 if scale is None else empty_normed(x, x.shape[1], x.shape[2], out_dtype)
-    return None if gate is None else x.new_empty(x.shape), *normed
+    """x' with a gate; the norm and its rows' statistics with a scale."""
+    normed = (None, None) if scale is None else empty_normed(x, x.shape[1], x.shape[2], out_dtype)
+    return None if gate is None else dense_like(x), *normed
 
 
-def _forward(x, y, gate, shift, scale, eps, out_dtype):
+def _forward(x, y, gate, shift, scale, eps, out_dtype, signature=None):
     x, y, gate, shift, scale = map(dense_rows, (x, y, gate, shift, scale))
     B, N, C = x.shape
     launch, _ = plan_rows(
-        f"{_name(gate, scale)}.forward", kernels.forward, (B, N, 1, C), (x, y), (gate, shift, scale), eps,
+        signature, f"{_name(gate, scale)}.forward", kernels.forward, (B, N, 1, C), (x, y), (gate, shift, scale), eps,
         out_dtype=out_dtype,
     )  # fmt: skip
     outputs = _empty_outputs(x, y, gate, shift, scale, eps, out_dtype)
@@ -38,67 +39,70 @@ def _forward(x, y, gate, shift, scale, eps, out_dtype):
 
 def _empty_gradients(x, y, scale):
     """dx with a scale (else it is what arrives), dy with a gate."""
-    return None if scale is None else x.new_empty(x.shape), None if y is None else y.new_empty(y.shape)
+    return None if scale is None else dense_like(x), None if y is None else dense_like(y)
 
 
-def _backward(grad_x_out, grad_out, x, y, gate, scale, mean, rstd):
+def _backward(grad_x_out, grad_out, x, y, gate, scale, statistics, signature=None):
     grad_x_out, grad_out, x, y, gate, scale = map(dense_rows, (grad_x_out, grad_out, x, y, gate, scale))
     stream = y if x is None else x
     B, N, C = stream.shape
     launch, programs = plan_rows(
-        f"{_name(gate, scale)}.backward", kernels.backward, (B, N, 1, C), (grad_x_out, grad_out, x, y), (gate, scale)
-    )
+        signature, f"{_name(gate, scale)}.backward", kernels.backward, (B, N, 1, C),
+        (grad_x_out, grad_out, x, y), (gate, scale),
+    )  # fmt: skip
     grad_x, grad_y = _empty_gradients(x, y, scale)
-    quantities = len(_existing(gate, scale, scale))
-    partials = stream.new_empty((quantities, *programs, C), dtype=torch.float32)
+    partials = stream.new_empty((_quantities(gate, scale), *programs, C), dtype=torch.float32)
     with on_device_of(stream):
-        launch(grad_x_out, grad_out, x, y, gate, scale, mean, rstd, grad_x, grad_y, partials)
+        launch(grad_x_out, grad_out, x, y, gate, scale, statistics, grad_x, grad_y, partials)
     return _existing(grad_x, grad_y, total(partials))
 
 
-def _fake_backward(grad_x_out, grad_out, x, y, gate, scale, mean, rstd):
-    B, _, C = (y if x is None else x).shape
-    sums = (y if x is None else x).new_empty((len(_existing(gate, scale, scale)), B, C), dtype=torch.float32)
+def _quantities(gate, scale) -> int:
+    return (gate is not None) + 2 * (scale is not None)
+
+
+def _fake_backward(grad_x_out, grad_out, x, y, gate, scale, statistics):
+    stream = y if x is None else x
+    sums = stream.new_empty((_quantities(gate, scale), stream.shape[0], stream.shape[2]), dtype=torch.float32)
     return _existing(*_empty_gradients(x, y, scale), sums)
 
 
-_forward_op = define_op(
+_forward_op = Op(
     "gated_residual_adaln",
     "(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, float eps, ScalarType out_dtype) -> Tensor[]",
     _forward,
     lambda *arguments: _existing(*_empty_outputs(*arguments)),
 )
-_backward_op = define_op(
+_backward_op = Op(
     "gated_residual_adaln_backward",
-    "(Tensor? grad_x_out, Tensor? grad_out, Tensor? x, Tensor? y, Tensor? gate, Tensor? scale, Tensor? mean, "
-    "Tensor? rstd) -> Tensor[]",
+    "(Tensor? grad_x_out, Tensor? grad_out, Tensor? x, Tensor? y, Tensor? gate, Tensor? scale, Tensor? statistics) "
+    "-> Tensor[]",
     _backward,
     _fake_backward,
 )
 
 
 class _Function(torch.autograd.Function):
-    """With neither gate nor y `adaln`, with neither shift nor scale `gated_residual`."""
-
     @staticmethod
-    def forward(ctx, x, y, gate, shift, scale, eps, out_dtype):
-        outputs = _forward_op(x, y, gate, shift, scale, eps, out_dtype)
+    def forward(ctx, known, x, y, gate, shift, scale, eps, out_dtype):
+        outputs = _forward_op(known, x, y, gate, shift, scale, eps, out_dtype)
         ctx.set_materialize_grads(False)
-        normed = None if scale is None else x if gate is None else outputs[0]
-        statistics = (None, None) if scale is None else outputs[-2:]
-        ctx.save_for_backward(normed, y, gate, scale, *statistics)
+        statistics = None if scale is None else outputs.pop()
+        normalised = None if scale is None else x if gate is None else outputs[0]
+        ctx.save_for_backward(normalised, y, gate, scale, statistics)
         ctx.shift_dtype = None if shift is None else shift.dtype
-        return tuple(outputs if scale is None else outputs[:-2])
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *grads):
-        saved = x, y, gate, scale, _, _ = ctx.saved_tensors  # once: a checkpoint recomputes for one reading
+        x, y, gate, scale, statistics = ctx.saved_tensors  # once: a checkpoint recomputes for one reading
         grad_x_out, grad_out = (None, *grads) if gate is None else (*grads, None)[:2]
         if scale is not None and grad_out is None:
             grad_out = torch.zeros_like(x)
         if gate is not None and grad_x_out is None:
             grad_x_out = torch.zeros_like(x)
-        *grads, sums = _backward_op(grad_x_out, grad_out, *saved)
+        tensors = grad_x_out, grad_out, x, y, gate, scale, statistics
+        *grads, sums = _backward_op(signature(*tensors), *tensors)
         grad_x = grad_x_out if scale is None else grads.pop(0)
         if gate is None:
             grads = grad_x, None, None, *in_dtypes(sums, ctx.shift_dtype, scale.dtype)
@@ -106,13 +110,14 @@ class _Function(torch.autograd.Function):
             grads = grad_x, *grads, *in_dtypes(sums, gate.dtype), None, None
         else:
             grads = grad_x, *grads, *in_dtypes(sums, gate.dtype, ctx.shift_dtype, scale.dtype)
-        return once_differentiable(_name(gate, scale), (*grads, None, None))
+        return once_differentiable(_name(gate, scale), (None, *grads, None, None))
 
 
-def gated_residual_adaln(x, y, gate, shift, scale, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
+def gated_residual_adaln(known, x, y, gate, shift, scale, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The outputs of `edt_kernels.gated_residual_adaln` that there are, by the kernels; the arguments are checked.
-    Without y and gate `edt_kernels.adaln`, without shift and scale `edt_kernels.gated_residual`."""
-    arguments = x, y, gate, shift, scale, eps, out_dtype
+    Without y and gate `edt_kernels.adaln`, without shift and scale `edt_kernels.gated_residual`. `known` is the
+    signature of the tensors."""
     if has_gradient(x, y, gate, shift, scale):
-        return _Function.apply(*arguments)
-    return tuple(_forward_op(*arguments)[: 2 - (gate is None) - (scale is None)])
+        return _Function.apply(known, x, y, gate, shift, scale, eps, out_dtype)
+    outputs = _forward_op(known, x, y, gate, shift, scale, eps, out_dtype)
+    return tuple(outputs if scale is None else outputs[:-1])

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from .._backend import select_backend, triton
+from .._backend import checked, select_backend, triton
 from .._checks import check_dense, check_eps, check_even_grid, check_like, check_out_dtype, check_rows
 from ..adaln.reference import default_out_dtype
+from .._tracing import signature
 from . import reference
 
 if triton is not None:
@@ -47,6 +48,18 @@ def token_merge_adaln(
 
     Source: EDT (arXiv 2410.23788), down-sampling and masking training.
     """
+    tensors = x, shift, scale, keep
+    known = signature(*tensors)
+    if checked(_check, known, tensors, grid, eps, out_dtype) == "reference":
+        grid = tuple(grid)
+        return reference.token_merge_adaln(
+            x, shift, scale, grid=grid, keep=keep, eps=float(eps), out_dtype=out_dtype
+        )
+    out_dtype = out_dtype or default_out_dtype(x)
+    return autograd.token_merge_adaln(known, *tensors, grid[1], float(eps), out_dtype)
+
+
+def _check(x, shift, scale, keep, grid, eps, out_dtype) -> str:
     check_rows("x", x)
     grid = check_even_grid(grid)
     B, N, C = x.shape
@@ -62,9 +75,6 @@ def token_merge_adaln(
             raise ValueError(
                 f"keep has shape {tuple(keep.shape)} on {keep.device}; x needs {(B, N)} on {x.device}"
             )
-    eps = check_eps(eps)
+    check_eps(eps)
     check_out_dtype(out_dtype)
-    if select_backend(x=x, shift=shift, scale=scale) == "reference":
-        return reference.token_merge_adaln(x, shift, scale, grid=grid, keep=keep, eps=eps, out_dtype=out_dtype)
-    out_dtype = out_dtype or default_out_dtype(x)
-    return autograd.token_merge_adaln(x, shift, scale, keep, grid[1], eps, out_dtype)
+    return select_backend(x=x, shift=shift, scale=scale)

@@ -26,7 +26,7 @@ def zero_dropped(values, keep, places, row_exists):
 
 @triton.jit
 def forward(
-    x, shift, scale, keep, out, mean, rstd,
+    x, shift, scale, keep, out, statistics,
     stride_xb, stride_xn, stride_shift, stride_scale, stride_keep, N, W, eps,
     C: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +36,7 @@ def forward(
     row, number, row_exists, mask = norm.rows_of_tile(sample, N, first, last, exists, ROWS)
     token = merged_tokens(row, W)
     x_tile = norm.load_rows(x, sample, token, stride_xb, stride_xn, c, mask, ALIGN)
-    x_hat = norm.normalize(x_tile, mean, rstd, number, row_exists, exists, eps, 4 * C)
+    x_hat = norm.normalize(x_tile, statistics, number, row_exists, exists, eps, 4 * C)
     result = norm.modulate(x_hat, shift, scale, sample, stride_shift, stride_scale, place, exists)
     if keep is not None:
         result = zero_dropped(result, keep, sample * stride_keep + token, row_exists)
@@ -45,7 +45,7 @@ def forward(
 
 @triton.jit(do_not_specialize=norm.ANY_VALUE)
 def backward(
-    grad_out, x, scale, keep, mean, rstd, grad_x, partials,
+    grad_out, x, scale, keep, statistics, grad_x, partials,
     stride_gb, stride_gn, stride_xb, stride_xn, stride_scale, stride_keep, N, W, rows_per_program,
     C: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,7 @@ def backward(
         if keep is not None:
             grad_tile = zero_dropped(grad_tile, keep, sample * stride_keep + token, row_exists)
         dx, shift_sum, scale_sum = norm.differentiate(
-            grad_tile, x_tile, scale_row, mean, rstd, number, row_exists, exists, shift_sum, scale_sum, 4 * C
+            grad_tile, x_tile, scale_row, statistics, number, row_exists, exists, shift_sum, scale_sum, 4 * C
         )
         norm.store(grad_x, (sample * N * 4 + token) * C + c, dx, mask)
     norm.store_sum(partials, 0, shift_sum, place, exists, 4 * C)

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from .._backend import select_backend, triton
+from .._backend import checked, select_backend, triton
 from .._checks import check_eps, check_floating, check_grid, check_like, check_rows
 from ..adaln.reference import default_out_dtype
+from .._tracing import signature
 from . import reference
 
 if triton is not None:
@@ -37,6 +38,14 @@ def token_split_concat_adaln(
 
     Source: EDT (arXiv 2410.23788), up-sampling with skip connections.
     """
+    tensors = x, skip, shift, scale
+    known = signature(*tensors)
+    if checked(_check, known, tensors, grid, eps) == "reference":
+        return reference.token_split_concat_adaln(*tensors, grid=tuple(grid), eps=float(eps))
+    return autograd.token_split_concat_adaln(known, *tensors, grid[1], float(eps), default_out_dtype(x))
+
+
+def _check(x, skip, shift, scale, grid, eps) -> str:
     check_rows("x", x)
     check_floating("skip", skip)
     grid = check_grid(grid)
@@ -48,7 +57,5 @@ def token_split_concat_adaln(
     check_like("skip", skip, (B, 4 * N, C // 4), "x", x)
     check_like("shift", shift, (B, C // 2), "x", x)
     check_like("scale", scale, (B, C // 2), "x", x)
-    eps = check_eps(eps)
-    if select_backend(x=x, skip=skip, shift=shift, scale=scale) == "reference":
-        return reference.token_split_concat_adaln(x, skip, shift, scale, grid=grid, eps=eps)
-    return autograd.token_split_concat_adaln(x, skip, shift, scale, grid[1], eps, default_out_dtype(x))
+    check_eps(eps)
+    return select_backend(x=x, skip=skip, shift=shift, scale=scale)

@@ -20,7 +20,7 @@ def coarse_tokens(row, W, C: tl.constexpr):
 
 @triton.jit
 def forward(
-    x, skip, shift, scale, out, mean, rstd,
+    x, skip, shift, scale, out, statistics,
     stride_xb, stride_xn, stride_skip_b, stride_skip_n, stride_shift, stride_scale, N, W, eps,
     C: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -32,14 +32,14 @@ def forward(
     token, run = coarse_tokens(row, W, C)
     x_tile = norm.load_rows(x, sample, token, stride_xb, stride_xn, run + c, mask & (slices == 0), ALIGN)
     x_tile += norm.load_rows(skip, sample, row, stride_skip_b, stride_skip_n, c, mask & (slices == 1), ALIGN)
-    x_hat = norm.normalize(x_tile, mean, rstd, number, row_exists, exists, eps, 2 * C)
+    x_hat = norm.normalize(x_tile, statistics, number, row_exists, exists, eps, 2 * C)
     result = norm.modulate(x_hat, shift, scale, sample, stride_shift, stride_scale, place, exists)
     norm.store(out, number * (2 * C) + place, result, mask)
 
 
 @triton.jit(do_not_specialize=norm.ANY_VALUE)
 def backward(
-    grad_out, x, skip, scale, mean, rstd, grad_x, grad_skip, partials,
+    grad_out, x, skip, scale, statistics, grad_x, grad_skip, partials,
     stride_gb, stride_gn, stride_xb, stride_xn, stride_skip_b, stride_skip_n, stride_scale,
     N, W, rows_per_program,
     C: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -58,7 +58,7 @@ def backward(
         x_tile += norm.load_rows(skip, sample, row, stride_skip_b, stride_skip_n, c, mask & (slices == 1), ALIGN)
         grad_tile = norm.load_rows(grad_out, sample, row, stride_gb, stride_gn, place, mask, ALIGN)
         dx, shift_sum, scale_sum = norm.differentiate(
-            grad_tile, x_tile, scale_row, mean, rstd, number, row_exists, exists, shift_sum, scale_sum, 2 * C
+            grad_tile, x_tile, scale_row, statistics, number, row_exists, exists, shift_sum, scale_sum, 2 * C
         )
         norm.store(grad_x, (sample * (N // 4) + token) * 4 * C + run + c, dx, mask & (slices == 0))
         norm.store(grad_skip, number * C + c, dx, mask & (slices == 1))
