@@ -97,3 +97,7 @@ def define_gradient(name: str, save_for_backward, differentiate) -> None:
     torch.library.register_autograd(f"edt_kernels::{name}", differentiate, setup_context=save_for_backward)
     torch.library.register_autograd(f"edt_kernels::{name}_backward", refuse_double_backward(name))
     refuse_transforms(name)
+
+
+def forget_plans() -> None:
+    """Launches made after this choose anew."""

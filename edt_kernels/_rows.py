@@ -67,9 +67,7 @@ def row_program(pass_name: str, x: Tensor, rows: int, slices: int, channels: int
     heuristic = RowTile(tile.rows, tile.num_warps) if kernel == "forward" else tile
     dtype = "float32" if x.dtype == torch.float32 else "16-bit"
     key = {"dtype": dtype, "rows": rows, "channels": channels}
-    return cut_rows(
-        choose_tiles(x.device, pass_name, key, {kernel: heuristic})[kernel], x.shape[0], rows, channels
-    )
+    return cut_rows(choose_tiles(pass_name, key, {kernel: heuristic})[kernel], x.shape[0], rows, channels)
 
 
 def launch_rows(kernel, tile: RowProgram, by_row: tuple[Tensor, ...], *arguments, **constants) -> None:
