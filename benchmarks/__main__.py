@@ -2,12 +2,14 @@
 
 Every implementation is first checked, ops against float64, EDT against float32: one that is wrong is reported as
 wrong and not timed. Without a GPU, `edt_kernels` takes its reference path, and what is timed is that, on the CPU.
+EDT_BENCHMARK_TILES names a table of tiles to measure with, as `tune` writes it.
 Results go to outputs/benchmarks/<device>; --results benchmarks/results puts them where they are committed.
 """
 
 import importlib
 import os
 import sys
+from pathlib import Path
 
 # By name: the module, imported when it is called, whose `main` takes the arguments; and what it answers.
 COMMANDS = {
@@ -22,6 +24,7 @@ COMMANDS = {
     "compare": ("compare", "do the results of this machine agree with the committed ones"),
     "report": ("report", "pages and plots of committed results, and READMEs' tables; or the page of a folder"),
     "gpu_suite": ("gpu_suite", "all that needs a GPU, in 9 minutes: tests, quick benchmarks, loss curves, tiles"),
+    "tune": ("tuning", "which tiles of the kernels are right and fast on this GPU, into a file"),
     "static": ("static", "what the compiler makes of the kernels; needs no GPU"),
     "executed": ("compiled.cost", "what the compiled kernels do, counted while they run on the CPU; needs g++"),
     "loss_curves": ("loss_curves", "does training on the kernels go as without them"),
@@ -29,6 +32,9 @@ COMMANDS = {
     "schedulers": ("schedulers", "what other schedulers make of few steps"),
     "data_loading": ("data_loading", "latents a second from shards, and the memory it takes"),
 }
+
+# Those that launch nothing themselves, and the one that says what to launch.
+_WITHOUT_TILES = ("compare", "data_loading", "gpu_suite", "report", "tune")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise ValueError(f"python -m benchmarks takes one of {', '.join(COMMANDS)}; not {name!r}")
+        if (file := os.environ.get("EDT_BENCHMARK_TILES")) and name not in _WITHOUT_TILES:
+            from . import tiles
+
+            tiles.use(Path(file))
         module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
         return module.main(arguments if module.__name__.endswith(".suites") else arguments[1:]) or 0
     except (ValueError, OSError) as error:

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import torch
 
-from edt_kernels._tiles import device_slug
-
-from .results import OUTPUTS, RESULTS, SUITES, Results, Row, load, speedup
+from .results import OUTPUTS, RESULTS, SUITES, Results, Row, device_slug, load, speedup
 
 
 def main(arguments: list[str]) -> int:

@@ -79,9 +79,9 @@ def plan(groups: list[str], out: Path, has_xdist: bool) -> list[Part]:
         command = [sys.executable, "-m", "benchmarks", "loss_curves", *_CURVES, "--out", str(out)]
         parts.append(Part(_LOSS_CURVES, "curves", command, GROUP_SECONDS["curves"]))
     if "tune" in groups:
-        command = [sys.executable, "-m", "edt", "tune", "--quick", "--seconds", "{seconds}"]
+        command = [sys.executable, "-m", "benchmarks", "tune", "--quick", "--seconds", "{seconds}"]
         command += ["--output", str(out / "tiles.json")]
-        parts.append(Part("edt tune", "tune", command, GROUP_SECONDS["tune"]))
+        parts.append(Part("tiles", "tune", command, GROUP_SECONDS["tune"]))
     report = [sys.executable, "-m", "benchmarks", "report", str(out)]
     return [*parts, Part("report", "summary", report, _SUMMARY_SECONDS)]
 

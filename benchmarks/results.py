@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 
-from edt_kernels._tiles import device_slug
-
 from .measure import Ceilings, Timing
 
 RESULTS = Path(__file__).parent / "results"  # the committed ones, a folder a device
@@ -124,6 +122,11 @@ def add_output(parser: argparse.ArgumentParser, what: str = "folder") -> None:
         default=OUTPUTS,
         help=f"folder with a folder for each device's results, such as benchmarks/results; default: {OUTPUTS}",
     )
+
+
+def device_slug(name: str) -> str:
+    """Of files and folders of a device: "NVIDIA H200" → nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def output_folder(options: argparse.Namespace, device: str) -> Path:

@@ -62,8 +62,9 @@ def cut_rows(tile: RowTile | RowLoop, samples: int, rows: int, channels: int) ->
 
 
 def plan_rows(
-    signature: tuple | None, name: str, kernel, shape: tuple[int, int, int, int], by_row: tuple, vectors: tuple, *numbers, out_dtype=None
-) -> tuple[Launch, tuple[int, int]]:
+    signature: tuple | None, name: str, kernel, shape: tuple[int, int, int, int],
+    by_row: tuple[Tensor | None, ...], vectors: tuple[Tensor | None, ...], *numbers: float, out_dtype=None,
+) -> tuple[Launch, tuple[int, int]]:  # fmt: skip
     """A pass of a norm, such as "adaln.forward", over (samples, rows, slices, channels of a slice): the launch of
     its kernel, and the numbers of samples and of programs of each.
 
@@ -78,9 +79,9 @@ def _plan_rows(*arguments) -> tuple[Launch, tuple[int, int]]:
     *tensors, name, kernel, (samples, rows, slices, channels), count, numbers, _ = arguments
     tile, direction = choose_row_tile(rows, slices, channels), name.partition(".")[2]
     heuristic = RowTile(tile.rows, tile.num_warps) if direction == "forward" else tile
-    stream = next(t for t in tensors[:count] if t is not None)
-    key = {"dtype": "float32" if stream.dtype == torch.float32 else "16-bit", "rows": rows, "channels": channels}
-    tile = choose_tiles(stream.device, name, key, {direction: heuristic})[direction]
+    wide = any(t is not None and t.dtype == torch.float32 for t in tensors[:count])
+    key = {"dtype": "float32" if wide else "16-bit", "rows": rows, "channels": channels}
+    tile = choose_tiles(name, key, {direction: heuristic})[direction]
     cut = cut_rows(tile, samples, rows, channels)
     if direction == "backward":
         numbers = *numbers, cut.rows_per_program

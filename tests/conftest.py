@@ -1,6 +1,5 @@
 import fcntl
 import os
-import tempfile
 
 # One thread here and in all that is started: workers are the parallelism, and sums in another order differ in the
 # last bit. Before torch is imported: MKL's products may otherwise differ from those of a process that began so.
@@ -20,12 +19,6 @@ if not torch.cuda.is_available():
     with FakeTensorMode():  # pretends that there are GPUs
         pass
 torch.ones(1, requires_grad=True).backward()
-
-if torch.cuda.is_available():  # where dispatch would read tiles from the cache of whoever runs the tests
-    _cache, _others = tempfile.TemporaryDirectory(prefix="edt-tests-"), os.path.expanduser("~/.cache")
-    for name, folder in (("TORCH_HOME", "torch"), ("HF_HOME", "huggingface")):  # they stay where they are
-        os.environ.setdefault(name, os.path.join(os.environ.get("XDG_CACHE_HOME", _others), folder))
-    os.environ["XDG_CACHE_HOME"] = _cache.name
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

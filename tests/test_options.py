@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edt.cli import Info, Plot, Tune
+from edt.cli import Info, Plot
 from edt.data.extraction import ExtractOptions, extract
 from edt.demo.ablation import AblateOptions, ablate
 from edt.demo.run import DemoOptions, run_demo
@@ -137,7 +137,7 @@ def test_what_has_no_former_name_is_as_it_was():
     assert today(DemoOptions, values) == values
 
 
-@pytest.mark.parametrize("kind", [Info, Plot, Tune, *(type(options) for options, _ in OPTIONS.values())])
+@pytest.mark.parametrize("kind", [Info, Plot, *(type(options) for options, _ in OPTIONS.values())])
 def test_help_is_in_sentences(kind):
     """Of every option."""
     body = ast.parse(inspect.getsource(kind)).body[0].body

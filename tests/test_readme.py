@@ -34,7 +34,6 @@ QUICKER = {
 }
 # What cannot run here: the first words, what is added, and what the command then says once it knows its options.
 REFUSED = {
-    "edt tune": ("", "tune needs a CUDA or ROCm GPU"),
     "edt evaluate --samples 50k/samples.npz": ("--inception-weights none.pth", "none.pth: there is no such file"),
 }
 
@@ -44,7 +43,7 @@ def _reader(tmp_path, monkeypatch):
     """A folder with what the pages take for granted, all of it tiny: published weights, a VAE, images, the demo's
     model. Names on the Hub are folders here."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the same everywhere, and nothing is tuned
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the same everywhere
     tiny = {name: value for name, value in TINY.items() if name != "num_classes"}
     for preset in ("EDT-S/2", "EDT-XL/2"):
         monkeypatch.setitem(PRESETS, preset, {**tiny, "class_dropout_prob": 0.1})

@@ -1,5 +1,5 @@
-"""The command line: `edt demo`, `extract`, `train`, …. A command is a function of `commands`, `info` or `tune`,
-and imports what it needs when it runs; what becomes of errors is in `errors`.
+"""The command line: `edt demo`, `extract`, `train`, …. A command is a function of `commands` or `info`, and
+imports what it needs when it runs; what becomes of errors is in `errors`.
 """
 
 import difflib
@@ -17,9 +17,6 @@ from .errors import is_mendable, one_line, reader_has_gone
 if TYPE_CHECKING:
     from .commands import Plot as Plot
     from .info import Info as Info
-    from .tune import Tune as Tune
-    from .tune import tune_shapes as tune_shapes
-    from .tune import tuning_report as tuning_report
 else:
     __getattr__, __dir__, __all__ = lazy(__name__)
     __all__ += ["main"]
@@ -37,6 +34,7 @@ class _Command(NamedTuple):
     extra: str = ""  # of edt-kernels, that it needs
 
 
+_MOVED = {"tune": "python -m benchmarks tune, in a checkout of the sources"}  # former commands
 _COMMANDS = {
     "demo": _Command("commands", "run_demo", "Trains a small EDT on digits, draws and judges.", "train"),
     "extract": _Command("commands", "run_extract", "Turns images into a data folder for training.", "data"),
@@ -47,7 +45,6 @@ _COMMANDS = {
     "evaluate": _Command("commands", "run_evaluate", "Compares images with real ones: FID and more.", "evaluate"),
     "ablate": _Command("commands", "run_ablate", "Measures what masking training and AMM do, on digits.", "train"),
     "info": _Command("info", "run_info", "Prints a model's parameters, multiply-adds and memory."),
-    "tune": _Command("tune", "run_tune", "Measures the kernels' tiles on this GPU."),
 }
 
 
@@ -101,6 +98,8 @@ def _command_of(args: list[str]) -> _Command:
         print(_help())
     elif name == "--version":
         print(f"edt-kernels {__version__}")
+    elif name in _MOVED:
+        raise ValueError(f"edt {name} is now {_MOVED[name]}")
     else:
         perhaps = "".join(f" (perhaps {near})" for near in difflib.get_close_matches(name, _COMMANDS, 1))
         kind = "option" if name.startswith("-") else "command"
@@ -113,7 +112,7 @@ def _help() -> str:
     return "\n".join([
         "usage: edt [-h] [--version] COMMAND [OPTIONS]",
         "",
-        "EDT, the Efficient Diffusion Transformer: data, training, sampling, evaluation, costs, tiles.",
+        "EDT, the Efficient Diffusion Transformer: data, training, sampling, evaluation, costs.",
         "",
         *(f"  {name:10} {command.help}{f' [{command.extra}]' if command.extra else ''}"
           for name, command in _COMMANDS.items()),

@@ -231,7 +231,7 @@ class _Problem:
             "modulation": self.has_modulation,
             "many_heads": B * heads >= _RESIDENT_HEADS,
         }
-        return choose_tiles(self.q.device, f"amm_attention.{direction}", key, heuristic)
+        return choose_tiles(f"amm_attention.{direction}", key, heuristic)
 
     def strides(self, *tensors: Tensor) -> list[int]:
         """Of q, k, v, then of these, as the kernels take them."""

@@ -218,7 +218,7 @@ def test_the_plan_and_a_machine_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert names[:2] == ["tests/kernels/test_amm_attention.py", "tests/kernels/test_norm_ops.py"]
     benchmarks = [name.split()[1] for name in names if name.startswith("benchmark ")]
     assert benchmarks == ["attention", "adaln", "merge", "split", "train", "model", "sample"]
-    assert names[-3:] == ["loss curves", "edt tune", "report"]
+    assert names[-3:] == ["loss curves", "tiles", "report"]
     assert 60 <= parts[-3].share <= 90
     assert parts[-3].command[1:4] == ["-m", "benchmarks", "loss_curves"]
     loss_curves.build_parser().parse_args(parts[-3].command[4:])

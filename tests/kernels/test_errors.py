@@ -11,7 +11,7 @@ import torch
 from calls import GRID, OPS, arguments, call
 
 import edt_kernels
-from edt_kernels import _backend, _launch, _tiles
+from edt_kernels import _backend, _launch
 from edt_kernels._checks import shown
 
 Q = torch.zeros(1, 6, 2, 4)
@@ -229,12 +229,6 @@ def ask_for_an_unknown_backend(monkeypatch):
     call_with("adaln")
 
 
-def read_a_missing_table(monkeypatch):
-    """`tests/test_tuning.py` has what else may be wrong with one."""
-    monkeypatch.setenv("EDT_KERNELS_TILES", "nowhere.json")
-    _tiles.table_of(torch.device("cpu"))
-
-
 def ask_for_triton_where_it_is_missing(monkeypatch):
     monkeypatch.setenv("EDT_KERNELS_BACKEND", "triton")
     monkeypatch.setattr(_backend, "triton", None)
@@ -281,7 +275,6 @@ REFUSALS = [
     (ask_for_triton_on_the_cpu, RuntimeError, "run on CUDA or ROCm tensors, not on 'cpu' tensors; set"),
     (give_kernels_float64, TypeError, "y is torch.float64; the Triton kernels take float32, bfloat16 or float16"),
     (give_kernels_wide_heads, ValueError, "q has a head dim of 144; the Triton kernels take up to 128"),
-    (read_a_missing_table, ValueError, "nowhere.json is no file; it must be a table of tiles, which edt tune"),
     (map_kernels, RuntimeError, "adaln's Triton kernels take no torch.func transforms: fold a mapped dimension"),
     (push_tangents_through_kernels, RuntimeError, "adaln's Triton kernels have no forward-mode derivative"),
     (differentiate_kernels_twice, RuntimeError, "adaln's Triton kernels cannot be differentiated twice"),

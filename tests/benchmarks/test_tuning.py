@@ -1,22 +1,25 @@
-"""Tables of measured tiles: what writes them (`edt_kernels.tuning`), and dispatch, which reads them."""
+"""Tables of measured tiles: what writes them (`benchmarks.tuning`), and what launches make of them."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from benchmarks import static
-from edt import cli
-from edt_kernels import _tiles, tuning
+from benchmarks import __main__ as command
+from benchmarks import static, tiles, tuning
+from benchmarks.tuning import Shape
+from edt_kernels import _launch, _tiles
 from edt_kernels._tiles import CellTile, RowLoop, RowTile, ScoreTile
 from edt_kernels.adaln import autograd as adaln
 from edt_kernels.amm_attention import autograd as attention
-from edt_kernels.tuning import Shape
 
 CPU = torch.device("cpu")
 NORM = Shape("adaln", (2, 4), 16, batch_size=1, dtype=torch.float16)
@@ -24,14 +27,14 @@ NORM = Shape("adaln", (2, 4), 16, batch_size=1, dtype=torch.float16)
 ATTENTION = Shape("amm_attention", (2, 3), 32, batch_size=2, heads=2, dtype=torch.float16)
 ALL_OPS = [
     Shape(op, (2, 2), 32, batch_size=2, heads=2, dtype=torch.float16, modulation=op == "amm_attention")
-    for op in _tiles.OPS
+    for op in tiles.OPS
 ]
 
 
 @pytest.fixture
 def _few_candidates(monkeypatch, _triton):
     """Beside the static choice, two row tiles or one of each kernel of attention."""
-    tiles = {
+    few = {
         ("adaln", "forward"): [RowTile(2, 1), RowTile(4, 2)],
         ("adaln", "backward"): [RowLoop(2, 1, 264), RowLoop(4, 2, 2)],
         ("amm_attention", "short_forward"): [ScoreTile(16, 16, 4, 1)],
@@ -44,7 +47,7 @@ def _few_candidates(monkeypatch, _triton):
     monkeypatch.setattr(
         tuning,
         "_tiles_of",
-        lambda pass_name, kernel, key, unit: tiles.get((pass_name.partition(".")[0], kernel), []),
+        lambda pass_name, kernel, key, unit: few.get((pass_name.partition(".")[0], kernel), []),
     )
 
 
@@ -52,9 +55,9 @@ def clock(microseconds=lambda tiles: 1.0):
     """A timer that knows how long tiles take, and which were timed."""
 
     def timer(calls):
-        *_, tiles = _tiles.table_of(CPU).values()
-        timer.timed.append(tiles)
-        return float(microseconds(tiles))
+        *_, chosen = _tiles.measured.values()
+        timer.timed.append(chosen)
+        return float(microseconds(chosen))
 
     timer.timed = []
     return timer
@@ -66,7 +69,7 @@ def by_tile(**microseconds):
 
 
 def tuned(path, shapes, timer, **options) -> dict:
-    tuning.tune_on(CPU, shapes, path, timer, **options)
+    tuning.tune(CPU, shapes, path, timer, **options)
     return json.loads(path.read_text())
 
 
@@ -88,13 +91,16 @@ def launches(monkeypatch):
 
 
 @pytest.fixture
-def table(tmp_path):
-    return tmp_path / "tiles.json"
+def table(tmp_path, monkeypatch):
+    """A file for one. What a test puts into use is out of it afterwards."""
+    monkeypatch.setattr(_tiles, "measured", {})
+    yield tmp_path / "tiles.json"
+    _launch.forget_plans()
 
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_few_candidates")
-def test_dispatch_takes_the_fastest_tiles_of_the_table(table, launches, monkeypatch):
+def test_launches_take_the_fastest_tiles_of_the_table(table, launches):
     results(NORM)
     assert launches[-2:] == [(8, 1, 1), (8, 1, 1)]  # the static choice
     forward, backward = tuned(table, [NORM], by_tile(r2=5, r4=6))["entries"]
@@ -103,8 +109,8 @@ def test_dispatch_takes_the_fastest_tiles_of_the_table(table, launches, monkeypa
     assert forward["key"] == {"channels": 16, "dtype": "float32", "rows": 8}
     assert backward["tiles"] == {"backward": {"rows": 2, "num_warps": 1, "programs": 264}}
     results(NORM)
-    assert launches[-2:] == [(8, 1, 1), (8, 1, 1)]  # without the variable, none for CPU tensors
-    monkeypatch.setenv(_tiles.VARIABLE, str(table))
+    assert launches[-2:] == [(8, 1, 1), (8, 1, 1)]  # nothing is used unasked
+    tiles.use(table)
     results(NORM)
     assert launches[-2:] == [(2, 1, 4), (2, 1, 4)]
     results(dataclasses.replace(NORM, channels=24))  # has no entry
@@ -139,7 +145,7 @@ def test_another_kernel_may_be_faster(modulation, table, monkeypatch):
     }
     assert next(iter(backward["static_tiles"])) == ("backward_q" if modulation else "short_backward")
 
-    monkeypatch.setenv(_tiles.VARIABLE, str(table))
+    tiles.use(table)
     launches, launch = [], attention._Problem.launch
 
     def record(problem, kernel, tile, *arguments, **constants):
@@ -163,8 +169,8 @@ def test_every_op_has_two_passes_that_are_right_and_can_be_timed(shape):
     assert trial.fault() is None
     assert list(trial.calls) == passes
     for ((name, *key), heuristic), calls in zip(trial.questions.items(), trial.calls.values()):
-        assert any(way.keys() == heuristic.keys() for way in _tiles.PASSES[name])
-        kinds = _tiles._ATTENTION_KEY if shape.op == "amm_attention" else _tiles._NORM_KEY
+        assert any(way.keys() == heuristic.keys() for way in tiles.PASSES[name])
+        kinds = tiles.ATTENTION_KEY if shape.op == "amm_attention" else tiles.NORM_KEY
         assert {field: type(value) for field, value in key} == kinds
         for call in calls:
             call()
@@ -213,7 +219,7 @@ def test_a_wrong_static_choice_is_replaced(table, monkeypatch):
     forward, backward = content["entries"]
     assert (forward["tiles"]["forward"]["rows"], forward["static_microseconds"]) == (4, None)
     assert (backward["tiles"]["backward"]["rows"], backward["static_microseconds"]) == (8, 7)
-    assert "wrong" in cli.tuning_report(content)
+    assert "wrong" in tuning.report(content)
 
 
 @pytest.mark.interpreter
@@ -247,8 +253,8 @@ def test_a_crash_of_the_device_is_recorded_and_avoided_by_the_next_run(table, mo
     fault = tuning._Trial.fault
 
     def crash(trial):
-        *_, tiles = _tiles.table_of(CPU).values()
-        if tiles == {"forward": RowTile(2, 1)}:
+        *_, chosen = _tiles.measured.values()
+        if chosen == {"forward": RowTile(2, 1)}:
             raise RuntimeError("illegal memory access")
         return fault(trial)
 
@@ -286,7 +292,7 @@ def test_an_interruption_keeps_what_was_measured(table):
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_few_candidates")
 def test_no_measurement_begins_after_the_deadline(table):
-    tuning.tune_on(CPU, [NORM], table, clock(), deadline=-math.inf)
+    tuning.tune(CPU, [NORM], table, clock(), deadline=-math.inf)
     assert not table.exists()
 
 
@@ -306,7 +312,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured
     monkeypatch.setattr(tuning, "_Trial", None)
     path = tmp_path / output
     with pytest.raises(ValueError, match=f"output is {path}, which cannot be written: "):
-        tuning.tune_on(CPU, [NORM], path, clock())
+        tuning.tune(CPU, [NORM], path, clock())
 
 
 @pytest.mark.interpreter
@@ -346,6 +352,11 @@ def short(kernel, block_n=64, **key):
     )
 
 
+def resident(block_n, **key):
+    tile = {**TILE, "block_n": block_n}
+    return changed(FORWARD, key={**ATTENTION_KEY, **key}, tiles={"resident_forward": tile})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -373,125 +384,105 @@ def short(kernel, block_n=64, **key):
         (short("short_forward", block_n=32), "block_m = block_n"),
         (short("short_forward", extra_tokens=1), "for all tokens"),
         (short("short_backward", modulation=True), "without modulation"),
+        (resident(block_n=32), "resident_forward block_n = head_dim rounded up"),
+        (resident(block_n=64, head_dim=72), "resident_forward block_n = head_dim rounded up"),
     ],
 )
-def test_malformed_tables(content, message, table, monkeypatch):
+def test_malformed_tables(content, message, table):
     table.write_text(content if isinstance(content, str) else json.dumps(content))
-    monkeypatch.setenv(_tiles.VARIABLE, str(table))
     with pytest.raises(ValueError, match=message) as caught:
-        _tiles.table_of(CPU)
+        tiles.use(table)
     assert str(table) in str(caught.value)
+    assert _tiles.measured == {}
 
 
-def test_a_missing_table(table, monkeypatch):
-    monkeypatch.setenv(_tiles.VARIABLE, str(table))
-    with pytest.raises(ValueError, match="is no file; it must be a table of tiles, which edt tune"):
-        _tiles.table_of(CPU)
+def test_a_missing_table(table):
+    with pytest.raises(
+        ValueError, match="is no file; it must be a table of tiles, which python -m benchmarks tune"
+    ):
+        tiles.use(table)
 
 
-def test_a_table_of_another_device(table, monkeypatch):
-    table.write_text(json.dumps(changed()))
-    monkeypatch.setenv(_tiles.VARIABLE, str(table))
-    assert len(_tiles.table_of(CPU)) == 1  # the same entry twice
-    monkeypatch.setattr(_tiles, "device_name", lambda device: "NVIDIA H100")
-    with pytest.raises(ValueError, match="was measured on 'NVIDIA H200'; this is 'NVIDIA H100': set EDT_KERNELS"):
-        _tiles.table_of(torch.device("cuda", 0))
+def on(device: str, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
 
 
-def test_a_gpu_reads_the_table_shipped_for_it(tmp_path, monkeypatch):
-    assert _tiles.shipped_table("NVIDIA H100 80GB HBM3").name == "nvidia-h100-80gb-hbm3.json"
-    monkeypatch.setattr(_tiles, "device_name", lambda device: f"NVIDIA H200 of {tmp_path}")
-    monkeypatch.setattr(_tiles, "shipped_table", lambda name: tmp_path / "shipped.json")
-    gpu = torch.device("cuda", 5)
-    _tiles._table_of.cache_clear()
-    assert _tiles.table_of(gpu) == {}
-    (tmp_path / "shipped.json").write_text(json.dumps({**changed(), "device": f"NVIDIA H200 of {tmp_path}"}))
-    _tiles._table_of.cache_clear()
-    heuristic = {"forward": RowTile(16, 2)}
-    assert _tiles.choose_tiles(gpu, "adaln.forward", KEY, heuristic) == {"forward": RowTile(2, 1)}
-    assert _tiles.choose_tiles(gpu, "adaln.forward", {**KEY, "rows": 17}, heuristic) is heuristic
-    assert _tiles.choose_tiles(CPU, "adaln.forward", KEY, heuristic) is heuristic
-    _tiles._table_of.cache_clear()
-
-
-@pytest.fixture
-def cached(tmp_path, monkeypatch):
-    """The H200's table in the user's cache folder, for dispatch on a GPU; none is there, and none is shipped."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(_tiles, "device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(_tiles, "shipped_table", lambda name: tmp_path / "shipped.json")
-    path = tmp_path / "cache" / "edt-kernels" / "tiles" / "nvidia-h200.json"
-    path.parent.mkdir(parents=True)
-    _tiles._table_of.cache_clear()
-    yield path
-    _tiles._table_of.cache_clear()
-
-
-GPU = torch.device("cuda", 0)
-MEASURED = {**_tiles.conditions("NVIDIA H200"), "entries": [ENTRY]}
+MEASURED = {**tiles.conditions("NVIDIA H200"), "entries": [ENTRY]}
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_gpu_reads_the_users_table_before_the_shipped_one(cached, table, monkeypatch):
-    shipped = {**ENTRY, "tiles": {"forward": {"rows": 8, "num_warps": 4}}}
-    _tiles.shipped_table("").write_text(json.dumps({**MEASURED, "entries": [shipped]}))
-    assert list(_tiles.table_of(GPU).values()) == [{"forward": RowTile(8, 4)}]
-    cached.write_text(json.dumps(MEASURED))
-    _tiles._table_of.cache_clear()
-    assert list(_tiles.table_of(GPU).values()) == [{"forward": RowTile(2, 1)}]
-    assert _tiles.table_of(CPU) == {}
+def test_a_table_in_use_is_for_its_own_keys_and_replaces_the_one_before(table, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(_launch, "forget_plans", lambda: forgotten.append(dict(_tiles.measured)))
+    on("NVIDIA H200", monkeypatch)
+    table.write_text(json.dumps(MEASURED))
+    tiles.use(table)
+    heuristic = {"forward": RowTile(16, 2)}
+    assert _tiles.choose_tiles("adaln.forward", KEY, heuristic) == {"forward": RowTile(2, 1)}
+    assert _tiles.choose_tiles("adaln.forward", {**KEY, "rows": 17}, heuristic) is heuristic
+    assert _tiles.choose_tiles("gated_residual.forward", KEY, heuristic) is heuristic
+    assert len(forgotten[0]) == 1  # once the table was there
     table.write_text(json.dumps({**MEASURED, "entries": []}))
-    monkeypatch.setenv(_tiles.VARIABLE, str(table))
-    assert _tiles.table_of(GPU) == {}
+    tiles.use(table)
+    assert _tiles.choose_tiles("adaln.forward", KEY, heuristic) is heuristic
+    assert len(forgotten) == 2
+
+
+def test_a_table_of_another_device_is_refused_but_on_a_cpu(table, monkeypatch):
+    table.write_text(json.dumps({**MEASURED, "device": "NVIDIA H100"}))
+    if not torch.cuda.is_available():
+        tiles.use(table)
+        assert len(_tiles.measured) == 1
+    on("NVIDIA H200", monkeypatch)
+    with pytest.raises(
+        ValueError, match="was measured on 'NVIDIA H100'; this is 'NVIDIA H200': name a table of it"
+    ):
+        tiles.use(table)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("changes", "message"),
     [
-        ("{", "is no table of tiles"),
-        (json.dumps({**MEASURED, "entries": [{**ENTRY, "key": 3}]}), "entry 0: key is 3"),
-        (json.dumps({**MEASURED, "device": "NVIDIA H100"}), "with {'device': 'NVIDIA H100'}; this is"),
-        (json.dumps({**MEASURED, "triton": "1.0"}), r"was measured with {'triton': '1\.0'}; this is {'triton': '"),
-        (json.dumps({**MEASURED, "kernels": "of yesterday"}), "was measured with {'kernels': 'of yesterday'}"),
-        (json.dumps({"device": "NVIDIA H200", "entries": [ENTRY]}), "with {'triton': None, 'kernels'"),
+        ({"triton": "1.0"}, r"with {'triton': '1\.0'}; this is {'triton': '"),
+        ({"kernels": "of yesterday"}, "with {'kernels': 'of yesterday'}; this is {'kernels'"),
     ],
 )
-def test_a_table_of_the_user_that_does_not_fit_is_named_and_not_used(content, message, cached):
-    _tiles.shipped_table("").write_text(json.dumps(MEASURED))
-    cached.write_text(content)
-    with pytest.warns(UserWarning, match=rf"measured tiles are not used: .*{message}.*; delete it") as caught:
-        assert len(_tiles.table_of(GPU)) == 1  # the shipped one's
-    assert str(cached) in str(caught[0].message)
+def test_a_table_of_other_kernels_is_used_with_a_warning(changes, message, table, monkeypatch):
+    on("NVIDIA H200", monkeypatch)
+    table.write_text(json.dumps({**MEASURED, **changes}))
+    with pytest.warns(UserWarning, match=f"was measured {message}"):
+        tiles.use(table)
+    assert len(_tiles.measured) == 1
 
 
-def test_a_named_table_of_another_version_is_used_with_a_warning(table, monkeypatch):
-    table.write_text(json.dumps({**MEASURED, "triton": "1.0"}))
-    monkeypatch.setenv(_tiles.VARIABLE, str(table))
-    with pytest.warns(UserWarning, match=r"was measured with {'triton': '1\.0'}; this is {'triton': '"):
-        assert len(_tiles.table_of(CPU)) == 1
+def test_a_command_takes_the_table_that_the_variable_names(table, monkeypatch, capsys):
+    monkeypatch.setenv(tiles.VARIABLE, "nowhere.json")
+    assert command.main(["adaln", "--device", "cpu"]) == 2
+    assert "nowhere.json is no file; it must be a table of tiles" in capsys.readouterr().err
+    table.write_text(json.dumps(changed()))
+    monkeypatch.setenv(tiles.VARIABLE, str(table))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["adaln", "--shapes", "none such"]) == 2
+    assert list(_tiles.measured.values()) == [{"forward": RowTile(2, 1)}]
 
 
-def test_where_the_users_table_lies(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
-    for value in ("", "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert str(_tiles.user_table("A B")) == "/home/someone/.cache/edt-kernels/tiles/a-b.json"
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # of a user without a home
-    assert _tiles.user_table("A B") is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A B")
-    with pytest.raises(ValueError, match="output is not given, and this user has no home folder for it"):
-        tuning.default_output()
-
-
-def test_shipped_tables_are_well_formed():
-    for path in _tiles.shipped_table("").parent.glob("*.json"):
-        assert _tiles.shipped_table(_tiles.read_table(path)["device"]) == path
+def test_the_library_reads_no_table_by_itself(monkeypatch):
+    """But what somebody wrote into the module."""
+    monkeypatch.setenv("EDT_KERNELS_TILES", "nowhere.json")
+    monkeypatch.setenv(tiles.VARIABLE, "nowhere.json")
+    heuristic = {"forward": RowTile(16, 2)}
+    assert _tiles.choose_tiles("adaln.forward", KEY, heuristic) is heuristic
+    for (name, *key), chosen in _tiles.measured.items():
+        chosen = {kernel: dataclasses.asdict(tile) for kernel, tile in chosen.items()}
+        tiles.check_entry("edt_kernels._tiles.measured", {"pass": name, "key": dict(key), "tiles": chosen})
 
 
 def test_the_static_report_sees_the_table(table, monkeypatch):
     table.write_text(json.dumps(changed(FORWARD)))
     shape = static.EDT_ATTENTION[0]
-    monkeypatch.setenv(_tiles.VARIABLE, str(table))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tiles.use(table)
     sizes = {
         (launch.kernel, launch.constants["BLOCK_M"], launch.options["num_warps"])
         for launch in static.launches_of(shape, "sm_90")
@@ -509,20 +500,20 @@ def test_the_static_report_sees_the_table(table, monkeypatch):
 @pytest.mark.parametrize("unit", ["wgmma", "tcgen05", "mma", "mfma", "fma"])
 def test_candidates_are_few_and_none_is_known_to_be_wrong(unit, modulation, tokens):
     key = {**ATTENTION_KEY, "height": tokens, "width": tokens, "modulation": modulation}
-    tiles = attention.tiles_of(unit, 52)
+    static_tiles = attention.tiles_of(unit, 52)
     forward = attention.choose_forward(unit, tokens**2, 52, 1000, modulation)
     short = attention.choose_backward(unit, tokens**2, 52, modulation) == "short_backward"
     kernels = ("short_backward",) if short else ("backward_q", "backward_kv", "backward_tables")
-    tiles = {**tiles, "backward_tables": attention.TABLE_TILES[unit]}
+    static_tiles = {**static_tiles, "backward_tables": attention.TABLE_TILES[unit]}
     for direction, heuristic in (("forward", [forward]), ("backward", kernels)):
-        heuristic = {kernel: tiles[kernel] for kernel in heuristic}
+        heuristic = {kernel: static_tiles[kernel] for kernel in heuristic}
         ways = tuning.candidates(f"amm_attention.{direction}", key, heuristic, unit)
         assert ways[0][0] == heuristic
-        assert sum(len(tiles) for _, options in ways for tiles in options.values()) <= 180
+        assert sum(len(tried) for _, options in ways for tried in options.values()) <= 180
         for start, options in ways:
             entry = {"pass": f"amm_attention.{direction}", "key": key}
-            for kernel, tile in ((kernel, tile) for kernel, tiles in options.items() for tile in tiles):
-                _tiles._check_entry("", {**entry, "tiles": tuning._to_json({**start, kernel: tile})})
+            for kernel, tile in ((kernel, tile) for kernel, tried in options.items() for tile in tried):
+                tiles.check_entry("", {**entry, "tiles": tuning._to_json({**start, kernel: tile})})
                 rows = getattr(tile, "block_n" if kernel == "backward_kv" else "block_m", None)
                 assert not (unit == "wgmma" and rows == 64 and tile.num_warps == 4), (kernel, tile)
                 assert kernel != "resident_forward" or tile.block_n == 64, tile
@@ -584,8 +575,7 @@ def test_candidates_are_compiled_in_parallel_and_failures_rejected(shape, monkey
 
     monkeypatch.setattr(tuning, "_warm_up", fail_for_8_warps)
     (kernel, tile), *_ = heuristic.items()
-    tiles = [{**heuristic, kernel: dataclasses.replace(tile, num_warps=n)} for n in (1, 8)]
-    search._compile(tiles)
+    search._compile([{**heuristic, kernel: dataclasses.replace(tile, num_warps=n)} for n in (1, 8)])
     assert search.rejected == ({"MemoryError": 1} if shape.op == "adaln" else {"MemoryError": 2})
     assert set(warmed) >= (
         {"backward"} if shape.op == "adaln" else {"backward_q", "backward_kv", "backward_tables"}
@@ -597,67 +587,68 @@ def test_candidates_are_compiled_in_parallel_and_failures_rejected(shape, monkey
 
 def test_tune_needs_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main(["tune"]) == 2
-    assert capsys.readouterr().err == "edt: error: tune needs a CUDA or ROCm GPU; torch finds none here\n"
-    with pytest.raises(RuntimeError, match="tune needs a CUDA or ROCm GPU"):
-        tuning.tune([NORM])
+    assert command.main(["tune"]) == 2
+    assert capsys.readouterr().err == "benchmarks: error: tune needs a CUDA or ROCm GPU; torch finds none here\n"
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--ops", "softmax"], "ops has softmax; it takes amm_attention"),
-        (["--models", "EDT-S/3"], "models has EDT-S/3; it takes EDT-S/2"),
-        (["--batch-size", "0"], "batch_size is 0"),
+        (["--ops", "softmax"], "argument --ops: invalid choice: 'softmax'"),
+        (["--models", "EDT-S/3"], "argument --models: invalid choice: 'EDT-S/3'"),
+        (["--batch-size", "0"], "batch_size is 0; it must be at least 1"),
+        (["--seconds", "nan"], "seconds is nan; it must be a number of at least 0"),
     ],
 )
-def test_wrong_options_are_one_line(args, message, capsys):
-    assert cli.main(["tune", *args]) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert message in error
+def test_wrong_options_are_told(args, message, capsys):
+    with contextlib.suppress(SystemExit):
+        assert command.main(["tune", *args]) == 2
+    assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_the_command_prints_what_was_measured(interrupted, table, capsys, monkeypatch):
-    def tune(shapes, path, seconds, quick):
-        assert (len(shapes), path, seconds, quick) == (12, table, 60, True)
+@pytest.mark.parametrize("ends", [None, KeyboardInterrupt(), RuntimeError("adaln.forward crashed the device")])
+def test_the_command_prints_what_was_measured(ends, table, capsys, monkeypatch):
+    def tune(device, shapes, path, timer, quick, deadline):
+        assert (device, len(shapes), path, quick) == (torch.device("cuda", 0), 12, table, True)
+        assert 50 < deadline - time.monotonic() <= 60
         times = {"static_microseconds": 8.0, "microseconds": 6.0, "shape": str(ATTENTION)}
         entry = {**FORWARD, **times, "static_tiles": {"forward": {**TILE, "block_n": 32}}}
         path.write_text(json.dumps({"device": "", "entries": [entry], "faults": []}))
-        if interrupted:
-            raise KeyboardInterrupt
+        if ends:
+            raise ends
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tuning, "tune", tune)
     args = ["--ops", "amm_attention", "--models", "EDT-S/2", "--seconds", "60", "--quick"]
-    assert cli.main(["tune", "--output", str(table), *args]) == (130 if interrupted else 0)
+    status = {KeyboardInterrupt: 130, RuntimeError: 1}.get(type(ends), 0)
+    assert command.main(["tune", "--output", str(table), *args]) == status
     out, err = capsys.readouterr()
     assert "8.0        6.0  0.750  forward: block_m 64, block_n 64, num_warps 8, num_stages 2" in out
-    assert str(table) in out
-    assert ("interrupted" in err) == interrupted
+    assert f"The table is {table}; EDT_BENCHMARK_TILES names one to use." in out
+    assert ("interrupted" in err, "crashed the device" in err) == (status == 130, status == 1)
 
 
-def test_the_command_writes_where_a_gpu_reads(cached, capsys, monkeypatch):
-    def tune(shapes, path, seconds, quick):
-        path.write_text(json.dumps({**MEASURED, "entries": [], "faults": []}))
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(tuning, "tune", tune)
-    assert cli.main(["tune"]) == 0
-    assert f"The table is {cached}." in capsys.readouterr().out
-    assert cached.is_file()
+def test_the_table_goes_where_results_go(tmp_path, monkeypatch):
+    written = []
+    on("NVIDIA H200", monkeypatch)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuning, "tune", lambda device, shapes, path, *_, **__: written.append(path))
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["tune"]) == 0
+    assert written == [Path("outputs", "benchmarks", "nvidia-h200", "tiles.json")]
 
 
 def test_shapes_come_in_the_order_of_their_importance():
-    shapes = cli.tune_shapes(cli.Tune())
+    shapes = tuning.shapes_of(("EDT-XL/2", "EDT-B/2", "EDT-S/2"), tiles.OPS, 64, torch.bfloat16)
     assert shapes[0] == Shape("amm_attention", (16, 16), 936, heads=18)
     sides = [shape.grid[0] for shape in shapes]
     assert sides.index(32) == len(shapes) // 2  # 256² pixels are 16×16 tokens
     assert [shape.op for shape in shapes[:10]] == ["amm_attention"] * 9 + ["gated_residual_adaln"]
     assert all(shape.modulation for shape in shapes[-9:])
     stages = {
-        (shape.op, shape.grid, shape.channels) for shape in cli.tune_shapes(cli.Tune(models=("EDT-digits",)))
+        (shape.op, shape.grid, shape.channels)
+        for shape in tuning.shapes_of(("EDT-digits",), tiles.OPS, 64, torch.bfloat16)
     }
     assert ("token_merge_adaln", (4, 4), 96) in stages
 
@@ -671,7 +662,8 @@ def test_gpu_tunes_and_reads_its_table(table, monkeypatch):
         Shape("amm_attention", (4, 4), 2 * 52, batch_size=8, heads=2),
         Shape("adaln", (8, 8), 312, batch_size=8),
     ]
-    tuning.tune(shapes, table, quick=True)
+    gpu = torch.device("cuda", 0)
+    tuning.tune(gpu, shapes, table, tuning.graph_microseconds, quick=True)
     entries = json.loads(table.read_text())["entries"]
     assert [entry["pass"] for entry in entries] == [
         f"{shape.op}.{direction}" for shape in shapes for direction in ("forward", "backward")
@@ -679,9 +671,8 @@ def test_gpu_tunes_and_reads_its_table(table, monkeypatch):
     for entry in entries:
         assert 0 < entry["microseconds"] <= entry["static_microseconds"] < 1e4
         assert entry["candidates"] > 1
-    monkeypatch.setenv(_tiles.VARIABLE, str(table))
-    gpu = torch.device("cuda", 0)
-    assert len(_tiles.table_of(gpu)) == 4
+    tiles.use(table)
+    assert len(_tiles.measured) == 4
     for shape in shapes:
         assert tuning._Trial(shape, gpu).fault() is None
 
@@ -699,7 +690,7 @@ def test_gpu_tunes_and_reads_its_table(table, monkeypatch):
 )
 def test_gpu_every_candidate_is_right_or_known(shape, table):
     """Every tile that tuning may choose on this device, with the gradients of all inputs."""
-    tuning.tune_on(torch.device("cuda", 0), [shape], table, lambda calls: 1.0)
+    tuning.tune(torch.device("cuda", 0), [shape], table, lambda calls: 1.0)
     content = json.loads(table.read_text())
     assert len(content["entries"]) == 2
     assert content["faults"] == []

@@ -1,13 +1,12 @@
-"""Measures which tiles are right and fast on a GPU; writes the table that dispatch reads (`edt_kernels._tiles`).
+"""Measures which tiles are right and fast on a GPU, into a table that `benchmarks.tiles.use` puts into use.
 
-    tune(shapes)                        # or `edt tune`: into the user's cache folder, where dispatch looks for it
-    tune(shapes, Path("table.json"))    # then EDT_KERNELS_TILES=table.json
-
-What dispatch asks the table for when an op runs at a shape is what is measured: each pass of the op at its key. A
-candidate is compiled; held, output and all gradients, to the error budget of `edt_kernels.testing` against
-float64; and only then timed. What is not right never gets into a table.
+What an op asks for when it runs at a shape is what is measured: each of its passes, at its key. A candidate is
+compiled; held, output and all gradients, to the error budget of `edt_kernels.testing` against float64; and only
+then timed. What is not right never gets into a table. Ctrl-C keeps what was measured, and the same
+command goes on from there.
 """
 
+import argparse
 import contextlib
 import datetime
 import functools
@@ -17,14 +16,13 @@ import math
 import os
 import secrets
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -36,11 +34,14 @@ from tqdm import tqdm
 from triton.runtime.jit import JITFunction
 
 import edt_kernels
+from edt.model.presets import PRESETS
+from edt_kernels import _backend, _launch, _tiles
+from edt_kernels._tiles import CellTile, RowLoop, RowTile, ScoreTile, Tile, Tiles
+from edt_kernels.amm_attention import autograd as attention
+from edt_kernels.testing import error_and_budget, is_lost
 
-from . import _backend, _tiles
-from ._tiles import PASSES, CellTile, RowLoop, RowTile, ScoreTile, Tile, Tiles
-from .amm_attention import autograd as attention
-from .testing import error_and_budget, is_lost
+from . import tiles as tables
+from .results import OUTPUTS, commit, device_slug
 
 _TABLES = ("rel_pos_bias", "modulation")  # inputs without a batch dimension
 _SLICES = {"token_merge_adaln": 4, "token_split_concat_adaln": 2}
@@ -70,52 +71,6 @@ class Shape:
 
 
 def tune(
-    shapes: Sequence[Shape],
-    output: Path | None = None,
-    *,
-    seconds: float | None = None,
-    quick: bool = False,
-    margin: float = 0.02,
-) -> Path:
-    """argmin over tiles of the time of each op's passes at each shape, among tiles with the right results.
-
-    Writes the table after each measurement, by an atomic replacement, so that an interruption keeps what was
-    measured; a table that exists is continued, and what it has is not measured again.
-
-    Args:
-        shapes: what to measure, the most important first.
-        output: the table, by default the one in the user's cache folder that dispatch reads on this device.
-        seconds: after so many no further measurement is begun; each takes up to a minute or two.
-        quick: only candidates that differ from the static choice in one number.
-        margin: how much faster than the static choice, as a share of its time, another tile has to be.
-
-    Returns:
-        `output`.
-
-    Raises:
-        RuntimeError: without a GPU, or if a candidate crashed it. That candidate is recorded in the table: another
-            run goes on without it.
-        ValueError: for an output that cannot be written, or is a table of another device, torch, Triton or version
-            of the kernels; before anything is measured.
-    """
-    if not torch.cuda.is_available():
-        raise RuntimeError("tune needs a CUDA or ROCm GPU; torch finds none here")
-    device = torch.device("cuda", torch.cuda.current_device())
-    path = output or default_output()
-    deadline = math.inf if seconds is None else time.monotonic() + seconds
-    tune_on(device, shapes, path, graph_microseconds, quick=quick, margin=margin, deadline=deadline)
-    return path
-
-
-def default_output() -> Path:
-    """The table in the user's cache folder that dispatch reads on the current GPU."""
-    path = _tiles.user_table(torch.cuda.get_device_name())
-    if path is None:
-        raise ValueError("output is not given, and this user has no home folder for it: name a file")
-    return path
-
-
-def tune_on(
     device: torch.device,
     shapes: Sequence[Shape],
     path: Path,
@@ -125,9 +80,26 @@ def tune_on(
     margin: float = 0.02,
     deadline: float = math.inf,
 ) -> None:
-    """`tune` on a device, by a timer: calls that do the same on different data → microseconds of one."""
+    """argmin over tiles of the time of each op's passes at each shape, among tiles with the right results.
+
+    Writes the table after each measurement, by an atomic replacement.
+
+    Args:
+        device: the current one.
+        shapes: what to measure, the most important first.
+        path: the table. What it has already is not measured again.
+        timer: calls that do the same on different data → microseconds of one.
+        quick: only candidates that differ from the static choice in one number.
+        margin: how much faster than the static choice, as a share of its time, another tile has to be.
+        deadline: of `time.monotonic`, after which no further measurement is begun.
+
+    Raises:
+        RuntimeError: if a candidate crashed the GPU. It is recorded in the table: another run goes on without it.
+        ValueError: for a path that cannot be written, or a table of another device, torch, Triton or version of
+            the kernels; before anything is measured.
+    """
     table = _open_table(path, device)
-    found = _tiles.parse_entries(table["entries"])
+    found = tables.parse_entries(table["entries"])
     with tqdm(total=2 * len(shapes), desc="tuning", unit="pass") as bar:
         for shape in shapes:
             trial = _Trial(shape, device)
@@ -142,7 +114,7 @@ def tune_on(
                     if entry:
                         table["entries"].append(entry)
                         save()
-                        found |= _tiles.parse_entries([entry])
+                        found |= tables.parse_entries([entry])
                 bar.update()
 
 
@@ -154,9 +126,9 @@ class _Trial:
         torch.manual_seed(0)
         self.inputs = _make_inputs(shape, device)
         self.questions = _Questions()
-        tables = [name for name in _TABLES if shape.op == "amm_attention" and name in self.inputs]
+        with_table = [name for name in _TABLES if shape.op == "amm_attention" and name in self.inputs]
         # A table may be frozen: other kernels, or the same without a gradient, run then.
-        self.frozen = [names for n in (2, 1, 0) for names in itertools.combinations(tables, n)]
+        self.frozen = [names for n in (2, 1, 0) for names in itertools.combinations(with_table, n)]
         with _record_launches(), _use(self.questions):  # outputs of the right shape, even if nothing runs
             with torch.no_grad():
                 outputs = _call(edt_kernels, shape, self.inputs)
@@ -239,7 +211,7 @@ class _Search:
         self.rejected = Counter()  # by reason
         for fault in faults:
             if (fault["pass"], fault["key"]) == (self.pass_name, self.key):
-                self._reject(_tiles.parse_tiles(self.pass_name, fault["tiles"]), "known fault")
+                self._reject(tables.parse_tiles(self.pass_name, fault["tiles"]), "known fault")
 
     def run(self, quick: bool) -> dict | None:
         """The table's entry; None where nothing works."""
@@ -270,7 +242,7 @@ class _Search:
             "shape": str(self.trial.shape),
             "candidates": len(self.microseconds),
             "rejected": dict(self.rejected),
-            "commit": _commit(),
+            "commit": commit(),
             "date": datetime.date.today().isoformat(),
         }
 
@@ -358,7 +330,7 @@ def candidates(
     `unit` is that of `amm_attention.autograd.matrix_unit`, "fma" for float32.
     """
     ways = []
-    for way in sorted(PASSES[pass_name], key=lambda way: way.keys() != heuristic.keys()):
+    for way in sorted(tables.PASSES[pass_name], key=lambda way: way.keys() != heuristic.keys()):
         options = {kernel: _tiles_of(pass_name, kernel, key, unit) for kernel in way}
         start = dict(heuristic)
         if way.keys() != heuristic.keys():
@@ -465,8 +437,8 @@ def _call(
     """The outputs of an op; `out_dtype` in place of the shape's."""
     op, (H, W) = getattr(namespace, shape.op), shape.grid
     if shape.op == "amm_attention":
-        tables = {name: inputs[name] for name in _TABLES if name in inputs}
-        return [op(*inputs["qkv"].unbind(2), grid=(H, W), **tables)]
+        given = {name: inputs[name] for name in _TABLES if name in inputs}
+        return [op(*inputs["qkv"].unbind(2), grid=(H, W), **given)]
     tokens = [inputs[name] for name in ("x", "skip", "y") if name in inputs]
     gate, *shift_and_scale = inputs["projection"].chunk(3, dim=-1)
     options = {"out_dtype": out_dtype or shape.dtype}
@@ -523,9 +495,13 @@ def _compiles() -> bool:
     return not _backend._INTERPRETED
 
 
-def _use(table):
-    """Dispatch reads this table, whatever files there are."""
-    return mock.patch.object(_tiles, "table_of", return_value=table)
+@contextlib.contextmanager
+def _use(measured: dict):
+    """Launches take these tiles, whatever else was measured."""
+    with mock.patch.object(_tiles, "measured", measured):
+        _launch.forget_plans()
+        yield
+    _launch.forget_plans()
 
 
 @contextlib.contextmanager
@@ -583,10 +559,10 @@ def _open_table(path: Path, device: torch.device) -> dict:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise ValueError(f"output is {path}, which cannot be written: {error.strerror}") from error
-    here = {**_tiles.conditions(_tiles.device_name(device)), "torch": torch.__version__}
+    here = {**tables.conditions(tables.device_name(device)), "torch": torch.__version__}
     if not path.exists():
         return {**here, "entries": [], "faults": []}
-    table = _tiles.read_table(path)
+    table = tables.read_table(path)
     there = {name: table.get(name) for name in here}
     if there != here:
         raise ValueError(f"{path} was measured with {there}; this is {here}: delete it or name another output")
@@ -609,20 +585,91 @@ def _write_table(path: Path, table: dict) -> None:
         new.unlink(missing_ok=True)
 
 
-@functools.cache
-def _commit() -> str:
-    """Of the kernels measured, "unknown" for an installed package."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
+def shapes_of(models: Sequence[str], ops: Sequence[str], batch_size: int, dtype: torch.dtype) -> list[Shape]:
+    """What models launch, the most important first: at 256² before 512², attention before norms, without AMM
+    (in training and most of sampling) before with it, early stages before late ones."""
+    common = {"batch_size": batch_size, "dtype": dtype}
+    presets = [PRESETS[model] for model in models]
+    sizes = [(preset["sample_size"] // 2,) if "sample_size" in preset else (16, 32) for preset in presets]
+    shapes = []
+    for side in sorted(set(itertools.chain(*sizes))):
+        attention, norms = [], []
+        for stage, (preset, sides) in itertools.product(range(3), zip(presets, sizes)):
+            if side not in sides:
+                continue
+            grid, channels = (side >> stage, side >> stage), preset["hidden_sizes"][stage]
+            attention.append(
+                Shape("amm_attention", grid, channels, heads=preset["num_attention_heads"][stage], **common)
+            )
+            norms += [
+                Shape(op, grid, channels, **common) for op in tables.OPS[1:] if stage < 2 or "token" not in op
+            ]
+        shapes += [*attention, *norms, *(replace(shape, modulation=True) for shape in attention)]
+    return [shape for shape in shapes if shape.op in ops]
+
+
+def report(table: dict) -> str:
+    """A line for each measurement: the static choice's time, the chosen tiles' time, and these tiles."""
+    lines = [f"{'pass':33} {'shape':26} {'static µs':>10} {'chosen µs':>10} {'ratio':>6}  tiles"]
+    for entry in table["entries"]:
+        static, chosen = entry["static_microseconds"], entry["microseconds"]
+        ratio = f"{chosen / static:.3f}" if static else "wrong"
+        text = "the same"
+        if entry["tiles"] != entry["static_tiles"]:
+            sizes = {kernel: ", ".join(f"{n} {v}" for n, v in t.items()) for kernel, t in entry["tiles"].items()}
+            text = "; ".join(f"{kernel}: {size}" for kernel, size in sizes.items())
+        lines.append(f"{entry['pass']:33} {entry['shape']:26} {static or '':>10} {chosen:>10} {ratio:>6}  {text}")
+    faults = [
+        f"WRONG, never chosen: {fault['pass']} {fault['tiles']}: {fault['reason']}" for fault in table["faults"]
     ]
+    return "\n".join([*lines, *faults])
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit status: 1 if a candidate crashed the GPU.
+
+    Raises:
+        ValueError: for arguments that it cannot take, and without a GPU.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks tune", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE",
+                        help=f"the table; default: {OUTPUTS}/<device>/tiles.json")  # fmt: skip
+    parser.add_argument("--ops", nargs="+", default=tables.OPS, choices=tables.OPS, metavar="OP",
+                        help=f"of {', '.join(tables.OPS)}")  # fmt: skip
+    parser.add_argument("--models", nargs="+", default=("EDT-XL/2", "EDT-B/2", "EDT-S/2"), choices=list(PRESETS),
+                        metavar="MODEL", help="presets with the shapes, the most important first")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=64, help="images")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--seconds", type=float, default=math.inf,
+                        help="then no further measurement is begun; each takes up to two minutes")  # fmt: skip
+    parser.add_argument("--quick", action="store_true",
+                        help="only candidates that differ from the static choice in one number")  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        raise ValueError(f"batch_size is {options.batch_size}; it must be at least 1")
+    if not options.seconds >= 0:
+        raise ValueError(f"seconds is {options.seconds}; it must be a number of at least 0")
+    if not torch.cuda.is_available():
+        raise ValueError("tune needs a CUDA or ROCm GPU; torch finds none here")
+    device = torch.device("cuda", torch.cuda.current_device())
+    path = options.output or OUTPUTS / device_slug(tables.device_name(device)) / "tiles.json"
+    shapes = shapes_of(options.models, options.ops, options.batch_size, getattr(torch, options.dtype))
+    deadline = time.monotonic() + options.seconds
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        tune(device, shapes, path, graph_microseconds, quick=options.quick, deadline=deadline)
+    except RuntimeError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if path.is_file():
+            print(
+                f"{report(json.loads(path.read_text()))}\nThe table is {path}; {tables.VARIABLE} names one to use."
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    from .__main__ import main as command
+
+    sys.exit(command(["tune", *sys.argv[1:]]))
