@@ -3,7 +3,7 @@
     python -m benchmarks static [--targets sm_90 gfx942] [--models EDT-S/2] [--faults | --out table.json]
 
 The launchers run on CPU tensors with every launch recorded instead of run, so that what is compiled is what a call
-would launch: the same arguments, specialisations and tiles (of a measured table, if EDT_KERNELS_TILES names one).
+would launch: the same arguments, specialisations and tiles (of a measured table, if EDT_BENCHMARK_TILES names one).
 Prints, for each kernel, target and set of shapes that share its code: registers, spilled bytes, shared memory,
 matrix instructions, the programs that fit on a multiprocessor, and the instructions of the inner loop by class.
 --out also stores how wide each argument is loaded, and a summary in Markdown beside it. With --faults only what is
@@ -36,13 +36,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
+from edt_kernels import _launch
+
 from .assembly import MULTIPROCESSORS, global_loads, instruction_mix, resident_programs
 from .hopper import product_faults
 from .shapes import EDT_ATTENTION, EDT_NORMS, OTHER_ATTENTION, OTHER_NORMS, AttentionShape, NormShape
 from .static_report import FLAGS, HEADER, NARROW_LOADS, Report, faults, line, summary
 
-# `gated_residual` is launched by `gated_residual_adaln`.
-OPS = ("amm_attention", "adaln", "gated_residual_adaln", "token_merge_adaln", "token_split_concat_adaln")
+# `adaln` and `gated_residual` are launched by `gated_residual_adaln`.
+OPS = ("amm_attention", "gated_residual_adaln", "token_merge_adaln", "token_split_concat_adaln")
 LAUNCHERS = {op: importlib.import_module(f"edt_kernels.{op}.autograd") for op in OPS}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -109,8 +111,18 @@ def record_launches(launches: list[Launch], op: str, target: str):
         launches.append(describe(op, kernel, args, kwargs))
 
     unit = mock.patch.object(LAUNCHERS["amm_attention"], "matrix_unit", return_value=MATRIX_UNITS[target])
-    with unit, mock.patch.object(JITFunction, "run", record):
+    with unit, mock.patch.object(JITFunction, "run", record), planning_anew():
         yield
+
+
+@contextlib.contextmanager
+def planning_anew():
+    """Launches inside are not those of before and after."""
+    _launch.forget_plans()
+    try:
+        yield
+    finally:
+        _launch.forget_plans()
 
 
 def describe(op: str, kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
@@ -188,33 +200,32 @@ def norm_launches(
     narrow = {"dtype": dtype}
     stream, branch = torch.empty(B, H * W, C), torch.empty(B, H * W, C, **narrow)
     modulation = [torch.empty(B, 6 * C, **narrow)[:, i * C : (i + 1) * C] for i in range(3)]
-    statistics = torch.empty(B, H * W)
     launches: list[Launch] = []
-    op = LAUNCHERS["adaln"]
-    with record_launches(launches, "adaln", target):
-        op._forward(stream, *modulation[:2], 1e-6, dtype)
-        op._backward(branch, stream, modulation[0], statistics, statistics)
     op = LAUNCHERS["gated_residual_adaln"]
-    with record_launches(launches, "gated_residual_adaln", target):
-        op._forward(stream, branch, *modulation, 1e-6, dtype)
-        op._backward(stream, branch, stream, branch, *modulation[:2], statistics, statistics)
-        op._residual_forward(stream, branch, modulation[0])
-        op._residual_backward(stream, branch, modulation[0])
+    for name, gated, normed in (("adaln", False, True), ("gated_residual", True, False), ("gated_residual_adaln",) + (True,) * 2):
+        y, gate = (branch, modulation[0]) if gated else (None, None)
+        shift, scale = modulation[1:] if normed else (None, None)
+        with record_launches(launches, name, target):
+            op._forward(stream, y, gate, shift, scale, 1e-6, dtype)
+            grads, x, statistics = (stream if gated else None, branch if normed else None), None, None
+            if normed:
+                x, statistics = stream, torch.empty(B, H * W, 2)
+            op._backward(*grads, x, y, gate, scale, statistics)
     if not resizes:
         return unique(launches)
     op, merged = LAUNCHERS["token_merge_adaln"], torch.empty(B, H * W // 4, 4 * C, **narrow)
     modulation = [torch.empty(B, 8 * C, **narrow)[:, i * 4 * C : (i + 1) * 4 * C] for i in range(2)]
-    keep, statistics = torch.ones(B, H * W, dtype=torch.bool), torch.empty(B, H * W // 4)
+    keep, statistics = torch.ones(B, H * W, dtype=torch.bool), torch.empty(B, H * W // 4, 2)
     with record_launches(launches, "token_merge_adaln", target):
         for mask in (None, keep):
-            op._forward(stream, *modulation, mask, H, W, 1e-6, dtype)
-            op._backward(merged, stream, modulation[0], mask, statistics, statistics, H, W)
+            op._forward(stream, *modulation, mask, W, 1e-6, dtype)
+            op._backward(merged, stream, modulation[0], mask, statistics, W)
     op, joined = LAUNCHERS["token_split_concat_adaln"], torch.empty(B, H * W, 2 * C, **narrow)
     modulation = [torch.empty(B, 4 * C, **narrow)[:, i * 2 * C : (i + 1) * 2 * C] for i in range(2)]
-    statistics = torch.empty(B, H * W)
+    statistics = torch.empty(B, H * W, 2)
     with record_launches(launches, "token_split_concat_adaln", target):
-        op._forward(merged, stream, *modulation, H // 2, W // 2, 1e-6, dtype)
-        op._backward(joined, merged, stream, modulation[0], statistics, statistics, H // 2, W // 2)
+        op._forward(merged, stream, *modulation, W // 2, 1e-6, dtype)
+        op._backward(joined, merged, stream, modulation[0], statistics, W // 2)
     return unique(launches)
 
 

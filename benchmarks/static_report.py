@@ -13,8 +13,7 @@ NARROW_LOADS = {
     "table": "gathered at the offset of each pair of tokens: 4 bytes, or 8 of bias and modulation together",
     "logsumexp": "one number a row",
     "delta": "one number a row",
-    "mean": "one number a row",
-    "rstd": "one number a row",
+    "statistics": "two numbers a row",
     "keep": "one byte a token",
     "shift": "one row a program, shared out among all its threads",
     "scale": "one row a program, shared out among all its threads",
@@ -23,7 +22,7 @@ NARROW_LOADS = {
 }
 
 # The letters after a kernel's name: which of its compile-time switches are on.
-FLAGS = {"HAS_BIAS": "b", "HAS_MODULATION": "m", "NORM": "n", "MASKED": "k", "HAS_EXTRA": "x"}
+FLAGS = {"HAS_BIAS": "b", "HAS_MODULATION": "m", "MASKED": "k", "HAS_EXTRA": "x"}
 
 
 @dataclass

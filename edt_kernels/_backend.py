@@ -27,7 +27,8 @@ def checked(check, signature: tuple | None, tensors: tuple, *arguments) -> str:
     tensors (see `_tracing.signature`) and arguments."""
     if signature is None:
         return check(*tensors, *arguments)
-    key = check, signature, *arguments, *map(type, arguments), os.environ.get(_VARIABLE)
+    kinds = [(*map(type, a),) if type(a) is tuple else type(a) for a in arguments]  # 4.0 and True equal integers
+    key = check, signature, *arguments, *kinds, os.environ.get(_VARIABLE), triton, _INTERPRETED
     try:
         return _chosen[key]
     except (KeyError, TypeError):  # unknown; not hashable, such as a grid in a list

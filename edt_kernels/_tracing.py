@@ -20,7 +20,7 @@ def described(*tensors: Tensor | None) -> tuple:
 
 def signature(*tensors: Tensor | None) -> tuple | None:
     """`described`, or None where torch has to see a call as an op: for a compiler, a dispatch mode, a transform of
-    `torch.func`, subclasses of tensors. Also for what is no tensor, or one without strides."""
+    `torch.func`, subclasses of tensors. Also for what is no tensor, or one without strides or memory."""
     if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or in_func_transform() or _get_tracing_state():
         return None
     for tensor in tensors:
@@ -30,7 +30,10 @@ def signature(*tensors: Tensor | None) -> tuple | None:
                 return None
         elif tensor.layout is not torch.strided or tensor.is_nested:
             return None
-    return described(*tensors)
+    try:
+        return described(*tensors)
+    except RuntimeError:  # a gradient of several at once (`is_grads_batched`) has no memory of its own
+        return None
 
 
 def add_in_place(total: Tensor, term: Tensor) -> Tensor:

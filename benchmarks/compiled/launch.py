@@ -116,7 +116,8 @@ def executing(
     )
     on_cpu = mock.patch.object(backend, "_INTERPRETED", True)  # lets CPU tensors through to the launchers
     triton = mock.patch.dict(os.environ, EDT_KERNELS_BACKEND="triton")
-    with unit, on_cpu, triton, mock.patch.object(JITFunction, "run", run), _nan_in_new_memory(check):
+    ran = mock.patch.object(JITFunction, "run", run)
+    with unit, on_cpu, triton, ran, static.planning_anew(), _nan_in_new_memory(check):
         yield launches
 
 
