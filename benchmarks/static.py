@@ -198,6 +198,7 @@ def norm_launches(
     with record_launches(launches, "gated_residual_adaln", target):
         op._forward(stream, branch, *modulation, 1e-6, dtype)
         op._backward(stream, branch, stream, branch, *modulation[:2], statistics, statistics)
+    with record_launches(launches, "gated_residual", target):
         op._residual_forward(stream, branch, modulation[0])
         op._residual_backward(stream, branch, modulation[0])
     if not resizes:

@@ -23,7 +23,7 @@ NARROW_LOADS = {
 }
 
 # The letters after a kernel's name: which of its compile-time switches are on.
-FLAGS = {"HAS_BIAS": "b", "HAS_MODULATION": "m", "NORM": "n", "MASKED": "k", "HAS_EXTRA": "x"}
+FLAGS = {"HAS_BIAS": "b", "HAS_MODULATION": "m", "MASKED": "k", "HAS_EXTRA": "x"}
 
 
 @dataclass

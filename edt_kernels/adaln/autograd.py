@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from .. import _norm_kernels as kernels
 from .._launch import define_gradient, define_op, dense_rows, refuse_forward_mode
 from .._rows import empty_normed, launch_rows, modulation_gradients, row_program, save_for_backward, total
-from . import kernels
 
 
 def _forward(x, shift, scale, eps, out_dtype):
@@ -15,7 +15,8 @@ def _forward(x, shift, scale, eps, out_dtype):
     tile = row_program("adaln.forward", x, N, 1, C)
     launch_rows(
         kernels.forward, tile, (x, out),
-        x, shift, scale, out, mean, rstd, *x.stride()[:2], shift.stride(0), scale.stride(0), N, eps,
+        x, None, None, shift, scale, None, out, mean, rstd, *x.stride()[:2], None, None, None, shift.stride(0),
+        scale.stride(0), N, eps,
     )  # fmt: skip
     return out, mean, rstd
 
@@ -27,8 +28,8 @@ def _backward(grad_out, x, scale, mean, rstd):
     grad_x, partials = x.new_empty(x.shape), x.new_empty(2, *tile.programs, C, dtype=torch.float32)
     launch_rows(
         kernels.backward, tile, (x, grad_out, grad_x),
-        grad_out, x, scale, mean, rstd, grad_x, partials, *grad_out.stride()[:2], *x.stride()[:2],
-        scale.stride(0), N, tile.rows_per_program,
+        None, grad_out, x, None, None, scale, mean, rstd, grad_x, None, partials, None, None,
+        *grad_out.stride()[:2], *x.stride()[:2], None, None, None, scale.stride(0), N, tile.rows_per_program,
     )  # fmt: skip
     return grad_x, total(partials)
 

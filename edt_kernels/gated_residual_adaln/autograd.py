@@ -3,42 +3,41 @@
 import torch
 from torch import Tensor
 
+from .. import _norm_kernels as kernels
 from .._launch import define_gradient, define_op, dense_rows, refuse_forward_mode
 from .._rows import empty_normed, launch_rows, modulation_gradients, row_program, save_for_backward, total
-from . import kernels
 
 
 def _op(norm: bool) -> str:
     return "gated_residual_adaln" if norm else "gated_residual"
 
 
+def _strides(tensor: Tensor | None) -> tuple[int | None, ...]:
+    return (None, None) if tensor is None else tensor.stride()[:-1]
+
+
 def _launch_forward(x, y, gate, shift, scale, eps, x_out, out, mean, rstd) -> None:
-    """With out None: the residual alone. Absent tensors are stood in for by x, which the kernel does not read."""
-    norm = out is not None
-    if not norm:
-        shift = scale = out = mean = rstd = x
+    """With out None: the residual alone."""
     _, N, C = x.shape
-    tile = row_program(f"{_op(norm)}.forward", x, N, 1, C)
+    tile = row_program(f"{_op(out is not None)}.forward", x, N, 1, C)
     launch_rows(
-        kernels.forward, tile, (x, y, x_out, out),
-        x, y, gate, shift, scale, x_out, out, mean, rstd, *x.stride()[:2], *y.stride()[:2],
-        gate.stride(0), shift.stride(0), scale.stride(0), N, eps, NORM=norm,
+        kernels.forward, tile, tuple(t for t in (x, y, x_out, out) if t is not None),
+        x, y, gate, shift, scale, x_out, out, mean, rstd, *_strides(x), *_strides(y),
+        gate.stride(0), *_strides(shift)[:1], *_strides(scale)[:1], N, eps,
     )  # fmt: skip
 
 
 def _launch_backward(grad_x_out, grad_out, x_out, y, gate, scale, mean, rstd, grad_x, grad_y) -> Tensor:
     """Fills grad_x (unless grad_out is None) and grad_y; the sums (1 or 3, B, C) of dgate, dshift and dscale."""
     norm = grad_out is not None
-    if not norm:
-        grad_out = x_out = scale = mean = rstd = grad_x = grad_x_out
     _, N, C = y.shape
-    tile = row_program(f"{_op(norm)}.backward", x_out, N, 1, C)
+    tile = row_program(f"{_op(norm)}.backward", grad_x_out, N, 1, C)
     partials = y.new_empty(3 if norm else 1, *tile.programs, C, dtype=torch.float32)
     launch_rows(
-        kernels.backward, tile, (grad_x_out, grad_out, x_out, y, grad_y),
+        kernels.backward, tile, tuple(t for t in (grad_x_out, grad_out, x_out, y, grad_y) if t is not None),
         grad_x_out, grad_out, x_out, y, gate, scale, mean, rstd, grad_x, grad_y, partials,
-        *grad_x_out.stride()[:2], *grad_out.stride()[:2], *y.stride()[:2], gate.stride(0), scale.stride(0),
-        N, tile.rows_per_program, NORM=norm,
+        *_strides(grad_x_out), *_strides(grad_out), *_strides(x_out), *_strides(y), gate.stride(0),
+        *_strides(scale)[:1], N, tile.rows_per_program,
     )  # fmt: skip
     return total(partials)
 
