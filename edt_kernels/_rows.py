@@ -10,8 +10,6 @@ from torch import Tensor
 from ._launch import common_alignment, launch, on_device_of
 from ._tiles import RowLoop, RowTile, choose_tiles
 
-# Enough loads in flight to cover latency.
-_TILE_ELEMENTS = 4096
 # Programs of a backward pass, whatever the device, so that gradients are the same wherever no table of measured
 # tiles says otherwise: two for each multiprocessor of an H100 or H200. A kernel of more than 128 registers a
 # thread runs them as two full waves.
@@ -28,21 +26,24 @@ class RowProgram:
     num_warps: int
     rows_per_program: int
     programs: tuple[int, int]  # samples, programs of each
+    options: dict[str, int]  # of the compiler
 
 
-def choose_row_tile(rows: int, slices: int, channels: int) -> RowLoop:
+def choose_row_tile(rows: int, slices: int, channels: int, backward: bool) -> RowLoop:
     """What a pass takes without measurement, for samples of `rows` rows of slices·channels channels each."""
+    # Backward, a thread holds 8 elements of each array and, over all rows, of three sums: at most 128 registers,
+    # so that two programs share a multiprocessor, each with the next tile on its way. Forward holds no sums, and
+    # with 16 elements makes half as many shuffles for each. Wider rows take 16 and then 32, which spill: on sm_90
+    # adaln's backward beyond 8192 channels, gated_residual_adaln's beyond 4096, the merge's beyond 4·2048 and the
+    # split's beyond 2·4096.
     row_elements = slices * triton.next_power_of_2(channels)
-    tile_rows = max(min(_TILE_ELEMENTS // row_elements, triton.next_power_of_2(rows)), 1)
-    # 16 or 32 elements a thread: what compiles without spills for EDT's backward passes on every target. With 32,
-    # adaln's spilled at 1248 channels on sm_100; with 16, the merge's and the split's spilled on sm_90. Backward
-    # holds a row and all sums over rows in registers, so wider rows spill: on sm_90 adaln's beyond 8192 channels,
-    # gated_residual_adaln's beyond 4096, the merge's beyond 4·2048 and the split's beyond 2·4096.
-    num_warps = min(max(tile_rows * row_elements // (512 if slices == 1 else 1024), 1), 16)
+    each = 8 if backward and row_elements <= 2048 else 16
+    tile_rows = max(min(256 * each // row_elements, triton.next_power_of_2(rows)), 1)
+    num_warps = min(max(tile_rows * row_elements // (32 * each), 1), 16)
     return RowLoop(tile_rows, num_warps, _BACKWARD_PROGRAMS)
 
 
-def cut_rows(tile: RowTile | RowLoop, samples: int, rows: int, channels: int) -> RowProgram:
+def cut_rows(tile: RowTile | RowLoop, samples: int, rows: int, slices: int, channels: int) -> RowProgram:
     """The programs of a pass over `samples` of `rows` rows, of so many channels a slice."""
     rows_per_program = tile.rows
     if isinstance(tile, RowLoop):
@@ -57,19 +58,22 @@ def cut_rows(tile: RowTile | RowLoop, samples: int, rows: int, channels: int) ->
         num_warps=tile.num_warps,
         rows_per_program=rows_per_program,
         programs=(samples, triton.cdiv(rows, rows_per_program)),
+        # Left alone, NVIDIA's assembler spills 8 bytes to stay within 80 or 64 registers, or takes 172 for two
+        # programs of 128. Full rows of 4096 need more. AMD's compiler has no such option.
+        options={} if torch.version.hip or slices * channels >= 4096 else {"maxnreg": 128},
     )
 
 
 def row_program(pass_name: str, x: Tensor, rows: int, slices: int, channels: int) -> RowProgram:
     """The programs of a pass, such as "adaln.forward", for the samples of x, the residual stream: `rows` rows of
     slices·channels channels each."""
-    tile, kernel = choose_row_tile(rows, slices, channels), pass_name.partition(".")[2]
+    kernel = pass_name.partition(".")[2]
+    tile = choose_row_tile(rows, slices, channels, kernel == "backward")
     heuristic = RowTile(tile.rows, tile.num_warps) if kernel == "forward" else tile
     dtype = "float32" if x.dtype == torch.float32 else "16-bit"
     key = {"dtype": dtype, "rows": rows, "channels": channels}
-    return cut_rows(
-        choose_tiles(x.device, pass_name, key, {kernel: heuristic})[kernel], x.shape[0], rows, channels
-    )
+    tile = choose_tiles(x.device, pass_name, key, {kernel: heuristic})[kernel]
+    return cut_rows(tile, x.shape[0], rows, slices, channels)
 
 
 def launch_rows(kernel, tile: RowProgram, by_row: tuple[Tensor, ...], *arguments, **constants) -> None:
@@ -81,7 +85,8 @@ def launch_rows(kernel, tile: RowProgram, by_row: tuple[Tensor, ...], *arguments
         launch(
             kernel, programs, *arguments,
             **constants, C=tile.channels, ALIGN=math.gcd(tile.channels, common_alignment(*by_row)),
-            ROWS=tile.rows, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+            ROWS=tile.rows, BLOCK_C=tile.block_c, LANES=max(32 * tile.num_warps // tile.rows, 1),
+            num_warps=tile.num_warps, **tile.options,
         )  # fmt: skip
 
 
