@@ -34,8 +34,7 @@ def rows_of_program(N, rows_per_program):
 
 @triton.jit
 def channels_of_row(stream, C: tl.constexpr, SLICES: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr):
-    """Places in a row of SLICES·C channels, their channels in the slice, the slices of their runs of VEC, and which
-    exist."""
+    """Places in a row of SLICES·C channels, their channels in the slice, their runs' slices, and which exist."""
     VEC: tl.constexpr = min(128 // stream.dtype.element_ty.primitive_bitwidth, BLOCK_C)
     ROW_RUNS: tl.constexpr = SLICES * BLOCK_C // VEC  # runs of VEC channels
     RUNS: tl.constexpr = BLOCK_C // VEC

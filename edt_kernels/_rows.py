@@ -45,8 +45,9 @@ def choose_row_tile(rows: int, slices: int, channels: int, backward: bool) -> Ro
 
 def cut_rows(tile: RowTile | RowLoop, samples: int, rows: int, slices: int, channels: int) -> RowProgram:
     """The programs of a pass over `samples` of `rows` rows, of so many channels a slice."""
-    rows_per_program = tile.rows
+    rows_per_program, many_registers = tile.rows, False
     if isinstance(tile, RowLoop):
+        many_registers = slices == 1 and channels > 2048
         # The nearest number of programs, not the next larger: batches of 32 to 256 then make 256 of them, not 288
         # to 512 with a last wave nearly empty, and a large batch of few rows writes fewer partial sums.
         programs = max(round(tile.programs / max(samples, 1)), 1)
@@ -58,9 +59,10 @@ def cut_rows(tile: RowTile | RowLoop, samples: int, rows: int, slices: int, chan
         num_warps=tile.num_warps,
         rows_per_program=rows_per_program,
         programs=(samples, triton.cdiv(rows, rows_per_program)),
-        # Left alone, NVIDIA's assembler spills 8 bytes to stay within 80 or 64 registers, or takes 172 for two
-        # programs of 128. Full rows of 4096 need more. AMD's compiler has no such option.
-        options={} if torch.version.hip or slices * channels >= 4096 else {"maxnreg": 128},
+        # Left alone, NVIDIA's assembler spills 8 bytes to stay within 40, 64 or 80 registers, or takes 172, which
+        # is one program a multiprocessor. gated_residual_adaln's backward needs them for rows of more than 2048
+        # channels: with 128 it spills on Triton 3.6. AMD's compiler has no such option.
+        options={} if torch.version.hip or many_registers else {"maxnreg": 128},
     )
 
 
