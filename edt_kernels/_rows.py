@@ -11,8 +11,7 @@ from ._launch import common_alignment, launch, on_device_of
 from ._tiles import RowLoop, RowTile, choose_tiles
 
 # Programs of a backward pass, whatever the device, so that gradients are the same wherever no table of measured
-# tiles says otherwise: two for each multiprocessor of an H100 or H200. A kernel of more than 128 registers a
-# thread runs them as two full waves.
+# tiles says otherwise: two for each multiprocessor of an H100 or H200, as many as may be there at once.
 _BACKWARD_PROGRAMS = 264
 
 
