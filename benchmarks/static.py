@@ -249,17 +249,21 @@ def possible_load_bytes(launch: Launch) -> dict[str, int]:
 
     A row starts at a multiple of ALIGN elements, and its channels (D or C) end at a mask; a thread loads the
     largest power of two of elements that divides both, up to 16 bytes. Heads of 52 in bfloat16 are 104 bytes
-    apart: 8 bytes.
+    apart: 8 bytes. The threads of a norm share its rows out by 16 bytes of the widest array, so that each load
+    asks for whole sectors of memory: of a branch in bfloat16 beside a float32 stream that is 8 bytes.
     """
     if "ALIGN" not in launch.constants:
         return {}
     channels = launch.constants["D" if "D" in launch.constants else "C"]
     elements = math.gcd(launch.constants["ALIGN"], channels)
-    return {
-        argument: min(16, elements * _BYTES[kind])
+    rows = {
+        argument: _BYTES[kind]
         for argument, kind in launch.signature.items()
         if kind.startswith("*") and argument not in NARROW_LOADS
     }
+    if "LANES" in launch.constants:
+        elements = min(elements, 16 // max(rows.values()))
+    return {argument: min(16, elements * size) for argument, size in rows.items()}
 
 
 def compile_launch(launch: Launch, target: str):

@@ -11,11 +11,8 @@ from torch import Tensor
 from ._launch import Launch, common_alignment, planned
 from ._tiles import RowLoop, RowTile, choose_tiles
 
-# Enough loads in flight to cover latency.
-_TILE_ELEMENTS = 4096
 # Programs of a backward pass, whatever the device, so that gradients are the same wherever no table of measured
-# tiles says otherwise: two for each multiprocessor of an H100 or H200. A kernel of more than 128 registers a
-# thread runs them as two full waves.
+# tiles says otherwise: two for each multiprocessor of an H100 or H200, as many as may be there at once.
 _BACKWARD_PROGRAMS = 264
 
 
@@ -29,24 +26,28 @@ class RowProgram:
     num_warps: int
     rows_per_program: int
     programs: tuple[int, int]  # samples, programs of each
+    options: dict[str, int]  # of the compiler
 
 
-def choose_row_tile(rows: int, slices: int, channels: int) -> RowLoop:
+def choose_row_tile(rows: int, slices: int, channels: int, backward: bool) -> RowLoop:
     """What a pass takes without measurement, for samples of `rows` rows of slices·channels channels each."""
+    # Backward, a thread holds 8 elements of each array and, over all rows, of three sums: at most 128 registers,
+    # so that two programs share a multiprocessor, each with the next tile on its way. Forward holds no sums, and
+    # with 16 elements makes half as many shuffles for each. Wider rows take 16 and then 32, which spill: on sm_90
+    # adaln's backward beyond 8192 channels, gated_residual_adaln's beyond 4096, the merge's beyond 4·2048 and the
+    # split's beyond 2·4096.
     row_elements = slices * triton.next_power_of_2(channels)
-    tile_rows = max(min(_TILE_ELEMENTS // row_elements, triton.next_power_of_2(rows)), 1)
-    # 16 or 32 elements a thread: what compiles without spills for EDT's backward passes on every target. With 32,
-    # adaln's spilled at 1248 channels on sm_100; with 16, the merge's and the split's spilled on sm_90. Backward
-    # holds a row and all sums over rows in registers, so wider rows spill: on sm_90 adaln's beyond 8192 channels,
-    # gated_residual_adaln's beyond 4096, the merge's beyond 4·2048 and the split's beyond 2·4096.
-    num_warps = min(max(tile_rows * row_elements // (512 if slices == 1 else 1024), 1), 16)
+    each = 8 if backward and row_elements <= 2048 else 16
+    tile_rows = max(min(256 * each // row_elements, triton.next_power_of_2(rows)), 1)
+    num_warps = min(max(tile_rows * row_elements // (32 * each), 1), 16)
     return RowLoop(tile_rows, num_warps, _BACKWARD_PROGRAMS)
 
 
-def cut_rows(tile: RowTile | RowLoop, samples: int, rows: int, channels: int) -> RowProgram:
+def cut_rows(tile: RowTile | RowLoop, samples: int, rows: int, slices: int, channels: int) -> RowProgram:
     """The programs of a pass over `samples` of `rows` rows, of so many channels a slice."""
-    rows_per_program = tile.rows
+    rows_per_program, many_registers = tile.rows, False
     if isinstance(tile, RowLoop):
+        many_registers = slices == 1 and channels > 2048
         # The nearest number of programs, not the next larger: batches of 32 to 256 then make 256 of them, not 288
         # to 512 with a last wave nearly empty, and a large batch of few rows writes fewer partial sums.
         programs = max(round(tile.programs / max(samples, 1)), 1)
@@ -58,6 +59,10 @@ def cut_rows(tile: RowTile | RowLoop, samples: int, rows: int, channels: int) ->
         num_warps=tile.num_warps,
         rows_per_program=rows_per_program,
         programs=(samples, triton.cdiv(rows, rows_per_program)),
+        # Left alone, NVIDIA's assembler spills 8 bytes to stay within 40, 64 or 80 registers, or takes 172, which
+        # is one program a multiprocessor. gated_residual_adaln's backward needs them for rows of more than 2048
+        # channels: with 128 it spills on Triton 3.6. AMD's compiler has no such option.
+        options={} if torch.version.hip or many_registers else {"maxnreg": 128},
     )
 
 
@@ -77,19 +82,21 @@ def plan_rows(
 
 def _plan_rows(*arguments) -> tuple[Launch, tuple[int, int]]:
     *tensors, name, kernel, (samples, rows, slices, channels), count, numbers, _ = arguments
-    tile, direction = choose_row_tile(rows, slices, channels), name.partition(".")[2]
+    direction = name.partition(".")[2]
+    tile = choose_row_tile(rows, slices, channels, direction == "backward")
     heuristic = RowTile(tile.rows, tile.num_warps) if direction == "forward" else tile
     wide = any(t is not None and t.dtype == torch.float32 for t in tensors[:count])
     key = {"dtype": "float32" if wide else "16-bit", "rows": rows, "channels": channels}
     tile = choose_tiles(name, key, {direction: heuristic})[direction]
-    cut = cut_rows(tile, samples, rows, channels)
+    cut = cut_rows(tile, samples, rows, slices, channels)
     if direction == "backward":
         numbers = *numbers, cut.rows_per_program
     strides = [[None] * (2 if i < count else 1) if t is None else t.stride()[:-1] for i, t in enumerate(tensors)]
     launch = Launch(
         kernel, math.prod(cut.programs), *itertools.chain(*strides), rows, *numbers,
         C=channels, ALIGN=math.gcd(channels, common_alignment(*tensors[:count])),
-        ROWS=cut.rows, BLOCK_C=cut.block_c, num_warps=cut.num_warps,
+        ROWS=cut.rows, BLOCK_C=cut.block_c, LANES=max(32 * cut.num_warps // cut.rows, 1),
+        num_warps=cut.num_warps, **cut.options,
     )  # fmt: skip
     return launch, cut.programs
 

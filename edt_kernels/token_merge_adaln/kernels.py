@@ -11,9 +11,8 @@ from .. import _norm as norm
 
 
 @triton.jit
-def merged_tokens(row, W):
-    """The four tokens of each merged token. (ROWS, 4, 1)."""
-    slices = tl.arange(0, 4)[None, :, None]
+def merged_tokens(row, slices, W):
+    """The four tokens of each merged token. (PARTS, ROWS, LANES, 1)."""
     y, x = row // (W // 2), row % (W // 2)
     return (2 * y + slices % 2) * W + 2 * x + slices // 2
 
@@ -29,18 +28,19 @@ def forward(
     x, shift, scale, keep, out, statistics,
     stride_xb, stride_xn, stride_shift, stride_scale, stride_keep, N, W, eps,
     C: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """N merged tokens a sample; W is the grid's width before merging."""
     sample, first, last = norm.rows_of_program(N, ROWS)
-    place, c, exists = norm.channels_of_row(C, 4, BLOCK_C)
+    place, c, slices, exists = norm.channels_of_row(x, C, 4, BLOCK_C, LANES)
     row, number, row_exists, mask = norm.rows_of_tile(sample, N, first, last, exists, ROWS)
-    token = merged_tokens(row, W)
+    token = merged_tokens(row, slices, W)
     x_tile = norm.load_rows(x, sample, token, stride_xb, stride_xn, c, mask, ALIGN)
     x_hat = norm.normalize(x_tile, statistics, number, row_exists, exists, eps, 4 * C)
-    result = norm.modulate(x_hat, shift, scale, sample, stride_shift, stride_scale, place, exists)
+    result = norm.modulate(x_hat, shift, scale, sample, stride_shift, stride_scale, place, exists, ROWS)
     if keep is not None:
         result = zero_dropped(result, keep, sample * stride_keep + token, row_exists)
-    norm.store(out, number * (4 * C) + place, result, mask)
+    norm.store(out + number * (4 * C), place, result, mask)
 
 
 @triton.jit(do_not_specialize=norm.ANY_VALUE)
@@ -48,23 +48,24 @@ def backward(
     grad_out, x, scale, keep, statistics, grad_x, partials,
     stride_gb, stride_gn, stride_xb, stride_xn, stride_scale, stride_keep, N, W, rows_per_program,
     C: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """dx, and the partial sums of dshift and dscale."""
     sample, first, last = norm.rows_of_program(N, rows_per_program)
-    place, c, exists = norm.channels_of_row(C, 4, BLOCK_C)
-    scale_row = norm.load(scale, sample * stride_scale + place, exists)
-    shift_sum = tl.zeros((ROWS, 4, BLOCK_C), tl.float32)
-    scale_sum = tl.zeros((ROWS, 4, BLOCK_C), tl.float32)
-    for start in range(first, last, ROWS):
+    place, c, slices, exists = norm.channels_of_row(x, C, 4, BLOCK_C, LANES)
+    scale_row = norm.load_row(scale, sample, stride_scale, place, exists, ROWS)
+    shift_sum = norm.zeros(place, ROWS)
+    scale_sum = norm.zeros(place, ROWS)
+    for start in tl.range(first, last, ROWS, num_stages=2):
         row, number, row_exists, mask = norm.rows_of_tile(sample, N, start, last, exists, ROWS)
-        token = merged_tokens(row, W)
+        token = merged_tokens(row, slices, W)
         x_tile = norm.load_rows(x, sample, token, stride_xb, stride_xn, c, mask, ALIGN)
         grad_tile = norm.load_rows(grad_out, sample, row, stride_gb, stride_gn, place, mask, ALIGN)
         if keep is not None:
             grad_tile = zero_dropped(grad_tile, keep, sample * stride_keep + token, row_exists)
         dx, shift_sum, scale_sum = norm.differentiate(
-            grad_tile, x_tile, scale_row, statistics, number, row_exists, exists, shift_sum, scale_sum, 4 * C
+            grad_tile, x_tile, scale_row, statistics, number, row_exists, shift_sum, scale_sum, 4 * C
         )
-        norm.store(grad_x, (sample * N * 4 + token) * C + c, dx, mask)
+        norm.store(grad_x + (sample * N * 4 + token) * C, c, dx, mask)
     norm.store_sum(partials, 0, shift_sum, place, exists, 4 * C)
     norm.store_sum(partials, 1, scale_sum, place, exists, 4 * C)

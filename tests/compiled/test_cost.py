@@ -64,6 +64,20 @@ def test_some_of_the_programs_stand_for_all():
     assert cost.count(sampled).instructions == cost.count(whole).instructions
 
 
+def test_a_norm_asks_for_whole_sectors_and_meets_few_conflicts():
+    """Of a float32 stream with a bfloat16 branch, whose rows end within a tile: four rows at a time."""
+    shape, strides = (256, 64, 312), (64 * 312, 312, 1)
+    stream, branch, gate = (
+        (shape, strides, torch.float32),
+        (shape, strides, torch.bfloat16),
+        ((256, 312), (6 * 312, 1), torch.bfloat16),
+    )
+    (launch,) = cost.execute(("gated_residual_backward", (stream, branch, gate)), "sm_90")
+    work = cost.count(launch)
+    assert work.sectors < 1.1 * work.least_sectors
+    assert work.wavefronts < 3 * work.least_wavefronts  # 10 times, where rows were added up as they lie
+
+
 def test_the_calls_of_a_training_step():
     """Attention once a block in each of both passes, its backward as often; a merge and a split a stage."""
     calls = Counter()
