@@ -154,7 +154,7 @@ def _attention_targets() -> list[Target]:
     modulated = {label: {**place, "has_modulation": True} for label, place in both.items()}
     eager, emulation = partial(_over, _eager), partial(_over, _emulation)
     cudnn = partial(_over, _is("sdpa cudnn", role="bound"), inverse=True)
-    flash = partial(_over, _is("flash", role="bound"), inverse=True)
+    flash = partial(_over, _is("sdpa flash", role="bound"), inverse=True)
     of = partial(Target, suite="attention", dtype="bfloat16")
     forward = partial(of, places=forward, work="forward")
     both = partial(of, places=both, work="forward+backward")
