@@ -25,6 +25,7 @@ COMMANDS = {
     "report": ("report", "pages and plots of committed results, and READMEs' tables; or the page of a folder"),
     "gpu_suite": ("gpu_suite", "all that needs a GPU, in 9 minutes: tests, quick benchmarks, loss curves, tiles"),
     "tune": ("tuning", "which tiles of the kernels are right and fast on this GPU, into a file"),
+    "warm_up": ("warm_up", "compiles what tests and quick benchmarks launch on a GPU, on all cores"),
     "static": ("static", "what the compiler makes of the kernels; needs no GPU"),
     "executed": ("compiled.cost", "what the compiled kernels do, counted while they run on the CPU; needs g++"),
     "loss_curves": ("loss_curves", "does training on the kernels go as without them"),
@@ -34,7 +35,7 @@ COMMANDS = {
 }
 
 # Those that launch nothing themselves, and the one that says what to launch.
-_WITHOUT_TILES = ("compare", "data_loading", "gpu_suite", "report", "tune")
+_WITHOUT_TILES = ("compare", "data_loading", "gpu_suite", "report", "tune", "warm_up")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -300,6 +300,32 @@ class PlainSDPA(_SDPA):
         return (self.attend(case, inputs["q"], inputs["k"], inputs["v"], None),)
 
 
+class FlashAttention4(PlainSDPA):
+    """A lower bound where there is bias or modulation: it takes neither as a tensor. Padded as SDPA's inputs."""
+
+    name = "FlashAttention 4"
+    backend = "flash_attn.cute"
+    compiled = True  # by its own compiler
+
+    def __init__(self):
+        pass
+
+    def check(self, case, device):
+        if device.type != "cuda":
+            raise UnavailableError("its kernels need a GPU")
+        if case.dtype not in ("bfloat16", "float16"):
+            raise UnavailableError("FlashAttention 4 takes bfloat16 and float16")
+        try:
+            from flash_attn.cute import flash_attn_func
+        except ImportError as error:
+            raise UnavailableError("flash-attn-4 is not installed", "missing") from error
+        self.attention = flash_attn_func
+
+    def attend(self, case, q, k, v, bias):
+        out = self.attention(q, k, v, softmax_scale=case.layer.head_dim**-0.5)
+        return out[0] if isinstance(out, tuple) else out  # and the logsumexp
+
+
 def _flex(q, k, v, bias: Tensor, aux: AuxRequest | None = None):
     """bias (heads, N·N). As a view (heads, N, N) it would lose its gradient with some of torch.compile's backends
     (aot_eager in torch 2.13), and a copy would cost."""
@@ -398,5 +424,6 @@ def implementations() -> list[Implementation]:
         *(BiasSDPA(backend) for backend in (efficient, cudnn, math_)),
         PlainSDPA(flash),
         PlainSDPA(cudnn),
+        FlashAttention4(),
         FlexBias(),
     ]

@@ -4,8 +4,8 @@
 
 Each part is a process with a deadline; one that crashes or is late ends alone, and what it wrote is kept. Time
 that a part leaves goes to the next. DIR/suite.json says what ran; it is written after every part. The exit status
-is 1 if a test failed, ours was wrong or a part crashed, 2 without a GPU. The standard library is all that this
-file needs.
+is 1 if a test failed, ours was wrong or a part crashed, 2 without a GPU or a C compiler. The standard library is
+all that this file needs.
 """
 
 import argparse
@@ -15,9 +15,12 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 import zipfile
 from dataclasses import dataclass
@@ -28,13 +31,12 @@ from .pytest_output import count_tests
 ROOT = Path(__file__).resolve().parents[1]
 # Imports, CUDA's start and the ceilings take several seconds of each; building and checking models as many again.
 SUITES = {"attention": 65, "adaln": 25, "merge": 17, "split": 17, "train": 36, "model": 25, "sample": 25}
-# The most important first, with shares of the tests' time; files that are not named have the last share.
-TEST_FILES = {
-    "test_amm_attention": 80, "test_norm_ops": 45, "test_torch_integration": 20, "test_model_on_kernels": 25,
-    "": 40,
-}  # fmt: skip
+# Of all files with such tests, in the order of importance; others come last. One pytest runs them all: each would
+# start workers of its own, which import torch and diffusers and start CUDA for 10 s. The workers share all tests
+# evenly and take over from one another, so that each file has time by the number of its tests.
+TEST_FILES = ("test_amm_attention", "test_norm_ops", "test_torch_integration", "test_model_on_kernels")
 # Tiles come last: tuning takes whatever the others leave.
-GROUP_SECONDS = {"tests": 190, "bench": 210, "curves": 70, "tune": 40}
+GROUP_SECONDS = {"compile": 60, "tests": 130, "bench": 210, "curves": 70, "tune": 40}
 # So few images that three runs of 200 steps fit: a step is then mostly launches.
 _LOSS_CURVES = "loss curves"
 _CURVES = ("--model", "EDT-S/2", "--steps", "200", "--batch-size", "16")
@@ -44,33 +46,59 @@ MODULES = ("torch", "triton", "numpy", "einops", "pytest", "matplotlib", "safete
            "accelerate", "pytorch_optimizer", "tyro", "yaml", "xdist", "hypothesis", "liger_kernel")  # fmt: skip
 _GRACE_SECONDS = 5  # from Ctrl-C, at which pytest prints its failures and benchmarks stop, to the kill
 _TUNE_ENDS_EARLY = 20  # tune begins nothing new after --seconds, but ends what it began
+# What Triton does at its first launch, to reach the driver.
+_C_SOURCE = "#include <Python.h>\nint answer(void) { return 42; }\n"
 _PROBE = "import torch; p = torch.cuda.get_device_properties(0); print(p.name, 'torch', torch.__version__)"
+
+
+def compiler_fault() -> str | None:
+    """Why Triton could not launch anything here: it compiles some C against Python's headers first."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "no C compiler is here, which Triton needs at its first launch; install gcc, or name one in CC"
+    include = sysconfig.get_paths(scheme="posix_prefix")["include"]
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "probe.c"), Path(folder, "probe.so")
+        source.write_text(_C_SOURCE)
+        command = [compiler, str(source), "-shared", "-fPIC", f"-I{include}", "-o", str(library)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"the C compiler {compiler}, which Triton needs at its first launch, does not run: {error}"
+    if done.returncode == 0:
+        return None
+    message = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
+    return (
+        f"{compiler} cannot compile against {include}, as Triton does at its first launch: {message.strip()}; "
+        "install Python's headers (python3-dev)"
+    )
 
 
 @dataclass
 class Part:
     name: str
-    group: str  # "tests", "bench", "curves", "tune", "summary": its output goes to <group>.txt
+    group: str  # "compile", "tests", "bench", "curves", "tune", "summary": its output goes to <group>.txt
     command: list[str]  # "{seconds}" becomes the time that tune is given
     share: float  # of the whole time, before scaling
 
 
 def plan(groups: list[str], out: Path, has_xdist: bool) -> list[Part]:
     parts = []
+    if "compile" in groups:
+        command = [sys.executable, "-m", "benchmarks", "warm_up"]
+        parts.append(Part("compile", "compile", command, GROUP_SECONDS["compile"]))
     if "tests" in groups:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # Compiling is most of the time. Each worker has a context of the GPU and tensors of its own there.
-        workers = ["-n", str(max(1, min(8, cores // 2)))] if has_xdist else []
-        pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider",
-                  *workers]  # fmt: skip
+        workers = ["-n", str(max(1, min(8, cores // 2))), "--dist", "worksteal"] if has_xdist else []
+        pytest = [sys.executable, "-m", "pytest", "-m", "gpu and not slow", "-v", "--tb=short",
+                  "-p", "no:cacheprovider", *workers]  # fmt: skip
         files = [path for path in sorted((ROOT / "tests").rglob("test_*.py"))
                  if re.search(r"\bmark\.gpu\b", path.read_text(encoding="utf-8"))]  # fmt: skip
-        order = list(TEST_FILES)
+        order = [*TEST_FILES, ""]
         files.sort(key=lambda path: order.index(path.stem if path.stem in TEST_FILES else ""))
         names = [str(path.relative_to(ROOT)) for path in files]
-        shares = [TEST_FILES.get(path.stem, TEST_FILES[""]) for path in files]
-        parts += [Part(name, "tests", [*pytest, name], share * GROUP_SECONDS["tests"] / sum(shares))
-                  for name, share in zip(names, shares, strict=True)]  # fmt: skip
+        parts.append(Part("tests", "tests", [*pytest, *names], GROUP_SECONDS["tests"]))
     if "bench" in groups:
         command = [sys.executable, "-m", "benchmarks"]
         parts += [Part(f"benchmark {suite}", "bench", [*command, suite, "--quick", "--out", str(out)], share)
@@ -256,6 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
     except subprocess.SubprocessError as error:
         reason = (str(error.stderr or "").strip() or str(error)).splitlines()[-1]
         print(f"gpu_suite: error: no GPU here: {reason}", file=sys.stderr)
+        return 2
+    if fault := compiler_fault():
+        print(f"gpu_suite: error: {fault}", file=sys.stderr)
         return 2
     print(f"{gpu.stdout.strip()}; missing: {', '.join(missing) or 'nothing'}; output: {out}", flush=True)
     state = {"gpu": gpu.stdout.strip(), "minutes": options.minutes, "commit": options.commit, "missing": missing}

@@ -6,7 +6,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -223,6 +223,13 @@ class Workload:
     model: nn.Module
     batch: Batch
     autocast_dtype: torch.dtype | None
+    cuda_graph: bool = False  # of each step of sampling, captured once for all calls
+
+    @cached_property
+    def _graph(self):
+        from edt.diffusion.cuda_graph import GraphedStep
+
+        return GraphedStep(self.model) if self.cuda_graph else False
 
     def _autocast(self) -> torch.autocast:
         enabled = self.autocast_dtype is not None
@@ -279,6 +286,7 @@ class Workload:
                 guidance_scale=GUIDANCE_SCALE,
                 generator=generator,
                 progress=False,
+                cuda_graph=self._graph,
             )
 
 

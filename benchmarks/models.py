@@ -14,8 +14,9 @@ cast them once in each context of autocast, compiled code in each call.
 
 Model FLOP utilisation is the case's operations (`ModelCase`) over its time and the rate of its own products: the
 fastest of those of its MLPs, measured by themselves in the case's dtype, and of the large ones of the ceilings.
-Sampling is timed over all of a case's steps. `first_call_seconds` is of the first check, in training without the
-optimiser; compiled code that an earlier run left on disk shortens it.
+Sampling is timed over all of a case's steps, on a GPU with CUDA graphs where an implementation has them.
+`first_call_seconds` is of the first check, in training without the optimiser; compiled code that an earlier run
+left on disk shortens it.
 """
 
 import contextlib
@@ -83,16 +84,25 @@ class Implementation:
             return False
         return not (self.compiled and not case.compiled) and not (self.tf32 and case.dtype == "float32")
 
-    def backend(self, device: torch.device) -> str:
-        compiler = ["Inductor"] if self.compiled else []
-        return ", ".join((["PyTorch"] if self.released else [kernels_backend(device)]) + compiler)
+    def graphed(self, case: ModelCase, device: torch.device) -> bool:
+        """Whether sampling replays CUDA graphs: of ours, the step's own; of what is compiled, Inductor's. At small
+        batches the host is else what is measured. Eager code has none, as whoever changes nothing has none."""
+        ours = not (self.released or self.reference)
+        return case.suite == "sample" and device.type == "cuda" and (ours or self.compiled)
+
+    def backend(self, case: ModelCase, device: torch.device) -> str:
+        found = ["PyTorch"] if self.released else [kernels_backend(device)]
+        found += ["Inductor"] * self.compiled + ["CUDA graphs"] * self.graphed(case, device)
+        return ", ".join(found)
 
     def build(self, case: ModelCase, device: torch.device) -> nn.Module:
         model = on_device(build_released(case) if self.released else build_ours(case), case, device)
         if case.suite != "train" and not self.tf32:
             cast_weights(model, case.autocast_dtype)
         if self.compiled:
-            (model.network if self.released else model).compile(dynamic=False)
+            inductor_graphs = self.graphed(case, device) and self.role == "peer"
+            mode = "reduce-overhead" if inductor_graphs else None
+            (model.network if self.released else model).compile(dynamic=False, mode=mode)
         return model
 
     @contextlib.contextmanager
@@ -339,10 +349,11 @@ def checked_workload(
 ) -> tuple[Workload, Callable[[], object]] | None:
     """The implementation on the batch, and the call to time; None if it is wrong, as the row then says."""
     case, device = given.case, given.device
-    row.backend = implementation.backend(device)
+    row.backend = implementation.backend(case, device)
     expected = given.expected
     model = implementation.build(case, device)
-    work = Workload(model, given.batch, None if implementation.tf32 else case.autocast_dtype)
+    own_graph = implementation.graphed(case, device) and implementation.role != "peer"
+    work = Workload(model, given.batch, None if implementation.tf32 else case.autocast_dtype, own_graph)
     timed = _timed_call(case, work)  # before anything is spent: raises for missing packages
     results = {}
     row.first_call_seconds = measure.first_call_seconds(lambda: results.update(_check(case, work)), device)

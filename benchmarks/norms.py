@@ -7,6 +7,7 @@ trains under autocast. The peers normalise in float32 in all of them, as autocas
 import math
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 import edt_kernels
 
+from . import cudnn_norm
 from .costs import Cost, norm_cost
 from .harness import Implementation, UnavailableError, build_call, kernels_backend
 from .results import OURS
@@ -35,6 +37,7 @@ class NormCase:
     dtype: str
     backward: bool
     has_keep: bool = False  # a mask of the merge, as in training
+    rms: bool = False  # of a lower bound: RMSNorm, which subtracts no mean, in place of LayerNorm
 
     @property
     def name(self) -> str:
@@ -124,7 +127,24 @@ class NormCase:
         return (H // 2, W // 2) if self.op == "token_split_concat_adaln" else (H, W)
 
     def reference(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        if self.rms:
+            dtype = torch.float64 if inputs["x"].dtype == torch.float64 else self.dtypes[1]
+            return _gated(self, inputs, _rms_norm, dtype)
         return _call(edt_kernels.reference, self, inputs)
+
+
+def _rms_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    normed = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=_EPS)
+    return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def _gated(case: NormCase, inputs: dict[str, Tensor], norm, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """`adaln` or `gated_residual_adaln` by somebody's `norm(x, shift, scale)`, the rest of it in torch."""
+    x, outputs = inputs["x"], ()
+    if case.op == "gated_residual_adaln":
+        x = x + inputs["gate"].unsqueeze(1) * inputs["y"]
+        outputs = (x,)
+    return *outputs, norm(x, inputs["shift"], inputs["scale"]).to(dtype)
 
 
 def _call(ops, case: NormCase, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -222,39 +242,82 @@ class Compiled(Eager):
         return inputs
 
 
-class Liger(Implementation):
+class _Library(Implementation):
+    """Somebody's norm with the modulation, where it has one; gate and residual in torch."""
+
+    def check(self, case, device):
+        if case.op not in ("adaln", "gated_residual_adaln"):
+            raise UnavailableError(f"{self.backend} has nothing like it")
+        if device.type != "cuda":
+            raise UnavailableError("its kernels need a GPU")
+        try:
+            self.load()
+        except ImportError as error:
+            raise UnavailableError(f"{self.package} is not installed", "missing") from error
+
+    def forward(self, case, inputs):
+        norm = partial(self.norm, inputs) if self.affine else self.norm
+        return _gated(case, inputs, norm, case.dtypes[1])
+
+    affine = False
+
+
+class Liger(_Library):
     """Its LayerNorm kernel, the modulation in torch: Liger-Kernel has no adaptive one."""
 
     name = "Liger-Kernel LayerNorm + torch"
     backend = "Liger-Kernel"
+    package = "liger-kernel"
+    affine = True
 
-    def check(self, case, device):
-        if case.op not in ("adaln", "gated_residual_adaln"):
-            raise UnavailableError("Liger-Kernel has nothing like it")
-        if device.type != "cuda":
-            raise UnavailableError("its Triton kernels need a GPU")
-        try:
-            from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-        except ImportError as error:
-            raise UnavailableError("liger-kernel is not installed", "missing") from error
+    def load(self):
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
         self.layer_norm = LigerLayerNormFunction.apply
 
     def prepare(self, case, inputs):
         ones = inputs["x"].new_ones(case.width)
         return inputs | {"weight": ones, "bias": torch.zeros_like(ones)}
 
-    def forward(self, case, inputs):
-        x, outputs = inputs["x"], ()
-        if case.op == "gated_residual_adaln":
-            x = x + inputs["gate"].unsqueeze(1) * inputs["y"]
-            outputs = (x,)
+    def norm(self, inputs, x, shift, scale):
         normed = self.layer_norm(x, inputs["weight"], inputs["bias"], _EPS)
-        out = normed * (1 + inputs["scale"].unsqueeze(1)) + inputs["shift"].unsqueeze(1)
-        return *outputs, out.to(case.dtypes[1])
+        return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class LigerModulated(_Library):
+    """A lower bound: modulated, but RMSNorm."""
+
+    name = "Liger-Kernel modulated RMSNorm"
+    backend = "Liger-Kernel"
+    package = "liger-kernel with modulated_rms_norm"
+
+    def load(self):
+        from liger_kernel.ops.modulated_rms_norm import LigerModulatedRMSNormFunction
+
+        self.modulated = LigerModulatedRMSNormFunction.apply
+
+    def computes(self, case):
+        return replace(case, rms=True)
+
+    def norm(self, x, shift, scale):
+        # No weight, no offset, statistics in float32; not in place, for the upstream gradient is the benchmark's.
+        return self.modulated(x, None, scale.to(x.dtype), shift.to(x.dtype), _EPS, 0.0, "llama", False)
+
+
+class Cudnn(_Library):
+    name = "cuDNN adaLN"
+    backend = "cuDNN frontend"
+    package = "nvidia-cudnn-frontend"
+
+    def load(self):
+        cudnn_norm.load()
+
+    def norm(self, x, shift, scale):
+        return cudnn_norm.adaln(x, shift, scale, _EPS)
 
 
 def implementations(suite: str) -> list[Implementation]:
-    return [Ours(), Eager(), CompiledStatic(), Compiled(), Liger()]
+    return [Ours(), Eager(), CompiledStatic(), Compiled(), Liger(), Cudnn(), LigerModulated()]
 
 
 def cases(suite: str, device: torch.device, dtypes: list[str], quick: bool) -> list[NormCase]:

@@ -26,6 +26,7 @@ ATTENTION_PEERS = (
     ("doubled keys, SDPA cuDNN", "peer", 3.5, None),
     ("two passes, FlexAttention", "peer", 3.2, 2.8),
     ("SDPA flash", "bound", 1.0, 0.9),
+    ("SDPA cuDNN", "bound", 1.0, 0.8),
     ("SDPA with bias, memory-efficient", "bound", 1.3, 1.6),
     ("FlexAttention with bias", "bound", 1.2, 1.4),
 )

@@ -210,7 +210,7 @@ def sample(
     generator: torch.Generator | None = None,
     progress: bool = True,
     on_step: Callable[[int, Tensor], None] | None = None,
-    cuda_graph: bool = False,
+    cuda_graph: bool | GraphedStep = False,
 ) -> Tensor:
     """Ancestral sampling with the learned variance, from noise to latents (B, in_channels, height, width).
 
@@ -223,7 +223,8 @@ def sample(
         guidance_channels: see `edt.diffusion.guide`; by default 3, or all where there are fewer.
         generator: for the noise, on the model's device or the CPU.
         on_step: called after each step with its number and the latents.
-        cuda_graph: replays the model's launches from CUDA graphs, captured in this call: see `GraphedStep`.
+        cuda_graph: replays the model's launches from CUDA graphs, captured in this call; or those of a
+            `GraphedStep` of the model, captured at its first call.
 
     Raises:
         ValueError, TypeError: for labels, guidance or a number of steps that do not fit the model; for
@@ -236,9 +237,12 @@ def sample(
         raise TypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator")
     if not (on_step is None or callable(on_step)):
         raise TypeError(f"on_step is a {type(on_step).__name__}; it must be callable")
-    for name, flag in (("progress", progress), ("cuda_graph", cuda_graph)):
-        if type(flag) is not bool:
-            raise TypeError(f"{name} is {flag!r}; it must be True or False")
+    if type(progress) is not bool:
+        raise TypeError(f"progress is {progress!r}; it must be True or False")
+    if not isinstance(cuda_graph, bool | GraphedStep):
+        raise TypeError(f"cuda_graph is {cuda_graph!r}; it must be True, False or an edt.GraphedStep")
+    if isinstance(cuda_graph, GraphedStep) and cuda_graph.model is not model:
+        raise ValueError("cuda_graph is a GraphedStep of another model")
     config = model.config
     if class_labels is not None and not (isinstance(class_labels, Tensor) and class_labels.ndim == 1):
         given = tuple(class_labels.shape) if isinstance(class_labels, Tensor) else type(class_labels).__name__
@@ -277,7 +281,10 @@ def sample(
     shape = (batch_size, config.in_channels, *model.latent_size)
     latents = torch.randn(shape, generator=generator, device=noise_device).to(device)
     scheduler = make_scheduler(num_inference_steps)
-    step = GraphedStep(model) if cuda_graph else partial(predict, model)
+    if isinstance(cuda_graph, GraphedStep):
+        step = cuda_graph
+    else:
+        step = GraphedStep(model) if cuda_graph else partial(predict, model)
     finite = []
     model.reset_cache()
     try:

@@ -135,7 +135,7 @@ def roles(case: AttentionCase) -> dict[str, str]:
 
 def test_roles():
     both = roles(tiny(backward=True, grad_bias=True))
-    plain = {"SDPA flash", "SDPA cuDNN"}
+    plain = {"SDPA flash", "SDPA cuDNN", "FlashAttention 4"}
     bounds = plain | {"SDPA with bias, cuDNN", "SDPA with bias, memory-efficient", "SDPA with bias, math"}
     bounds |= {"FlexAttention with bias"}
     assert {name for name, role in both.items() if role == "bound"} == bounds

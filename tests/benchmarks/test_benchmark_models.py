@@ -1,5 +1,6 @@
 """The benchmarks' model suites: what is checked, what is timed, what becomes of an implementation that fails."""
 
+import importlib
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -339,6 +340,37 @@ def test_which_implementations_apply():
     assert names("cuda", compiled=True) == [name for name in everything if "TF32" not in name]
     assert not any("compile" in name for name in names("cuda", dtype="bfloat16"))
     assert names("cpu") == ["ours", "eager, released op sequence"]
+
+
+@pytest.mark.parametrize("implementation", implementations("sample"), ids=lambda one: one.name)
+def test_what_replays_cuda_graphs(implementation, monkeypatch):
+    """Steps of ours, compiled peers by Inductor; nothing outside of sampling, nothing eager, none on a CPU."""
+    gpu, modes = torch.device("cuda"), []
+    monkeypatch.setattr(models, "kernels_backend", lambda device: "Triton kernels")
+    has_graphs = "compile" in implementation.name or implementation.role == "ours"
+    assert implementation.graphed(tiny("sample"), gpu) == has_graphs
+    assert ("CUDA graphs" in implementation.backend(tiny("sample"), gpu)) == has_graphs
+    assert not any(implementation.graphed(tiny(suite), gpu) for suite in ("model", "train"))
+    assert not implementation.graphed(tiny("sample"), CPU)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, dynamic, mode: modes.append(mode))
+    monkeypatch.setattr(models, "on_device", lambda model, case, device: on_device(model, case, CPU))
+    implementation.build(tiny("sample"), gpu)
+    assert modes == ([] if not implementation.compiled else
+                     ["reduce-overhead"] if implementation.role == "peer" else [None])  # fmt: skip
+
+
+def test_the_graph_of_a_workload_is_captured_once(monkeypatch):
+    """Not once a call, as `edt.sample` by itself would."""
+    given, case = [], tiny("sample")
+    importlib.import_module("edt.diffusion.sampler")  # with the true one
+    monkeypatch.setattr("edt.diffusion.cuda_graph.GraphedStep", lambda model: ("graph of", model))
+    monkeypatch.setattr("edt.diffusion.sampler.sample", lambda *_, cuda_graph, **__: given.append(cuda_graph))
+    for cuda_graph in (True, False):
+        work = Workload(on_device(build_ours(case), case, CPU), draw_batch(case, CPU), None, cuda_graph)
+        for _ in range(2):
+            work.sample(2)
+    assert given[0] is given[1]
+    assert given[2:] == [False, False]
 
 
 class Event:

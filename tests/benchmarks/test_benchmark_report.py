@@ -30,11 +30,12 @@ def test_targets_are_met_and_missed_by_the_figures_and_never_guessed():
     expected = {
         ("attention-eager", "N 256 B 64"): ("met", 8.0),
         ("attention-emulation", "N 64 B 256"): ("met", 3.0),
-        ("attention-bound", "N 256 B 256"): ("met", 1.0),
+        ("attention-cudnn", "N 256 B 256"): ("met", 1.0),
         ("attention-floor", "N 256 B 64"): ("met", 0.7),
         ("attention-both-eager", "N 256 B 64"): ("met", 5.0),
         ("attention-both-emulation", "N 256 B 64"): ("met", 2.5),
-        ("attention-both-flash", "N 256 B 64"): ("met", 1 / 0.9),
+        ("attention-both-flash", "N 256 B 64"): ("missed", 1 / 0.9),
+        ("train-eager-small", "EDT-S/2 B 256"): ("met", 3.5),
         ("gated_residual_adaln-forward", "B 64"): ("met", 0.9),
         ("gated_residual_adaln-backward", "B 256"): ("met", 0.8),
         ("token_merge_adaln-compile", "B 64"): ("met", 1.4),
@@ -57,14 +58,16 @@ def test_the_strictest_baseline_counts_and_tf32_and_failures_are_none():
     rows = sample.model_rows("train", "EDT-S/2", 256)
     suites = {"train": sample.results(rows)}
     found = verdicts(suites)
-    assert found["train-eager", "EDT-S/2 B 256"].note == "reference backend"  # at 3.5, released at 4, TF32 at 8
-    assert found["train-eager", "EDT-S/2 B 256"].figure == pytest.approx(3.5, rel=1e-3)
-    assert found["train-compile", "EDT-S/2 B 256"].note == "torch.compile of the reference backend"
+    assert (
+        found["train-eager-small", "EDT-S/2 B 256"].note == "reference backend"
+    )  # at 3.5, released at 4, TF32 at 8
+    assert found["train-eager-small", "EDT-S/2 B 256"].figure == pytest.approx(3.5, rel=1e-3)
+    assert found["train-compile-small", "EDT-S/2 B 256"].note == "torch.compile of the reference backend"
     assert (
         found["train-memory", "EDT-S/2 B 256"].note == "eager, released op sequence"
     )  # takes less than the other
     tied = [replace(row, ms=rows[2].ms) if row.implementation == "reference backend" else row for row in rows]
-    assert verdicts({"train": sample.results(tied)})["train-eager", "EDT-S/2 B 256"].figure == pytest.approx(
+    assert verdicts({"train": sample.results(tied)})["train-eager-small", "EDT-S/2 B 256"].figure == pytest.approx(
         4, rel=1e-3
     )
 
@@ -72,7 +75,7 @@ def test_the_strictest_baseline_counts_and_tf32_and_failures_are_none():
     failed = [
         sample.without_times(row, "out of memory", "") if row.implementation in names else row for row in rows
     ]
-    verdict = verdicts({"train": sample.results(failed)})["train-eager", "EDT-S/2 B 256"]
+    verdict = verdicts({"train": sample.results(failed)})["train-eager-small", "EDT-S/2 B 256"]
     assert (verdict.status, verdict.figure) == ("not measured", None)
     assert verdict.note == "eager, released op sequence: out of memory, reference backend: out of memory"
 
@@ -139,8 +142,8 @@ def test_page_of_a_device(tmp_path):
     assert "| 4.00× |" in page  # of one second there is nothing to say
     bounds = page[page.index("Lower bounds") :].splitlines()[2]
     assert (
-        bounds
-        == "| case | work | dtype | SDPA flash | SDPA with bias, memory-efficient | FlexAttention with bias |"
+        bounds == "| case | work | dtype | SDPA flash | SDPA cuDNN | SDPA with bias, memory-efficient | "
+        "FlexAttention with bias |"
     )
     sentence = "sampling at batch 1, times as fast as eager bf16"
     assert f"| {sentence} | ≥ 5× | **missed (1 missed, 2 not measured)** | EDT-XL/2 B 1: 3.50×" in page

@@ -215,7 +215,11 @@ def test_the_whole_prints_the_table_and_fails_where_ours_is_wrong(tmp_path, monk
 def test_the_plan_and_a_machine_without_a_gpu(tmp_path, capsys, monkeypatch):
     parts = gpu_suite.plan(list(gpu_suite.GROUP_SECONDS), tmp_path, has_xdist=True)
     names = [part.name for part in parts]
-    assert names[:2] == ["tests/kernels/test_amm_attention.py", "tests/kernels/test_norm_ops.py"]
+    assert names[:2] == ["compile", "tests"]
+    tests = [word for word in parts[1].command if word.startswith("tests/")]
+    assert tests[:2] == ["tests/kernels/test_amm_attention.py", "tests/kernels/test_norm_ops.py"]
+    assert len(tests) == len(set(tests)) >= 11
+    assert parts[1].command[parts[1].command.index("-m", 3) + 1] == "gpu and not slow"
     benchmarks = [name.split()[1] for name in names if name.startswith("benchmark ")]
     assert benchmarks == ["attention", "adaln", "merge", "split", "train", "model", "sample"]
     assert names[-3:] == ["loss curves", "tiles", "report"]
@@ -225,9 +229,9 @@ def test_the_plan_and_a_machine_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert parts[-3].name not in {part.name for part in gpu_suite.plan(["tests", "tune"], tmp_path, True)}
     assert sum(part.share for part in parts) == pytest.approx(540)
     assert min(part.share for part in parts if part.group == "bench") >= 3 * gpu_suite._GRACE_SECONDS
-    assert set(gpu_suite.TEST_FILES) - {""} <= {Path(name).stem for name in names}
+    assert set(gpu_suite.TEST_FILES) <= {Path(name).stem for name in tests}
     assert deadlines(parts, 540)[-1] == pytest.approx(540)
-    assert "-n" in parts[0].command
+    assert parts[1].command[parts[1].command.index("--dist") + 1] == "worksteal"
     assert "-n" not in gpu_suite.plan(["tests"], tmp_path, has_xdist=False)[0].command
 
     monkeypatch.setattr(gpu_suite, "_PROBE", "raise RuntimeError('no driver')")
@@ -236,6 +240,26 @@ def test_the_plan_and_a_machine_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert gpu_suite.main(["--dry-run"]) == 0
     assert "over after  540 s" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_on_which_triton_could_launch_nothing_is_told(tmp_path, monkeypatch, capsys):
+    assert gpu_suite.compiler_fault() is None  # here
+    broken = tmp_path / "cc"
+    broken.write_text(
+        "#!/bin/sh\necho 'probe.c:1:10: fatal error: Python.h: No such file or directory' >&2\nexit 1\n"
+    )
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setattr(gpu_suite, "_PROBE", "print('Sample GPU')")
+    assert gpu_suite.main(["--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "cannot compile against" in error
+    assert "Python.h: No such file or directory; install Python's headers" in error
+    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    assert "does not run: " in gpu_suite.compiler_fault()
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: None)
+    assert gpu_suite.compiler_fault().startswith("no C compiler is here, which Triton needs at its first launch")
 
 
 def test_it_needs_the_standard_library_alone():

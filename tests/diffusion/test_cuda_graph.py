@@ -196,6 +196,24 @@ def test_errors(stand_in):
         graphed(latents, 1, labels)
 
 
+def test_sampling_again_and_again_captures_once(stand_in):
+    model, labels = small_model(), torch.tensor([1, 2])
+    graphed = stand_in(model)
+
+    def draw(cuda_graph):
+        generator = torch.Generator().manual_seed(0)
+        return edt.sample(
+            model, labels, num_inference_steps=3, generator=generator, progress=False, cuda_graph=cuda_graph
+        )
+
+    expected = draw(False)
+    for _ in range(2):
+        assert torch.equal(draw(graphed), expected)
+    assert len(graphed._captured) == 1
+    with pytest.raises(ValueError, match="cuda_graph is a GraphedStep of another model"):
+        edt.sample(small_model(), labels, progress=False, cuda_graph=graphed)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CACHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -449,6 +449,7 @@ def compute_sanitizer() -> str | None:
 
 
 @gpu
+@slow  # minutes, and memcheck may report what is none: github.com/NVIDIA/compute-sanitizer-samples/issues/19
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_gpu_compute_sanitizer_finds_nothing(tool):
     """Out-of-bounds accesses, each allocation on its own so that they show, and races in shared memory."""

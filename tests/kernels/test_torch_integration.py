@@ -106,8 +106,8 @@ def test_the_model_on_kernels_compiles_once_whatever_the_batch_holds(backend, mo
 
 @gpu
 def test_gpu_the_model_on_kernels_compiles_once_whatever_the_batch_holds(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     compiles("inductor", "cuda")
 
 

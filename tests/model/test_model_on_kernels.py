@@ -37,8 +37,8 @@ def test_interpreted_kernels_reproduce_the_released_model(monkeypatch):
 
 @pytest.mark.gpu
 def test_gpu_kernels_reproduce_the_released_model(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     parity("cuda")
 
 
