@@ -67,25 +67,32 @@ def _fake_backward(grad_x_out, grad_out, x, y, gate, scale, statistics):
     return _existing(*_empty_gradients(x, y, scale), sums)
 
 
-_forward_op = Op(
-    "gated_residual_adaln",
-    "(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, float eps, ScalarType out_dtype) -> Tensor[]",
-    _forward,
-    lambda *arguments: _existing(*_empty_outputs(*arguments)),
-)
-_backward_op = Op(
-    "gated_residual_adaln_backward",
-    "(Tensor? grad_x_out, Tensor? grad_out, Tensor? x, Tensor? y, Tensor? gate, Tensor? scale, Tensor? statistics) "
-    "-> Tensor[]",
-    _backward,
-    _fake_backward,
-)
+_OPS = {
+    name: (
+        Op(
+            name,
+            "(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, float eps, ScalarType out_dtype) "
+            "-> Tensor[]",
+            _forward,
+            lambda *arguments: _existing(*_empty_outputs(*arguments)),
+        ),
+        Op(
+            f"{name}_backward",
+            "(Tensor? grad_x_out, Tensor? grad_out, Tensor? x, Tensor? y, Tensor? gate, Tensor? scale, "
+            "Tensor? statistics) -> Tensor[]",
+            _backward,
+            _fake_backward,
+        ),
+    )
+    for name in ("adaln", "gated_residual", "gated_residual_adaln")
+}
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, known, x, y, gate, shift, scale, eps, out_dtype):
-        outputs = _forward_op(known, x, y, gate, shift, scale, eps, out_dtype)
+        forward, _ = _OPS[_name(gate, scale)]
+        outputs = forward(known, x, y, gate, shift, scale, eps, out_dtype)
         ctx.set_materialize_grads(False)
         statistics = None if scale is None else outputs.pop()
         normalised = None if scale is None else x if gate is None else outputs[0]
@@ -102,7 +109,8 @@ class _Function(torch.autograd.Function):
         if gate is not None and grad_x_out is None:
             grad_x_out = torch.zeros_like(x)
         tensors = grad_x_out, grad_out, x, y, gate, scale, statistics
-        *grads, sums = _backward_op(signature(*tensors), *tensors)
+        name = _name(gate, scale)
+        *grads, sums = _OPS[name][1](signature(*tensors), *tensors)
         grad_x = grad_x_out if scale is None else grads.pop(0)
         if gate is None:
             grads = grad_x, None, None, *in_dtypes(sums, ctx.shift_dtype, scale.dtype)
@@ -110,7 +118,7 @@ class _Function(torch.autograd.Function):
             grads = grad_x, *grads, *in_dtypes(sums, gate.dtype), None, None
         else:
             grads = grad_x, *grads, *in_dtypes(sums, gate.dtype, ctx.shift_dtype, scale.dtype)
-        return once_differentiable(_name(gate, scale), (None, *grads, None, None))
+        return once_differentiable(name, (None, *grads, None, None))
 
 
 def gated_residual_adaln(known, x, y, gate, shift, scale, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -119,5 +127,5 @@ def gated_residual_adaln(known, x, y, gate, shift, scale, eps: float, out_dtype:
     signature of the tensors."""
     if has_gradient(x, y, gate, shift, scale):
         return _Function.apply(known, x, y, gate, shift, scale, eps, out_dtype)
-    outputs = _forward_op(known, x, y, gate, shift, scale, eps, out_dtype)
+    outputs = _OPS[_name(gate, scale)][0](known, x, y, gate, shift, scale, eps, out_dtype)
     return tuple(outputs if scale is None else outputs[:-1])

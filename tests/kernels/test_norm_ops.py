@@ -103,11 +103,11 @@ def test_opcheck(op):
     gate, shift, scale = (t.clone().requires_grad_() for t in inputs["modulation"].split(width, dim=1))
     x = inputs["x"].requires_grad_()
     arguments = {
-        "adaln": (x, shift, scale, 1e-6, F32),
-        "gated_residual": (x, inputs.get("y"), gate),
+        "adaln": (x, None, None, shift, scale, 1e-6, F32),
+        "gated_residual": (x, inputs.get("y"), gate, None, None, 1e-6, F32),
         "gated_residual_adaln": (x, inputs.get("y"), gate, shift, scale, 1e-6, F32),
-        "token_merge_adaln": (x, shift, scale, inputs.get("keep"), 2, 2, 1e-6, F32),
-        "token_split_concat_adaln": (x, inputs.get("skip"), shift, scale, 2, 2, 1e-6, F32),
+        "token_merge_adaln": (x, shift, scale, inputs.get("keep"), 2, 1e-6, F32),
+        "token_split_concat_adaln": (x, inputs.get("skip"), shift, scale, 2, 1e-6, F32),
     }[op]
     torch.library.opcheck(getattr(torch.ops.edt_kernels, op).default, arguments)
 
@@ -213,10 +213,11 @@ def test_tiles_fit_the_shapes_of_any_model(slices, channels):
     for samples, rows in itertools.product(
         (1, 2, 8, 24, 32, 64, 96, 200, 256, 1000), (1, 16, 77, 256, 4096 + 333)
     ):
-        tile = choose_row_tile(rows, slices, channels)
-        forward = cut_rows(RowTile(tile.rows, tile.num_warps), samples, rows, channels)
+        tile = choose_row_tile(rows, slices, channels, False)
+        forward = cut_rows(RowTile(tile.rows, tile.num_warps), samples, rows, slices, channels)
         assert forward.programs == (samples, math.ceil(rows / tile.rows))
-        backward = cut_rows(tile, samples, rows, channels)
+        tile = choose_row_tile(rows, slices, channels, True)
+        backward = cut_rows(tile, samples, rows, slices, channels)
         _, programs = backward.programs
         assert (programs - 1) * backward.rows_per_program < rows <= programs * backward.rows_per_program
         assert tile.rows * slices * backward.block_c <= 8192
