@@ -114,11 +114,12 @@ _RESIDENT_TOKENS = 256
 # fill the device better.
 _RESIDENT_HEADS = 264
 # Programs of the short kernels and of `backward_tables`, whatever the device, so that gradients are the same
-# everywhere; up to twice as many, where heads or distances between tiles do not divide them. Each of the short
-# backward pass writes one (64, 64) partial, 4 to 8 MB in all; each of the tables' own pass one a table, 8 to 16
-# MB, or more where heads times distances exceed this number (24 heads of 64×64 tokens: 50 MB).
+# everywhere; up to twice as many, where heads or tiles do not divide them. Each of the short backward pass writes
+# one (64, 64) partial, 4 to 8 MB in all; each of the tables' own pass up to two a table, 8 to 32 MB, or more where
+# heads times distances exceed this number (24 heads of 64×64 tokens: 50 MB). Those all do the same work, in four
+# rounds on the 132 multiprocessors of an H200.
 _SHORT_PROGRAMS = {"short_forward": 528, "short_backward": 264}
-_TABLE_PROGRAMS = 512
+_TABLE_PROGRAMS = 528
 
 
 def matrix_unit(device: torch.device) -> str:
@@ -409,9 +410,10 @@ def _launch_table_gradients(p, tile, grad_out, logsumexp, delta, grad_bias, grad
     H, W = p.grid
     layout = {"ITEMS": tile.items, "ROWS": tile.rows, "COLUMNS": tile.columns}
     block = math.prod(layout.values())
-    distances = (2 * triton.cdiv(H, tile.rows) - 1) * (2 * triton.cdiv(W, tile.columns) - 1)
+    tiles_y, across = triton.cdiv(H, tile.rows), 2 * triton.cdiv(W, tile.columns) - 1
+    distances, programs = (2 * tiles_y - 1) * across, tiles_y * across  # of a head and share
     groups = triton.cdiv(B, tile.items)
-    groups_per_split = triton.cdiv(groups * heads * distances, _TABLE_PROGRAMS)
+    groups_per_split = triton.cdiv(groups * heads * programs, _TABLE_PROGRAMS)
     splits = triton.cdiv(groups, groups_per_split)
     size = splits * heads * distances * block * block
     bias_partials, modulation_partials = (
@@ -419,7 +421,7 @@ def _launch_table_gradients(p, tile, grad_out, logsumexp, delta, grad_bias, grad
         for grad in (grad_bias, grad_modulation)
     )
     p.launch(
-        table_kernels.backward_tables, tile, splits * heads * distances,
+        table_kernels.backward_tables, tile, splits * heads * programs,
         (grad_out, logsumexp, delta, bias_partials, modulation_partials), (grad_out,), B, groups_per_split,
         GRAD_BIAS=grad_bias.numel() > 0, GRAD_MODULATION=grad_modulation.numel() > 0,
         MASKED=tile.items > 1 or H % tile.rows != 0 or W % tile.columns != 0, **layout,
