@@ -145,14 +145,20 @@ def exp_difference(logits, subtrahend, EXACT: tl.constexpr):
 
 
 @triton.jit
-def load_logsumexp(logsumexp, first, i, N, valid, EXACT: tl.constexpr):
+def load_statistic(pointer, i, valid, other, MASKED: tl.constexpr):
+    """One number for each of the rows i."""
+    return tl.load(pointer + i, mask=valid, other=other) if MASKED else tl.load(pointer + i)
+
+
+@triton.jit
+def load_logsumexp(logsumexp, first, i, N, valid, EXACT: tl.constexpr, MASKED: tl.constexpr):
     """What `probabilities` takes of rows i of the batch item and head whose rows start at `first`. Rows that do
     not exist get +∞, which makes their probabilities zero."""
     if EXACT:
-        row_max = tl.load(logsumexp + 2 * first + i, mask=valid, other=0.0)
-        row_log_sum = tl.load(logsumexp + 2 * first + N + i, mask=valid, other=float("inf"))
+        row_max = load_statistic(logsumexp + 2 * first, i, valid, 0.0, MASKED)
+        row_log_sum = load_statistic(logsumexp + 2 * first + N, i, valid, float("inf"), MASKED)
     else:
-        row_max, row_log_sum = tl.load(logsumexp + first + i, mask=valid, other=float("inf")), 0.0
+        row_max, row_log_sum = load_statistic(logsumexp + first, i, valid, float("inf"), MASKED), 0.0
     return row_max, row_log_sum  # one return: where there are two, the compiler wants one type of both
 
 
@@ -333,7 +339,7 @@ def backward_q(
         tl.store(delta + first_row + i, row_delta, mask=i < N)
 
     q_tile = load_rows(q, q_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
-    row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, i < N, EXACT)
+    row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, i < N, EXACT, MASKED)
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     position_j, on_grid_j = grid_positions(tl.arange(0, BLOCK_N), before, H, W)
     for start in range(0, N, BLOCK_N):
@@ -393,8 +399,8 @@ def backward_kv(
         q_offsets = row_offsets(batch, i, head, stride_qb, stride_qn, stride_qh, ALIGN)
         grad_offsets = row_offsets(batch, i, head, stride_gb, stride_gn, stride_gh, ALIGN)
         first_row = (batch.to(tl.int64) * heads + head) * N
-        row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, i < N, EXACT)
-        row_delta = tl.load(delta + first_row + i, mask=i < N, other=0.0)
+        row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, i < N, EXACT, MASKED)
+        row_delta = load_statistic(delta + first_row, i, i < N, 0.0, MASKED)
         q_tile = load_rows(q, q_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
         grad_tile = load_rows(grad_out, grad_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
         bias, factor = look_up(

@@ -129,7 +129,7 @@ def short_backward(
         v_offsets = row_offsets(batch, token, head, stride_vb, stride_vn, stride_vh, ALIGN)
         grad_offsets = row_offsets(batch, token, head, stride_gb, stride_gn, stride_gh, ALIGN)
         first_row = (batch.to(tl.int64) * heads + head) * N
-        row_max, row_log_sum = load_logsumexp(logsumexp, first_row, token, N, valid, EXACT)
+        row_max, row_log_sum = load_logsumexp(logsumexp, first_row, token, N, valid, EXACT, MASKED)
         q_tile = load_rows(q, q_offsets, valid, D, BLOCK_D, MASKED)  # all (BLOCK, BLOCK_D)
         k_tile = load_rows(k, k_offsets, valid, D, BLOCK_D, MASKED)
         v_tile = load_rows(v, v_offsets, valid, D, BLOCK_D, MASKED)

@@ -11,6 +11,7 @@ from .kernels import (
     load_logsumexp,
     load_rows,
     load_rows_transposed,
+    load_statistic,
     look_up,
     row_offsets,
 )
@@ -89,13 +90,13 @@ def backward_tables(
                 k_offsets = rows_of_cells(item, cell, head, stride_kb, stride_kn, stride_kh, group, first_j, ALIGN)
                 v_offsets = rows_of_cells(item, cell, head, stride_vb, stride_vn, stride_vh, group, first_j, ALIGN)
                 first_row, i = ((group + item).to(tl.int64) * heads + head) * N, cell + first_i
-                row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, valid_i, EXACT)
+                row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, valid_i, EXACT, MASKED)
                 q_tile = load_rows(q, q_offsets, valid_i, D, BLOCK_D, MASKED)  # (BLOCK, BLOCK_D)
                 k_tile = load_rows_transposed(k, k_offsets, valid_j, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
                 grad_tile = load_rows(grad_out, g_offsets, valid_i, D, BLOCK_D, MASKED)  # (BLOCK, BLOCK_D)
                 v_tile = load_rows_transposed(v, v_offsets, valid_j, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
 
-                row_delta = tl.load(delta + first_row + i, mask=valid_i, other=0.0)
+                row_delta = load_statistic(delta + first_row, i, valid_i, 0.0, MASKED)
                 p, grad_weights, grad_logits, _ = gradients_of_scores(
                     q_tile, k_tile, grad_tile, v_tile, row_max, row_log_sum, row_delta, scale, bias, factor,
                     valid_j[None, :], HAS_BIAS or ITEMS > 1, HAS_MODULATION, MASKED, False, False, EXACT,
