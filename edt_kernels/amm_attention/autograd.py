@@ -1,7 +1,7 @@
 """Launchers, tiles and torch registration of the `amm_attention` kernels."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -43,6 +43,7 @@ _TILES = {
         "short_backward": ScoreTile(64, 64, 8, 2),
         "resident_forward": ScoreTile(128, 64, 8, 1),
         "forward": ScoreTile(128, 64, 8, 2),
+        "resident_backward": ScoreTile(32, 256, 8, 2),
         "backward_q": ScoreTile(128, 32, 8, 2),
         "backward_kv": ScoreTile(32, 128, 8, 2),
     },
@@ -99,7 +100,7 @@ _TILES["tcgen05", 64] = _TILES["wgmma", 64] | {
     "backward_q": ScoreTile(128, 64, 8, 2),
 }
 _TILES["tcgen05", 128] = _TILES["wgmma", 128] | {"backward_q": ScoreTile(128, 64, 8, 1)}
-del _TILES["tcgen05", 64]["resident_forward"]
+del _TILES["tcgen05", 64]["resident_forward"], _TILES["tcgen05", 64]["resident_backward"]
 TABLE_TILES = {
     "wgmma": CellTile(64, 8, 2),
     "tcgen05": CellTile(64, 8, 1),
@@ -154,12 +155,24 @@ def choose_forward(unit: str, num_tokens: int, head_dim: int, num_heads: int, ha
     return "resident_forward" if fits and num_heads >= _RESIDENT_HEADS else "forward"
 
 
-def choose_backward(unit: str, num_tokens: int, head_dim: int, has_modulation: bool) -> str:
+def choose_backward(
+    unit: str, num_tokens: int, grid: tuple[int, int], head_dim: int, num_heads: int, has_modulation: bool
+) -> str:
     """The kernel of the backward pass, or "backward" for the three passes. Registers do not hold a second table:
-    with AMM, which trained models of EDT have for inference alone, the short kernel spills."""
+    with AMM, which trained models of EDT have for inference alone, the kernels of one pass spill."""
     tiles = tiles_of(unit, head_dim)
-    fits = "short_backward" in tiles and num_tokens <= tiles["short_backward"].block_m
-    return "short_backward" if fits and not has_modulation else "backward"
+    if has_modulation:
+        return "backward"
+    if "short_backward" in tiles and num_tokens <= tiles["short_backward"].block_m:
+        return "short_backward"
+    # Of smaller heads, products have layouts that take more registers; of others, rows are loaded in small pieces.
+    right_heads = padded(head_dim) == 64 and head_dim % 4 == 0 and num_heads >= _RESIDENT_HEADS
+    if "resident_backward" not in tiles or not right_heads:
+        return "backward"
+    # Nor do they hold masks: all rows of the tile exist, and its queries are whole rows of the grid.
+    tile, whole = tiles["resident_backward"], num_tokens == math.prod(grid) == triton.next_power_of_2(num_tokens)
+    fits = whole and num_tokens <= tile.block_n and tile.block_m % grid[1] == 0
+    return "resident_backward" if fits else "backward"
 
 
 def lay_out_cells(tile: CellTile, grid: tuple[int, int]) -> TableTile:
@@ -196,11 +209,15 @@ class _Problem:
         return kernel, tile
 
     def backward_tiles(self) -> dict[str, ScoreTile | CellTile]:
-        """The tiles of the kernels of the backward pass: `short_backward` or the three passes."""
-        _, N, _, D = self.q.shape
+        """The tiles of the kernels of the backward pass: `short_backward`, or `backward_tables` after
+        `resident_backward` or the two passes over queries and keys."""
+        B, N, heads, D = self.q.shape
         tiles = tiles_of(self.unit, D) | {"backward_tables": TABLE_TILES[self.unit]}
-        short = choose_backward(self.unit, N, D, self.has_modulation) == "short_backward"
-        kernels = ("short_backward",) if short else ("backward_q", "backward_kv", "backward_tables")
+        kernels = {
+            "short_backward": ("short_backward",),
+            "resident_backward": ("resident_backward", "backward_tables"),
+            "backward": ("backward_q", "backward_kv", "backward_tables"),
+        }[choose_backward(self.unit, N, self.grid, D, B * heads, self.has_modulation)]
         return self._measured("backward", {kernel: tiles[kernel] for kernel in kernels})
 
     def _measured(self, direction: str, heuristic: dict) -> dict:
@@ -372,16 +389,23 @@ def _launch_backward(p, grad_out, out, logsumexp, grad_q, grad_k, grad_v, grad_b
         return
     B, _, heads, _ = p.q.shape
     delta = torch.empty(B, heads, N, dtype=torch.float32, device=out.device)
-    tile = tiles["backward_q"]
-    p.launch_tiles(
-        kernels.backward_q, tile, triton.cdiv(N, tile.block_m),
-        (out, grad_out, logsumexp, delta, grad_q), (out, grad_out), WHOLE_ROWS=tile.block_n >= N,
-    )  # fmt: skip
-    tile = tiles["backward_kv"]
-    p.launch_tiles(
-        kernels.backward_kv, tile, triton.cdiv(N, tile.block_n),
-        (grad_out, logsumexp, delta, grad_k, grad_v), (grad_out, grad_k), WHOLE_ROWS=tile.block_n >= N,
-    )  # fmt: skip
+    if "resident_backward" in tiles:
+        tile = tiles["resident_backward"]
+        p.launch_tiles(
+            resident_kernels.resident_backward, replace(tile, block_n=N), 1,
+            (out, grad_out, logsumexp, delta, grad_q, grad_k, grad_v), (out, grad_out),
+        )  # fmt: skip
+    else:
+        tile = tiles["backward_q"]
+        p.launch_tiles(
+            kernels.backward_q, tile, triton.cdiv(N, tile.block_m),
+            (out, grad_out, logsumexp, delta, grad_q), (out, grad_out), WHOLE_ROWS=tile.block_n >= N,
+        )  # fmt: skip
+        tile = tiles["backward_kv"]
+        p.launch_tiles(
+            kernels.backward_kv, tile, triton.cdiv(N, tile.block_n),
+            (grad_out, logsumexp, delta, grad_k, grad_v), (grad_out, grad_k), WHOLE_ROWS=tile.block_n >= N,
+        )  # fmt: skip
     if grad_bias.numel() or grad_modulation.numel():
         tile = lay_out_cells(tiles["backward_tables"], p.grid)
         _launch_table_gradients(p, tile, grad_out, logsumexp, delta, grad_bias, grad_modulation)

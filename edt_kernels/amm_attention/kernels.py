@@ -54,7 +54,7 @@ def place_of_program(tiles, heads):
 def row_offsets(batch, token, head, stride_b, stride_n, stride_h, ALIGN: tl.constexpr):
     """Element offset of each row, 64 bits wide. Every stride is a multiple of ALIGN: that decides how wide the
     loads are, and the compiler cannot see it for a stride such as a head of 52."""
-    offsets = batch.to(tl.int64) * stride_b + token.to(tl.int64) * stride_n + head.to(tl.int64) * stride_h
+    offsets = tl.cast(batch, tl.int64) * stride_b + token.to(tl.int64) * stride_n + head.to(tl.int64) * stride_h
     return tl.multiple_of(offsets, ALIGN)
 
 
@@ -83,6 +83,14 @@ def store_rows(pointer, offsets, valid, values, D: tl.constexpr, BLOCK_D: tl.con
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = valid[:, None] & (d < D)
     tl.store(pointer + offsets[:, None] + d, values.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_rows_transposed(pointer, offsets, valid, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """values (BLOCK_D, rows)."""
+    d = tl.arange(0, BLOCK_D)[:, None]
+    mask = valid[None, :] & (d < D)
+    tl.store(pointer + offsets[None, :] + d, values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
