@@ -18,7 +18,7 @@ magnitude of the logits times a rounding step.
 
 Each kernel owns what it writes, so that no sum depends on the order of programs: here `backward_q` (also writes
 delta) and `backward_kv`, in `table_kernels` the gradients of the tables. `short_kernels` do all in one pass for
-sequences that fit into one tile, `resident_kernels` the forward pass with a whole head on the chip.
+sequences that fit into one tile, `resident_kernels` all but the tables' gradients with a whole head on the chip.
 
 Both tables are indexed by the offset Δ of two tokens of an H×W grid, and the index separates into a share of the
 query and a share of the key, position(i) − position(j). Tokens before or after the grid have no offset.

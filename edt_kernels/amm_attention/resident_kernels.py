@@ -1,7 +1,9 @@
-"""`forward` of `edt_kernels.amm_attention.kernels` for sequences of a few tiles, with a whole head on the chip.
+"""The kernels of `edt_kernels.amm_attention.kernels` for sequences of a few tiles, with a whole head on the chip.
 
 One program owns a (batch item, head), keeps its keys and values in shared memory and walks over the queries: each
-row is read once, where the programs of `forward` read the keys and values again for each tile of queries.
+row is read once, where the programs of `forward` read the keys and values again for each tile of queries. In the
+backward pass it keeps dk and dv in registers, and a step completes its rows of dq: five products, of which
+`backward_q` and `backward_kv` make two again.
 """
 
 import triton
