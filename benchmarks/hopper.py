@@ -91,6 +91,8 @@ class _Walk:
 
     def __init__(self, sass: str, num_warps: int):
         self.instructions, self.labels = parse(sass)
+        products = [i for i, each in enumerate(self.instructions) if each.opcode.startswith("HGMMA")]
+        self.last_product = max(products, default=-1)
         self.threads = 32 * num_warps
         self.found: dict[str, list[str]] = {}
         self.stored, self.read = self._no_memory(), self._no_memory()
@@ -108,6 +110,9 @@ class _Walk:
                 some, others = (True, True) if guard is None else (guard.any(), not guard.all())
                 if some and instruction.target:
                     target = self.labels[instruction.target]
+                    if others and state.at > self.last_product and not (state.waited or any(state.in_flight())):
+                        state.at += 1  # what comes is without products, whichever way it goes
+                        continue
                     if others:
                         paths.append(state.fork(state.at + 1))
                     if target > state.at or self._turn(state):

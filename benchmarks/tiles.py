@@ -33,6 +33,7 @@ PASSES: dict[str, tuple[dict[str, type[Tile]], ...]] = {
     ),
     "amm_attention.backward": (
         {"short_backward": ScoreTile},
+        {"resident_backward": ScoreTile, "backward_tables": CellTile},
         {"backward_q": ScoreTile, "backward_kv": ScoreTile, "backward_tables": CellTile},
     ),
     **{f"{op}.forward": ({"forward": RowTile},) for op in _NORMS},

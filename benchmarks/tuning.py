@@ -370,6 +370,10 @@ def _tiles_of(pass_name: str, kernel: str, key: dict, unit: str) -> Sequence[Til
         return []
     if kernel == "resident_forward" and (unit != "wgmma" or not 64 < tokens <= 256 or not key["many_heads"]):
         return []
+    if kernel == "resident_backward":  # registers hold no other tile
+        grid, heads = (key["height"], key["width"]), 1000 if key["many_heads"] else 1
+        chosen = attention.choose_backward(unit, tokens, grid, key["head_dim"], heads, key["modulation"])
+        return [attention.tiles_of(unit, key["head_dim"])[kernel]] if chosen == kernel else []
     limit = max(triton.next_power_of_2(tokens), 64)
     sizes = (16, 32, 64) if unit == "fma" else (16, 32, 64, 128)
     tiles = []

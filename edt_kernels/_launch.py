@@ -57,8 +57,8 @@ class Launch:
                 *tensors, *self._numbers, **self._constants, enable_fp_fusion=True
             )
         if compiled is not None:  # but for the interpreter. Its launcher is a tenth of JITFunction's work
-            constants = (p.name for p in self._kernel.params if p.is_constexpr)
-            self._tail = (*self._numbers, *(self._constants[name] for name in constants))
+            names = (p.name for p in self._kernel.params if p.name in self._constants)
+            self._tail = (*self._numbers, *(self._constants[name] for name in names))
             self._device = driver.active.get_current_device()
             self._compiled = compiled
 

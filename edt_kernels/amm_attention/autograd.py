@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -47,6 +47,7 @@ _TILES = {
         "short_backward": ScoreTile(64, 64, 8, 2),
         "resident_forward": ScoreTile(128, 64, 8, 1),
         "forward": ScoreTile(128, 64, 8, 2),
+        "resident_backward": ScoreTile(32, 256, 8, 2),
         "backward_q": ScoreTile(128, 32, 8, 2),
         "backward_kv": ScoreTile(32, 128, 8, 2),
     },
@@ -103,7 +104,7 @@ _TILES["tcgen05", 64] = _TILES["wgmma", 64] | {
     "backward_q": ScoreTile(128, 64, 8, 2),
 }
 _TILES["tcgen05", 128] = _TILES["wgmma", 128] | {"backward_q": ScoreTile(128, 64, 8, 1)}
-del _TILES["tcgen05", 64]["resident_forward"]
+del _TILES["tcgen05", 64]["resident_forward"], _TILES["tcgen05", 64]["resident_backward"]
 TABLE_TILES = {
     "wgmma": CellTile(64, 8, 2),
     "tcgen05": CellTile(64, 8, 1),
@@ -118,11 +119,12 @@ _RESIDENT_TOKENS = 256
 # fill the device better.
 _RESIDENT_HEADS = 264
 # Programs of the short kernels and of `backward_tables`, whatever the device, so that gradients are the same
-# everywhere; up to twice as many, where heads or distances between tiles do not divide them. Each of the short
-# backward pass writes one (64, 64) partial, 4 to 8 MB in all; each of the tables' own pass one a table, 8 to 16
-# MB, or more where heads times distances exceed this number (24 heads of 64×64 tokens: 50 MB).
+# everywhere; up to twice as many, where heads or tiles do not divide them. Each of the short backward pass writes
+# one (64, 64) partial, 4 to 8 MB in all; each of the tables' own pass up to two a table, 8 to 32 MB, or more where
+# heads times distances exceed this number (24 heads of 64×64 tokens: 50 MB). Those all do the same work, in four
+# rounds on the 132 multiprocessors of an H200.
 _SHORT_PROGRAMS = {"short_forward": 528, "short_backward": 264}
-_TABLE_PROGRAMS = 512
+_TABLE_PROGRAMS = 528
 
 
 def _ceil(a: int, b: int) -> int:
@@ -162,12 +164,24 @@ def choose_forward(unit: str, num_tokens: int, head_dim: int, num_heads: int, ha
     return "resident_forward" if fits and num_heads >= _RESIDENT_HEADS else "forward"
 
 
-def choose_backward(unit: str, num_tokens: int, head_dim: int, has_modulation: bool) -> str:
+def choose_backward(
+    unit: str, num_tokens: int, grid: tuple[int, int], head_dim: int, num_heads: int, has_modulation: bool
+) -> str:
     """The kernel of the backward pass, or "backward" for the three passes. Registers do not hold a second table:
-    with AMM, which trained models of EDT have for inference alone, the short kernel spills."""
+    with AMM, which trained models of EDT have for inference alone, the kernels of one pass spill."""
     tiles = tiles_of(unit, head_dim)
-    fits = "short_backward" in tiles and num_tokens <= tiles["short_backward"].block_m
-    return "short_backward" if fits and not has_modulation else "backward"
+    if has_modulation:
+        return "backward"
+    if "short_backward" in tiles and num_tokens <= tiles["short_backward"].block_m:
+        return "short_backward"
+    # Of smaller heads, products have layouts that take more registers; of others, rows are loaded in small pieces.
+    right_heads = padded(head_dim) == 64 and head_dim % 4 == 0 and num_heads >= _RESIDENT_HEADS
+    if "resident_backward" not in tiles or not right_heads:
+        return "backward"
+    # Nor do they hold masks: all rows of the tile exist, and its queries are whole rows of the grid.
+    tile, whole = tiles["resident_backward"], num_tokens == math.prod(grid) == triton.next_power_of_2(num_tokens)
+    fits = whole and num_tokens <= tile.block_n and tile.block_m % grid[1] == 0
+    return "resident_backward" if fits else "backward"
 
 
 def lay_out_cells(tile: CellTile, grid: tuple[int, int]) -> TableTile:
@@ -212,11 +226,15 @@ class _Problem:
         return kernel, tile
 
     def backward_tiles(self) -> dict[str, ScoreTile | CellTile]:
-        """The tiles of the kernels of the backward pass: `short_backward` or the three passes."""
-        _, N, _, D = self.q.shape
+        """The tiles of the kernels of the backward pass: `short_backward`, or `backward_tables` after
+        `resident_backward` or the two passes over queries and keys."""
+        B, N, heads, D = self.q.shape
         tiles = tiles_of(self.unit, D) | {"backward_tables": TABLE_TILES[self.unit]}
-        short = choose_backward(self.unit, N, D, self.has_modulation) == "short_backward"
-        kernels = ("short_backward",) if short else ("backward_q", "backward_kv", "backward_tables")
+        kernels = {
+            "short_backward": ("short_backward",),
+            "resident_backward": ("resident_backward", "backward_tables"),
+            "backward": ("backward_q", "backward_kv", "backward_tables"),
+        }[choose_backward(self.unit, N, self.grid, D, B * heads, self.has_modulation)]
         return self._measured("backward", {kernel: tiles[kernel] for kernel in kernels})
 
     def _measured(self, direction: str, heuristic: dict) -> dict:
@@ -353,9 +371,10 @@ class _TableGradients:
 
 @dataclass(frozen=True)
 class _Backward:
-    """`short`, or q, kv and, if a table's gradient is needed, `tables`."""
+    """`short`; or `resident` or q and kv, and, if a table's gradient is needed, `tables`."""
 
     short: _TableGradients | None = None
+    resident: Launch | None = None
     q: Launch | None = None
     kv: Launch | None = None
     tables: _TableGradients | None = None
@@ -368,6 +387,14 @@ def _plan_backward(
     N, tiles, out = q.shape[1], p.backward_tiles(), _dense_like(q)
     if "short_backward" in tiles:
         return _Backward(short=_plan_short_backward(p, tiles["short_backward"], grad_out, out, needs_bias))
+    tables = None
+    if needs_modulation or needs_bias:
+        tile = lay_out_cells(tiles["backward_tables"], grid)
+        tables = _plan_tables(p, tile, grad_out, needs_modulation, needs_bias)
+    if "resident_backward" in tiles:
+        tile = replace(tiles["resident_backward"], block_n=N)
+        launch = p.launch_tiles(resident_kernels.resident_backward, tile, 1, (out, grad_out))
+        return _Backward(resident=launch, tables=tables)
     tile = tiles["backward_q"]
     q_pass = p.launch_tiles(
         kernels.backward_q, tile, _ceil(N, tile.block_m), (out, grad_out), WHOLE_ROWS=tile.block_n >= N
@@ -376,10 +403,7 @@ def _plan_backward(
     kv_pass = p.launch_tiles(
         kernels.backward_kv, tile, _ceil(N, tile.block_n), (grad_out, out), WHOLE_ROWS=tile.block_n >= N
     )
-    if not (needs_modulation or needs_bias):
-        return _Backward(q=q_pass, kv=kv_pass)
-    tile = lay_out_cells(tiles["backward_tables"], grid)
-    return _Backward(q=q_pass, kv=kv_pass, tables=_plan_tables(p, tile, grad_out, needs_modulation, needs_bias))
+    return _Backward(q=q_pass, kv=kv_pass, tables=tables)
 
 
 def _plan_short_backward(p, tile, grad_out, out, needs_bias) -> _TableGradients:
@@ -399,12 +423,13 @@ def _plan_tables(p, tile, grad_out, needs_modulation, needs_bias) -> _TableGradi
     H, W = p.grid
     layout = {"ITEMS": tile.items, "ROWS": tile.rows, "COLUMNS": tile.columns}
     block = math.prod(layout.values())
-    distances = (2 * _ceil(H, tile.rows) - 1) * (2 * _ceil(W, tile.columns) - 1)
+    tiles_y, across = _ceil(H, tile.rows), 2 * _ceil(W, tile.columns) - 1
+    distances, programs = (2 * tiles_y - 1) * across, tiles_y * across  # of a head and share
     groups = _ceil(B, tile.items)
-    groups_per_split = _ceil(groups * heads * distances, _TABLE_PROGRAMS)
+    groups_per_split = _ceil(groups * heads * programs, _TABLE_PROGRAMS)
     splits = _ceil(groups, groups_per_split)
     launch = p.launch(
-        table_kernels.backward_tables, tile, splits * heads * distances, (grad_out,), B, groups_per_split,
+        table_kernels.backward_tables, tile, splits * heads * programs, (grad_out,), B, groups_per_split,
         GRAD_BIAS=needs_bias, GRAD_MODULATION=needs_modulation,
         MASKED=tile.items > 1 or H % tile.rows != 0 or W % tile.columns != 0, **layout,
     )  # fmt: skip
@@ -442,8 +467,11 @@ def _backward(
                 plan.short.reduce(partials, grad_bias)
         else:
             delta = new((B, heads, N))
-            plan.q(*inputs, out, grad_out, logsumexp, delta, grad_q)
-            plan.kv(*inputs, grad_out, logsumexp, delta, grad_k, grad_v)
+            if plan.resident is not None:
+                plan.resident(*inputs, out, grad_out, logsumexp, delta, grad_q, grad_k, grad_v)
+            else:
+                plan.q(*inputs, out, grad_out, logsumexp, delta, grad_q)
+                plan.kv(*inputs, grad_out, logsumexp, delta, grad_k, grad_v)
             if plan.tables is not None:
                 partials = [new(plan.tables.partials if needed else 0) for needed in (needs_bias, needs_modulation)]
                 plan.tables.launch(*inputs, grad_out, logsumexp, delta, *partials)

@@ -18,7 +18,7 @@ magnitude of the logits times a rounding step.
 
 Each kernel owns what it writes, so that no sum depends on the order of programs: here `backward_q` (also writes
 delta) and `backward_kv`, in `table_kernels` the gradients of the tables. `short_kernels` do all in one pass for
-sequences that fit into one tile, `resident_kernels` the forward pass with a whole head on the chip.
+sequences that fit into one tile, `resident_kernels` all but the tables' gradients with a whole head on the chip.
 
 Both tables are indexed by the offset Δ of two tokens of an H×W grid, and the index separates into a share of the
 query and a share of the key, position(i) − position(j). Tokens before or after the grid have no offset.
@@ -54,7 +54,7 @@ def place_of_program(tiles, heads):
 def row_offsets(batch, token, head, stride_b, stride_n, stride_h, ALIGN: tl.constexpr):
     """Element offset of each row, 64 bits wide. Every stride is a multiple of ALIGN: that decides how wide the
     loads are, and the compiler cannot see it for a stride such as a head of 52."""
-    offsets = batch.to(tl.int64) * stride_b + token.to(tl.int64) * stride_n + head.to(tl.int64) * stride_h
+    offsets = tl.cast(batch, tl.int64) * stride_b + token.to(tl.int64) * stride_n + head.to(tl.int64) * stride_h
     return tl.multiple_of(offsets, ALIGN)
 
 
@@ -83,6 +83,14 @@ def store_rows(pointer, offsets, valid, values, D: tl.constexpr, BLOCK_D: tl.con
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = valid[:, None] & (d < D)
     tl.store(pointer + offsets[:, None] + d, values.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_rows_transposed(pointer, offsets, valid, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """values (BLOCK_D, rows)."""
+    d = tl.arange(0, BLOCK_D)[:, None]
+    mask = valid[None, :] & (d < D)
+    tl.store(pointer + offsets[None, :] + d, values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -145,14 +153,20 @@ def exp_difference(logits, subtrahend, EXACT: tl.constexpr):
 
 
 @triton.jit
-def load_logsumexp(logsumexp, first, i, N, valid, EXACT: tl.constexpr):
+def load_statistic(pointer, i, valid, other, MASKED: tl.constexpr):
+    """One number for each of the rows i."""
+    return tl.load(pointer + i, mask=valid, other=other) if MASKED else tl.load(pointer + i)
+
+
+@triton.jit
+def load_logsumexp(logsumexp, first, i, N, valid, EXACT: tl.constexpr, MASKED: tl.constexpr):
     """What `probabilities` takes of rows i of the batch item and head whose rows start at `first`. Rows that do
     not exist get +∞, which makes their probabilities zero."""
     if EXACT:
-        row_max = tl.load(logsumexp + 2 * first + i, mask=valid, other=0.0)
-        row_log_sum = tl.load(logsumexp + 2 * first + N + i, mask=valid, other=float("inf"))
+        row_max = load_statistic(logsumexp + 2 * first, i, valid, 0.0, MASKED)
+        row_log_sum = load_statistic(logsumexp + 2 * first + N, i, valid, float("inf"), MASKED)
     else:
-        row_max, row_log_sum = tl.load(logsumexp + first + i, mask=valid, other=float("inf")), 0.0
+        row_max, row_log_sum = load_statistic(logsumexp + first, i, valid, float("inf"), MASKED), 0.0
     return row_max, row_log_sum  # one return: where there are two, the compiler wants one type of both
 
 
@@ -177,8 +191,8 @@ def add_product(accumulator, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr)
 
 @triton.jit
 def summand(a, b, EXACT: tl.constexpr):
-    """a·b, to be summed. Each of the lanes that share a sum may fuse its own product into it, whose sums then differ
-    by a rounding; of 16-bit tiles a lane adds up several products first, or exact ones."""
+    """a·b, to be summed. Each of the lanes that share a sum may fuse its own product into it, whose sums then
+    differ by a rounding; of 16-bit tiles a lane adds up several products first, or exact ones."""
     return tl.fma(a, b, 0.0) if EXACT else a * b
 
 
@@ -333,7 +347,7 @@ def backward_q(
         tl.store(delta + first_row + i, row_delta, mask=i < N)
 
     q_tile = load_rows(q, q_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
-    row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, i < N, EXACT)
+    row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, i < N, EXACT, MASKED)
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     position_j, on_grid_j = grid_positions(tl.arange(0, BLOCK_N), before, H, W)
     for start in range(0, N, BLOCK_N):
@@ -393,8 +407,8 @@ def backward_kv(
         q_offsets = row_offsets(batch, i, head, stride_qb, stride_qn, stride_qh, ALIGN)
         grad_offsets = row_offsets(batch, i, head, stride_gb, stride_gn, stride_gh, ALIGN)
         first_row = (batch.to(tl.int64) * heads + head) * N
-        row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, i < N, EXACT)
-        row_delta = tl.load(delta + first_row + i, mask=i < N, other=0.0)
+        row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, i < N, EXACT, MASKED)
+        row_delta = load_statistic(delta + first_row, i, i < N, 0.0, MASKED)
         q_tile = load_rows(q, q_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
         grad_tile = load_rows(grad_out, grad_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
         bias, factor = look_up(

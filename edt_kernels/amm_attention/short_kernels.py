@@ -25,6 +25,7 @@ from .kernels import (
     row_offsets,
     store_output,
     store_rows,
+    store_rows_transposed,
 )
 
 
@@ -33,14 +34,6 @@ def packed_rows(SEQ: tl.constexpr, BLOCK: tl.constexpr):
     """Sequence and token of each row of a tile. Both (BLOCK,)."""
     row = tl.arange(0, BLOCK)
     return row // SEQ, row % SEQ
-
-
-@triton.jit
-def store_rows_transposed(pointer, offsets, valid, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """values (BLOCK_D, rows)."""
-    d = tl.arange(0, BLOCK_D)[:, None]
-    mask = valid[None, :] & (d < D)
-    tl.store(pointer + offsets[None, :] + d, values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_ALIGNMENT)
@@ -129,7 +122,7 @@ def short_backward(
         v_offsets = row_offsets(batch, token, head, stride_vb, stride_vn, stride_vh, ALIGN)
         grad_offsets = row_offsets(batch, token, head, stride_gb, stride_gn, stride_gh, ALIGN)
         first_row = (batch.to(tl.int64) * heads + head) * N
-        row_max, row_log_sum = load_logsumexp(logsumexp, first_row, token, N, valid, EXACT)
+        row_max, row_log_sum = load_logsumexp(logsumexp, first_row, token, N, valid, EXACT, MASKED)
         q_tile = load_rows(q, q_offsets, valid, D, BLOCK_D, MASKED)  # all (BLOCK, BLOCK_D)
         k_tile = load_rows(k, k_offsets, valid, D, BLOCK_D, MASKED)
         v_tile = load_rows(v, v_offsets, valid, D, BLOCK_D, MASKED)

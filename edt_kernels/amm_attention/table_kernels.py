@@ -11,6 +11,7 @@ from .kernels import (
     load_logsumexp,
     load_rows,
     load_rows_transposed,
+    load_statistic,
     look_up,
     row_offsets,
 )
@@ -39,73 +40,80 @@ def backward_tables(
     """Σ dS and Σ P ⊙ G over the batch and over all pairs of grid tiles that are equally far apart.
 
     Tiles are ROWS×COLUMNS cells of the grid (of ITEMS batch items where the grid is smaller than a tile), so the
-    offset of two cells depends only on their places in their tiles and on how far apart the tiles are. A program
-    takes one such distance, one head and one share of the batch, and its sums stay (BLOCK, BLOCK) however many
-    tokens there are. Partials: (splits, heads, distances, BLOCK, BLOCK).
+    offset of two cells depends only on their places in their tiles and on how far apart the tiles are, and sums
+    stay (BLOCK, BLOCK) however many tokens there are. Of T rows of tiles, T − d pairs are d apart. A program takes
+    distances d and d − T of one head and one share of the batch: T pairs, as every program does, so that all end
+    together, and those side by side read the same tiles at about the same time.
+    Partials: (splits, heads, distances, BLOCK, BLOCK).
     """
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     BLOCK: tl.constexpr = ITEMS * ROWS * COLUMNS
-    tiles_y, tiles_x = tl.cdiv(H, ROWS), tl.cdiv(W, COLUMNS)
-    distances = (2 * tiles_y - 1) * (2 * tiles_x - 1)
-    distance = tl.program_id(0) % distances
-    head = (tl.program_id(0) // distances) % heads
-    split = tl.program_id(0) // (distances * heads)
-    # Query tile minus key tile, and the first query tile that has a key tile this far away.
-    apart_y, apart_x = distance // (2 * tiles_x - 1) - tiles_y + 1, distance % (2 * tiles_x - 1) - tiles_x + 1
-    first_y, first_x = tl.maximum(apart_y, 0), tl.maximum(apart_x, 0)
-    count_y, count_x = tiles_y - tl.abs(apart_y), tiles_x - tl.abs(apart_x)
-    first_group = split * groups_per_split
+    tiles_y, tiles_x = 1, 1
+    if ITEMS == 1:  # else the grid is one tile, and without a loop over distances nothing spills
+        tiles_y, tiles_x = tl.cdiv(H, ROWS), tl.cdiv(W, COLUMNS)
+    across = 2 * tiles_x - 1
+    share, place = tl.program_id(0) // (tiles_y * across), tl.program_id(0) % (tiles_y * across)
+    head, first_group = share % heads, share // heads * groups_per_split
     last_group = tl.minimum(first_group + groups_per_split, tl.cdiv(B, ITEMS))
 
     local = tl.arange(0, BLOCK)
     item, y, x = local // (ROWS * COLUMNS), local // COLUMNS % ROWS, local % COLUMNS
     cell = before + y * W + x
-    offset_y = y[:, None] - y[None, :] + apart_y * ROWS  # (BLOCK, BLOCK), the same for every pair of tiles
-    offset_x = x[:, None] - x[None, :] + apart_x * COLUMNS
-    inside = (tl.abs(offset_y) < H) & (tl.abs(offset_x) < W)
-    index = (offset_y + H - 1) * (2 * W - 1) + offset_x + W - 1
-    bias, factor = look_up(table + head * stride_table, index, inside, HAS_BIAS, HAS_MODULATION, True)
-    if ITEMS > 1:  # pairs of different items are masked here: in the loop their masks would spill
-        bias = tl.where(item[:, None] == item[None, :], bias, float("-inf"))
+    # Query tile minus key tile.
+    apart_x = place % across - tiles_x + 1
+    for apart_y in range(place // across - tiles_y + 1, tiles_y, tiles_y):
+        # The first query tile that has a key tile this far away.
+        first_y, first_x = tl.maximum(apart_y, 0), tl.maximum(apart_x, 0)
+        count_y, count_x = tiles_y - tl.abs(apart_y), tiles_x - tl.abs(apart_x)
+        offset_y = y[:, None] - y[None, :] + apart_y * ROWS  # (BLOCK, BLOCK), the same for every pair of tiles
+        offset_x = x[:, None] - x[None, :] + apart_x * COLUMNS
+        inside = (tl.abs(offset_y) < H) & (tl.abs(offset_x) < W)
+        index = (offset_y + H - 1) * (2 * W - 1) + offset_x + W - 1
+        bias, factor = look_up(table + head * stride_table, index, inside, HAS_BIAS, HAS_MODULATION, True)
+        if ITEMS > 1:  # pairs of different items are masked here: in the loop their masks would spill
+            bias = tl.where(item[:, None] == item[None, :], bias, float("-inf"))
 
-    if GRAD_BIAS:
-        bias_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
-    if GRAD_MODULATION:
-        modulation_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for pair in range(0, count_y * count_x):
-        y_i, x_i = (first_y + pair // count_x) * ROWS, (first_x + pair % count_x) * COLUMNS
-        y_j, x_j = y_i - apart_y * ROWS, x_i - apart_x * COLUMNS
-        first_i, first_j = y_i * W + x_i, y_j * W + x_j
-        for step in range(first_group, last_group):
-            group = step * ITEMS
-            valid_i = (group + item < B) & (y_i + y < H) & (x_i + x < W)
-            valid_j = (group + item < B) & (y_j + y < H) & (x_j + x < W)
-            q_offsets = rows_of_cells(item, cell, head, stride_qb, stride_qn, stride_qh, group, first_i, ALIGN)
-            grad_offsets = rows_of_cells(item, cell, head, stride_gb, stride_gn, stride_gh, group, first_i, ALIGN)
-            k_offsets = rows_of_cells(item, cell, head, stride_kb, stride_kn, stride_kh, group, first_j, ALIGN)
-            v_offsets = rows_of_cells(item, cell, head, stride_vb, stride_vn, stride_vh, group, first_j, ALIGN)
-            first_row, i = ((group + item).to(tl.int64) * heads + head) * N, cell + first_i
-            row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, valid_i, EXACT)
-            q_tile = load_rows(q, q_offsets, valid_i, D, BLOCK_D, MASKED)  # (BLOCK, BLOCK_D)
-            k_tile = load_rows_transposed(k, k_offsets, valid_j, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
-            grad_tile = load_rows(grad_out, grad_offsets, valid_i, D, BLOCK_D, MASKED)  # (BLOCK, BLOCK_D)
-            v_tile = load_rows_transposed(v, v_offsets, valid_j, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
+        if GRAD_BIAS:
+            bias_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
+        if GRAD_MODULATION:
+            modulation_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for pair in range(0, count_y * count_x):
+            y_i, x_i = (first_y + pair // count_x) * ROWS, (first_x + pair % count_x) * COLUMNS
+            y_j, x_j = y_i - apart_y * ROWS, x_i - apart_x * COLUMNS
+            first_i, first_j = y_i * W + x_i, y_j * W + x_j
+            for step in range(first_group, last_group):
+                group = step * ITEMS
+                valid_i = (group + item < B) & (y_i + y < H) & (x_i + x < W)
+                valid_j = (group + item < B) & (y_j + y < H) & (x_j + x < W)
+                q_offsets = rows_of_cells(item, cell, head, stride_qb, stride_qn, stride_qh, group, first_i, ALIGN)
+                g_offsets = rows_of_cells(item, cell, head, stride_gb, stride_gn, stride_gh, group, first_i, ALIGN)
+                k_offsets = rows_of_cells(item, cell, head, stride_kb, stride_kn, stride_kh, group, first_j, ALIGN)
+                v_offsets = rows_of_cells(item, cell, head, stride_vb, stride_vn, stride_vh, group, first_j, ALIGN)
+                first_row, i = ((group + item).to(tl.int64) * heads + head) * N, cell + first_i
+                row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, valid_i, EXACT, MASKED)
+                q_tile = load_rows(q, q_offsets, valid_i, D, BLOCK_D, MASKED)  # (BLOCK, BLOCK_D)
+                k_tile = load_rows_transposed(k, k_offsets, valid_j, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
+                grad_tile = load_rows(grad_out, g_offsets, valid_i, D, BLOCK_D, MASKED)  # (BLOCK, BLOCK_D)
+                v_tile = load_rows_transposed(v, v_offsets, valid_j, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
 
-            row_delta = tl.load(delta + first_row + i, mask=valid_i, other=0.0)
-            p, grad_weights, grad_logits, _ = gradients_of_scores(
-                q_tile, k_tile, grad_tile, v_tile, row_max, row_log_sum, row_delta, scale, bias, factor,
-                valid_j[None, :], HAS_BIAS or ITEMS > 1, HAS_MODULATION, MASKED, False, False, EXACT, PRECISION,
-            )  # fmt: skip
-            if GRAD_BIAS:
-                bias_sum += grad_logits
-            if GRAD_MODULATION:
-                modulation_sum += p * grad_weights
+                row_delta = load_statistic(delta + first_row, i, valid_i, 0.0, MASKED)
+                p, grad_weights, grad_logits, _ = gradients_of_scores(
+                    q_tile, k_tile, grad_tile, v_tile, row_max, row_log_sum, row_delta, scale, bias, factor,
+                    valid_j[None, :], HAS_BIAS or ITEMS > 1, HAS_MODULATION, MASKED, False, False, EXACT,
+                    PRECISION,
+                )  # fmt: skip
+                if GRAD_BIAS:
+                    bias_sum += grad_logits
+                if GRAD_MODULATION:
+                    modulation_sum += p * grad_weights
 
-    partials = tl.program_id(0).to(tl.int64) * BLOCK * BLOCK + local[:, None] * BLOCK + local[None, :]
-    if GRAD_BIAS:
-        tl.store(bias_partials + partials, bias_sum)
-    if GRAD_MODULATION:
-        tl.store(modulation_partials + partials, modulation_sum)
+        distance = (apart_y + tiles_y - 1) * across + apart_x + tiles_x - 1
+        partials = (share.to(tl.int64) * (2 * tiles_y - 1) * across + distance) * BLOCK * BLOCK
+        partials += local[:, None] * BLOCK + local[None, :]
+        if GRAD_BIAS:
+            tl.store(bias_partials + partials, bias_sum)
+        if GRAD_MODULATION:
+            tl.store(modulation_partials + partials, modulation_sum)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_ALIGNMENT)

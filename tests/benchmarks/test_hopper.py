@@ -104,13 +104,28 @@ def compiled(tmp_path):
     return disassemble
 
 
+def test_branches_after_the_last_product_are_no_paths():
+    """2⁴⁰ of them would take for ever."""
+    branches = [line for n in range(40) for line in (f"@P1 BRA `(.L_x_{n})", "STS [R2], R12", f".L_x_{n}:")]
+    assert not hopper.hazards(listing(*START, PRODUCT, WAIT, BARRIER, *branches), 8)
+    (fault,) = hopper.hazards(listing(*START, PRODUCT, *branches[:3], WAIT), 8)  # beside one they are
+    assert "stores at an unknown address" in fault
+
+
 def launch_of(kernel: str, grid=(16, 16), head_dim=52) -> static.Launch:
     launches = static.attention_launches(grid, 6, head_dim, torch.bfloat16, "sm_90")
     return next(launch for launch in launches if launch.kernel == kernel)
 
 
 @pytest.mark.parametrize(
-    ("kernel", "side"), [("forward", 16), ("resident_forward", 16), ("backward_tables", 4), ("short_backward", 4)]
+    ("kernel", "side"),
+    [
+        ("forward", 16),
+        ("resident_forward", 16),
+        ("resident_backward", 16),
+        ("backward_tables", 4),
+        ("short_backward", 4),
+    ],
 )
 def test_operands_are_found_where_they_were_stored(kernel, side, compiled):
     """All of their bytes, which the kernel itself has stored: the addresses computed for both are right."""

@@ -502,8 +502,10 @@ def test_candidates_are_few_and_none_is_known_to_be_wrong(unit, modulation, toke
     key = {**ATTENTION_KEY, "height": tokens, "width": tokens, "modulation": modulation}
     static_tiles = attention.tiles_of(unit, 52)
     forward = attention.choose_forward(unit, tokens**2, 52, 1000, modulation)
-    short = attention.choose_backward(unit, tokens**2, 52, modulation) == "short_backward"
-    kernels = ("short_backward",) if short else ("backward_q", "backward_kv", "backward_tables")
+    backward = attention.choose_backward(unit, tokens**2, (tokens, tokens), 52, 1000, modulation)
+    kernels = ("backward_q", "backward_kv", "backward_tables")
+    if backward != "backward":
+        kernels = ("short_backward",) if backward == "short_backward" else ("resident_backward", "backward_tables")
     static_tiles = {**static_tiles, "backward_tables": attention.TABLE_TILES[unit]}
     for direction, heuristic in (("forward", [forward]), ("backward", kernels)):
         heuristic = {kernel: static_tiles[kernel] for kernel in heuristic}

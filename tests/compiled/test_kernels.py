@@ -64,7 +64,8 @@ OTHERS = [
     Attention((1, 1), head_dim=16),
     Attention((16, 16), heads=1, batch_size=2, tables=BF16),
 ]
-# Many heads, whole on the chip: dispatch takes another forward kernel from 264 heads on, on sm_90.
+# Many heads, whole on the chip: dispatch takes other kernels from 264 heads on, on sm_90, of backward where the
+# grid fills the tile.
 RESIDENT = [
     Attention((16, 16), heads=2, batch_size=1, modulation=None),
     Attention((16, 16), heads=1, batch_size=1, bias=False, modulation=None),
