@@ -138,12 +138,12 @@ def has_gradient(*tensors: Tensor | None) -> bool:
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """Gradients that a graph of them was asked for: to differentiate them again is an error."""
+    """Gradients of which a graph was asked for: to differentiate them again is an error."""
 
     @staticmethod
-    def forward(ctx, op: str, _anchor: Tensor, *gradients: Tensor | None):
+    def forward(ctx, op: str, inputs: int, *tensors: Tensor | None):
         ctx.op = op
-        return gradients
+        return tensors[inputs:]
 
     @staticmethod
     def backward(ctx, *_):
@@ -152,8 +152,10 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def once_differentiable(op: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """What a backward pass returns."""
+def once_differentiable(
+    op: str, inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """What a backward pass returns, made of `inputs`."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
-        return _OnceDifferentiable.apply(op, torch.empty(0, requires_grad=True), *gradients)
+        return _OnceDifferentiable.apply(op, len(inputs), *inputs, *gradients)
     return gradients

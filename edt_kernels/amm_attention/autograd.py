@@ -541,7 +541,7 @@ class _Function(torch.autograd.Function):
             signature(*tensors), *tensors, *ctx.numbers, needs_modulation, needs_bias
         )
         tables = grad_modulation if needs_modulation else None, grad_bias if needs_bias else None
-        return once_differentiable("amm_attention", (None, *grads, *tables, *[None] * len(ctx.numbers)))
+        return once_differentiable("amm_attention", tensors, (None, *grads, *tables, *[None] * len(ctx.numbers)))
 
 
 def amm_attention(

@@ -14,8 +14,8 @@ def _name(gate, scale) -> str:
     return "adaln" if gate is None else "gated_residual" if scale is None else "gated_residual_adaln"
 
 
-def _existing(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
+def _existing(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple([tensor for tensor in tensors if tensor is not None])
 
 
 def _empty_outputs(x, y, gate, shift, scale, eps, out_dtype):
@@ -34,7 +34,12 @@ def _forward(x, y, gate, shift, scale, eps, out_dtype, signature=None):
     outputs = _empty_outputs(x, y, gate, shift, scale, eps, out_dtype)
     with on_device_of(x):
         launch(x, y, gate, shift, scale, *outputs)
-    return _existing(*outputs)
+    return _existing(*outputs) if scale is not None else outputs[0]
+
+
+def _fake_forward(*arguments):
+    outputs = _existing(*_empty_outputs(*arguments))
+    return outputs if len(outputs) > 1 else outputs[0]
 
 
 def _empty_gradients(x, y, scale):
@@ -72,19 +77,23 @@ _OPS = {
         Op(
             name,
             "(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, float eps, ScalarType out_dtype) "
-            "-> Tensor[]",
+            f"-> {outputs}",
             _forward,
-            lambda *arguments: _existing(*_empty_outputs(*arguments)),
+            _fake_forward,
         ),
         Op(
             f"{name}_backward",
             "(Tensor? grad_x_out, Tensor? grad_out, Tensor? x, Tensor? y, Tensor? gate, Tensor? scale, "
-            "Tensor? statistics) -> Tensor[]",
+            f"Tensor? statistics) -> {gradients}",
             _backward,
             _fake_backward,
         ),
     )
-    for name in ("adaln", "gated_residual", "gated_residual_adaln")
+    for name, outputs, gradients in (
+        ("adaln", "(Tensor, Tensor)", "(Tensor, Tensor)"),
+        ("gated_residual", "Tensor", "(Tensor, Tensor)"),
+        ("gated_residual_adaln", "(Tensor, Tensor, Tensor)", "(Tensor, Tensor, Tensor)"),
+    )
 }
 
 
@@ -94,11 +103,12 @@ class _Function(torch.autograd.Function):
         forward, _ = _OPS[_name(gate, scale)]
         outputs = forward(known, x, y, gate, shift, scale, eps, out_dtype)
         ctx.set_materialize_grads(False)
-        statistics = None if scale is None else outputs.pop()
-        normalised = None if scale is None else x if gate is None else outputs[0]
-        ctx.save_for_backward(normalised, y, gate, scale, statistics)
-        ctx.shift_dtype = None if shift is None else shift.dtype
-        return tuple(outputs)
+        if scale is None:
+            ctx.save_for_backward(None, y, gate, None, None)
+            return (outputs,)
+        ctx.save_for_backward(x if gate is None else outputs[0], y, gate, scale, outputs[-1])
+        ctx.shift_dtype = shift.dtype
+        return outputs[:-1]
 
     @staticmethod
     def backward(ctx, *grads):
@@ -111,14 +121,13 @@ class _Function(torch.autograd.Function):
         tensors = grad_x_out, grad_out, x, y, gate, scale, statistics
         name = _name(gate, scale)
         *grads, sums = _OPS[name][1](signature(*tensors), *tensors)
-        grad_x = grad_x_out if scale is None else grads.pop(0)
         if gate is None:
-            grads = grad_x, None, None, *in_dtypes(sums, ctx.shift_dtype, scale.dtype)
+            grads = *grads, None, None, *in_dtypes(sums, ctx.shift_dtype, scale.dtype)
         elif scale is None:
-            grads = grad_x, *grads, *in_dtypes(sums, gate.dtype), None, None
+            grads = grad_x_out, *grads, *in_dtypes(sums, gate.dtype), None, None
         else:
-            grads = grad_x, *grads, *in_dtypes(sums, gate.dtype, ctx.shift_dtype, scale.dtype)
-        return once_differentiable(name, (None, *grads, None, None))
+            grads = *grads, *in_dtypes(sums, gate.dtype, ctx.shift_dtype, scale.dtype)
+        return once_differentiable(name, tensors, (None, *grads, None, None))
 
 
 def gated_residual_adaln(known, x, y, gate, shift, scale, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -128,4 +137,4 @@ def gated_residual_adaln(known, x, y, gate, shift, scale, eps: float, out_dtype:
     if has_gradient(x, y, gate, shift, scale):
         return _Function.apply(known, x, y, gate, shift, scale, eps, out_dtype)
     outputs = _OPS[_name(gate, scale)][0](known, x, y, gate, shift, scale, eps, out_dtype)
-    return tuple(outputs if scale is None else outputs[:-1])
+    return (outputs,) if scale is None else outputs[:-1]

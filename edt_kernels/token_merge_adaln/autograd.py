@@ -69,7 +69,7 @@ class _Function(torch.autograd.Function):
         saved = _, scale, _, _ = ctx.saved_tensors  # once: a checkpoint recomputes for one reading
         grad_x, sums = _backward_op(signature(grad_out, *saved), grad_out, *saved, ctx.grid_w)
         grads = None, grad_x, *in_dtypes(sums, ctx.shift_dtype, scale.dtype), *[None] * 4
-        return once_differentiable("token_merge_adaln", grads)
+        return once_differentiable("token_merge_adaln", (grad_out, *saved), grads)
 
 
 def token_merge_adaln(known, x, shift, scale, keep, grid_w: int, eps: float, out_dtype: torch.dtype) -> Tensor:

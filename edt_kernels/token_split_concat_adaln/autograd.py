@@ -71,7 +71,7 @@ class _Function(torch.autograd.Function):
         saved = _, _, scale, _ = ctx.saved_tensors  # once: a checkpoint recomputes for one reading
         *grads, sums = _backward_op(signature(grad_out, *saved), grad_out, *saved, ctx.grid_w)
         grads = None, *grads, *in_dtypes(sums, ctx.shift_dtype, scale.dtype), *[None] * 3
-        return once_differentiable("token_split_concat_adaln", grads)
+        return once_differentiable("token_split_concat_adaln", (grad_out, *saved), grads)
 
 
 def token_split_concat_adaln(known, x, skip, shift, scale, grid_w: int, eps: float, out_dtype: torch.dtype) -> Tensor:
