@@ -34,31 +34,31 @@ class Launch:
     """
 
     def __init__(self, kernel, programs: int, *numbers: float, **constants) -> None:
-        self._kernel, self._programs, self._numbers, self._constants = kernel, programs, numbers, constants
+        self.kernel, self.programs, self.numbers, self.constants = kernel, programs, numbers, constants
         self._compiled = self._tail = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
         compiled = self._compiled
         if compiled is None:
-            if self._programs:
+            if self.programs:
                 self._first(tensors)
         elif knobs.runtime.launch_enter_hook is None and knobs.runtime.launch_exit_hook is None:
             stream = driver.active.get_current_stream(self._device)
             compiled.run(
-                self._programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
                 *tensors, *self._tail,
             )  # fmt: skip
         else:  # a profiler's
-            compiled[(self._programs, 1, 1)](*tensors, *self._tail)
+            compiled[(self.programs, 1, 1)](*tensors, *self._tail)
 
     def _first(self, tensors: tuple[Tensor | None, ...]) -> None:
         with _one_at_a_time:
-            compiled = self._kernel[(self._programs,)](
-                *tensors, *self._numbers, **self._constants, enable_fp_fusion=True
+            compiled = self.kernel[(self.programs,)](
+                *tensors, *self.numbers, **self.constants, enable_fp_fusion=True
             )
         if compiled is not None:  # but for the interpreter. Its launcher is a tenth of JITFunction's work
-            names = (p.name for p in self._kernel.params if p.name in self._constants)
-            self._tail = (*self._numbers, *(self._constants[name] for name in names))
+            names = (p.name for p in self.kernel.params if p.name in self.constants)
+            self._tail = (*self.numbers, *(self.constants[name] for name in names))
             self._device = driver.active.get_current_device()
             self._compiled = compiled
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import _profiler_enabled  # pyright: ignore[reportAttributeAccessIssue] - not in torch's stubs
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack  # pyright: ignore[reportAttributeAccessIssue] - not in torch's stubs
 
 
@@ -19,9 +20,11 @@ def described(*tensors: Tensor | None) -> tuple:
 
 
 def signature(*tensors: Tensor | None) -> tuple | None:
-    """`described`, or None where torch has to see a call as an op: for a compiler, a dispatch mode, a transform of
-    `torch.func`, subclasses of tensors. Also for what is no tensor, or one without strides or memory."""
-    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or in_func_transform() or _get_tracing_state():
+    """`described`, or None where torch has to see a call as an op: for a compiler, a dispatch mode, a profiler, a
+    transform of `torch.func`, subclasses of tensors. Also for what is no tensor, or one without strides or memory."""
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or _get_tracing_state():
+        return None
+    if in_func_transform() or _profiler_enabled():
         return None
     for tensor in tensors:
         kind = type(tensor)

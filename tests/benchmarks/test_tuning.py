@@ -17,8 +17,8 @@ from benchmarks import __main__ as command
 from benchmarks import static, tiles, tuning
 from benchmarks.tuning import Shape
 from edt_kernels import _launch, _tiles
+from edt_kernels import _norm_kernels as norms
 from edt_kernels._tiles import CellTile, RowLoop, RowTile, ScoreTile
-from edt_kernels.adaln import autograd as adaln
 from edt_kernels.amm_attention import autograd as attention
 
 CPU = torch.device("cpu")
@@ -77,16 +77,26 @@ def results(shape):
     return tuning._Trial(shape, CPU).results()
 
 
+def launching(monkeypatch, instead):
+    """`instead(launch, tensors, run)` in place of each launch."""
+    call = _launch.Launch.__call__
+    monkeypatch.setattr(
+        _launch.Launch,
+        "__call__",
+        lambda launch, *tensors: instead(launch, tensors, lambda: call(launch, *tensors)),
+    )
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """(rows, warps, programs) of each launch of `adaln`, as they come."""
-    launches, launch_rows = [], adaln.launch_rows
+    launches = []
 
-    def record(kernel, tile, *arguments, **constants):
-        launches.append((tile.rows, tile.num_warps, math.prod(tile.programs)))
-        launch_rows(kernel, tile, *arguments, **constants)
+    def record(launch, _tensors, run):
+        launches.append((launch.constants["ROWS"], launch.constants["num_warps"], launch.programs))
+        run()
 
-    monkeypatch.setattr(adaln, "launch_rows", record)
+    launching(monkeypatch, record)
     return launches
 
 
@@ -146,13 +156,14 @@ def test_another_kernel_may_be_faster(modulation, table, monkeypatch):
     assert next(iter(backward["static_tiles"])) == ("backward_q" if modulation else "short_backward")
 
     tiles.use(table)
-    launches, launch = [], attention._Problem.launch
+    launches = []
 
-    def record(problem, kernel, tile, *arguments, **constants):
-        launches.append((kernel.fn.__name__, tile.num_warps))
-        launch(problem, kernel, tile, *arguments, **constants)
+    def record(launch, _tensors, run):
+        if "num_warps" in launch.constants:  # not so what adds up partial sums
+            launches.append((launch.kernel.fn.__name__, launch.constants["num_warps"]))
+        run()
 
-    monkeypatch.setattr(attention._Problem, "launch", record)
+    launching(monkeypatch, record)
     trial = tuning._Trial(shape, CPU)
     launches.clear()
     assert trial.fault() is None
@@ -180,16 +191,22 @@ def test_every_op_has_two_passes_that_are_right_and_can_be_timed(shape):
 @pytest.mark.usefixtures("_few_candidates")
 @pytest.mark.parametrize("how", ["wrong", "unwritten", "other bits"])
 def test_a_wrong_candidate_is_reported_and_not_chosen(how, table, monkeypatch, capsys):
-    launch_rows, odd = adaln.launch_rows, itertools.cycle([0, 1])
+    odd = itertools.cycle([0, 1])
 
-    def launch(kernel, tile, by_row, *arguments, **constants):
-        if tile.rows == 2 and how == "unwritten":
+    def wrong(launch, tensors, run):
+        if launch.constants["ROWS"] == 2 and how == "unwritten":
             return
-        launch_rows(kernel, tile, by_row, *arguments, **constants)
-        if tile.rows == 2:
-            by_row[-1][0, 0, 0] += 1 if how == "wrong" else 1e-3 * next(odd)
+        run()
+        if launch.constants["ROWS"] == 2:
+            result = tensors[6 if launch.kernel is norms.forward else 7]
+            result[0, 0, 0] += 1 if how == "wrong" else 1e-3 * next(odd)
 
-    monkeypatch.setattr(adaln, "launch_rows", launch)
+    with monkeypatch.context() as patch:
+        launching(patch, wrong)
+        check_that_it_is_reported(table, capsys)
+
+
+def check_that_it_is_reported(table, capsys):
     timer = by_tile(r2=1, r4=5)
     content = tuned(table, [NORM], timer)
     assert all(next(iter(entry["tiles"].values()))["rows"] == 4 for entry in content["entries"])
@@ -197,7 +214,6 @@ def test_a_wrong_candidate_is_reported_and_not_chosen(how, table, monkeypatch, c
     assert [next(iter(fault["tiles"].values()))["rows"] for fault in content["faults"]] == [2, 2]
     assert all(next(iter(tiles.values())).rows != 2 for tiles in timer.timed)
     assert capsys.readouterr().err.count("WRONG: adaln") == 2
-    monkeypatch.setattr(adaln, "launch_rows", launch_rows)
     content["entries"].clear()
     table.write_text(json.dumps(content))
     again = tuned(table, [NORM], timer)  # goes on without what is known to be wrong
@@ -208,13 +224,12 @@ def test_a_wrong_candidate_is_reported_and_not_chosen(how, table, monkeypatch, c
 @pytest.mark.usefixtures("_few_candidates")
 def test_a_wrong_static_choice_is_replaced(table, monkeypatch):
     """And then stands no longer in the way of the right results of the other pass."""
-    launch_rows = adaln.launch_rows
 
-    def launch(kernel, tile, *arguments, **constants):
-        if kernel is not adaln.kernels.forward or tile.rows != 8:
-            launch_rows(kernel, tile, *arguments, **constants)
+    def launch_others(launch, _tensors, run):
+        if launch.kernel is not norms.forward or launch.constants["ROWS"] != 8:
+            run()
 
-    monkeypatch.setattr(adaln, "launch_rows", launch)
+    launching(monkeypatch, launch_others)
     content = tuned(table, [NORM], by_tile(r2=9, r4=8))
     forward, backward = content["entries"]
     assert (forward["tiles"]["forward"]["rows"], forward["static_microseconds"]) == (4, None)
@@ -225,14 +240,13 @@ def test_a_wrong_static_choice_is_replaced(table, monkeypatch):
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_few_candidates")
 def test_what_does_not_launch_is_skipped(table, monkeypatch):
-    launch_rows = adaln.launch_rows
 
-    def launch(kernel, tile, *arguments, **constants):
-        if tile.rows == 2:
+    def fail(launch, _tensors, run):
+        if launch.constants["ROWS"] == 2:
             raise MemoryError("out of shared memory")
-        launch_rows(kernel, tile, *arguments, **constants)
+        run()
 
-    monkeypatch.setattr(adaln, "launch_rows", launch)
+    launching(monkeypatch, fail)
     content = tuned(table, [NORM], by_tile(r4=5))
     assert [entry["rejected"] for entry in content["entries"]] == [{"MemoryError": 1}] * 2
     assert content["faults"] == []
