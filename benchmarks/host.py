@@ -1,17 +1,14 @@
 """How long a call of an op keeps the CPU: `python -m benchmarks host [--quick] [--results FOLDER]`.
 
 A small model at a small batch waits for its host: what a GPU computes in 5 µs should not take 50 µs to ask for.
-Everything of a call is run, checks, torch's dispatcher, autograd, Triton's own launcher, but NVIDIA's driver, for
-which a stub stands in that does nothing (host_stub.c, made by the C compiler that Triton needs anyway); tensors are on
-the CPU. A real launch adds about 2 µs for each kernel, and CUDA's allocator is slower than the CPU's. Times are CPU
-time of one thread, a fifth of the samples are below; `torch.add` of one number tells machines apart.
+All of a call runs, checks, torch's dispatcher, autograd, Triton's own launcher, but NVIDIA's driver, for which
+a stub stands in that does nothing (host_stub.c, made by the C compiler that Triton needs anyway); tensors are
+on the CPU. A real launch adds about 2 µs for each kernel, and CUDA's allocator is slower than the CPU's. Times
+are CPU time of one thread, the least of many samples; `torch.add` of one number tells machines apart.
 """
 
-import argparse
-import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path

@@ -3,7 +3,8 @@
     python -m benchmarks static [--targets sm_90 gfx942] [--models EDT-S/2] [--faults | --out table.json]
 
 The launchers run on CPU tensors with every launch recorded instead of run, so that what is compiled is what a call
-would launch: the same arguments, specialisations and tiles (of a measured table, if EDT_BENCHMARK_TILES names one).
+would launch: the same arguments, specialisations and tiles (of a measured table, if EDT_BENCHMARK_TILES names
+one).
 Prints, for each kernel, target and set of shapes that share its code: registers, spilled bytes, shared memory,
 matrix instructions, the programs that fit on a multiprocessor, and the instructions of the inner loop by class.
 --out also stores how wide each argument is loaded, and a summary in Markdown beside it. With --faults only what is
@@ -202,7 +203,11 @@ def norm_launches(
     modulation = [torch.empty(B, 6 * C, **narrow)[:, i * C : (i + 1) * C] for i in range(3)]
     launches: list[Launch] = []
     op = LAUNCHERS["gated_residual_adaln"]
-    for name, gated, normed in (("adaln", False, True), ("gated_residual", True, False), ("gated_residual_adaln",) + (True,) * 2):
+    for name, gated, normed in (
+        ("adaln", False, True),
+        ("gated_residual", True, False),
+        ("gated_residual_adaln",) + (True,) * 2,
+    ):
         y, gate = (branch, modulation[0]) if gated else (None, None)
         shift, scale = modulation[1:] if normed else (None, None)
         with record_launches(launches, name, target):

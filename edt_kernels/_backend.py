@@ -30,16 +30,15 @@ def checked(check, signature: tuple | None, tensors: tuple, *arguments) -> str:
     kinds = [(*map(type, a),) if type(a) is tuple else type(a) for a in arguments]  # 4.0 and True equal integers
     key = check, signature, *arguments, *kinds, os.environ.get(_VARIABLE), triton, _INTERPRETED
     try:
-        return _chosen[key]
-    except (KeyError, TypeError):  # unknown; not hashable, such as a grid in a list
-        pass
-    backend = check(*tensors, *arguments)
-    if len(_chosen) >= _MOST_SIGNATURES:
-        _chosen.clear()
-    try:
-        _chosen[key] = backend
-    except TypeError:
-        pass
+        backend = _chosen.get(key)
+    except TypeError:  # not hashable, such as a grid in a list
+        key = backend = None
+    if backend is None:
+        backend = check(*tensors, *arguments)
+        if key is not None:
+            if len(_chosen) >= _MOST_SIGNATURES:
+                _chosen.clear()
+            _chosen[key] = backend
     return backend
 
 

@@ -8,6 +8,7 @@ allocates and launches.
 import contextlib
 import math
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,21 +22,21 @@ from ._tracing import described, in_func_transform
 # Triton's interpreter has one running program and one patched language for all threads.
 _one_at_a_time = threading.RLock() if _INTERPRETED else contextlib.nullcontext()
 _nothing = contextlib.nullcontext()
-_plans: dict[tuple, object] = {}
+_plans: dict[tuple, Any] = {}
 _MOST_PLANS = 4096  # a plan is some kB; who has more shapes than these has no use of them
 
 
 class Launch:
-    """So many programs of a kernel, with all of its arguments but the tensors: the numbers that follow them, and by
-    name what decides how it is compiled. Called with the tensors, it runs on the current device.
+    """So many programs of a kernel, with all of its arguments but the tensors: the numbers that follow them, and
+    by name what decides how it is compiled. Called with the tensors, it runs on the current device.
 
     A product and a sum round once, not twice: what the kernels' errors and registers were measured with, and
     Triton's own choice before 3.10 only.
     """
 
-    def __init__(self, kernel, programs: int, *numbers: float, **constants) -> None:
+    def __init__(self, kernel, programs: int, *numbers: float | None, **constants) -> None:
         self.kernel, self.programs, self.numbers, self.constants = kernel, programs, numbers, constants
-        self._compiled = self._tail = None
+        self._compiled, self._tail = None, ()
 
     def __call__(self, *tensors: Tensor | None) -> None:
         compiled = self._compiled
@@ -63,16 +64,15 @@ class Launch:
             self._compiled = compiled
 
 
-def planned(plan, signature: tuple | None, tensors: tuple[Tensor | None, ...], *arguments):
+def planned(plan, signature: tuple | None, tensors: tuple[Tensor | None, ...], *arguments) -> Any:
     """`plan(*tensors, *arguments)`, made once for each signature of the tensors and arguments."""
     key = plan, signature or described(*tensors), *arguments
-    try:
-        return _plans[key]
-    except KeyError:
+    found = _plans.get(key)
+    if found is None:
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
-        _plans[key] = plan(*tensors, *arguments)
-        return _plans[key]
+        found = _plans[key] = plan(*tensors, *arguments)
+    return found
 
 
 def forget_plans() -> None:
@@ -93,8 +93,8 @@ def common_alignment(*tensors: Tensor | None) -> int:
     return divisor
 
 
-def dense_rows(tensor: Tensor | None) -> Tensor | None:
-    """The tensor itself if its last dimension is dense, else a contiguous copy."""
+def dense_rows(tensor) -> Any:
+    """The tensor itself if its last dimension is dense, else a contiguous copy; None of None."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -106,8 +106,8 @@ def on_device_of(tensor: Tensor):
 
 
 class Op:
-    """`edt_kernels::name`, an op of torch without gradients: `run(*arguments, signature=None)` computes it, `fake` makes
-    the empty outputs of traced calls.
+    """`edt_kernels::name`, an op of torch without gradients: `run(*arguments, signature=None)` computes it, `fake`
+    makes the empty outputs of traced calls.
 
     Called with the signature of its tensors and its arguments, it skips torch's dispatcher, which takes as long as
     all else, where nobody watches it (see `_tracing.signature`).

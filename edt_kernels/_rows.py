@@ -73,11 +73,13 @@ def plan_rows(
     """A pass of a norm, such as "adaln.forward", over (samples, rows, slices, channels of a slice): the launch of
     its kernel, and the numbers of samples and of programs of each.
 
-    A kernel takes tensors of rows (B, N, C), vectors of samples (B, C), other tensors; the strides of the first two
-    but for their last, dense, dimension; the number of rows, other numbers and, backward, the rows of a program.
-    What is absent is None, and so are its strides.
+    A kernel takes tensors of rows (B, N, C), vectors of samples (B, C), other tensors; the strides of the first
+    two but for their last, dense, dimension; the number of rows, other numbers and, backward, the rows of a
+    program. What is absent is None, and so are its strides.
     """
-    return planned(_plan_rows, signature, (*by_row, *vectors), name, kernel, shape, len(by_row), numbers, out_dtype)
+    return planned(
+        _plan_rows, signature, (*by_row, *vectors), name, kernel, shape, len(by_row), numbers, out_dtype
+    )
 
 
 def _plan_rows(*arguments) -> tuple[Launch, tuple[int, int]]:

@@ -2,18 +2,17 @@
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import _profiler_enabled  # pyright: ignore[reportAttributeAccessIssue] - not in torch's stubs
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack  # pyright: ignore[reportAttributeAccessIssue] - not in torch's stubs
+from torch._C import _autograd, _functorch, _get_tracing_state, _len_torch_dispatch_stack  # pyright: ignore
 
 
 def in_func_transform() -> bool:
     """Whether `torch.func.grad`, `vmap` or another of its transforms runs."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue] - not in torch's stubs
+    return not torch.compiler.is_compiling() and _functorch.maybe_current_level() is not None
 
 
 def described(*tensors: Tensor | None) -> tuple:
-    """All of tensors that checks and launches depend on. 64 bytes are 16 float32, the widest alignment that a kernel
-    is told of."""
+    """All of tensors that checks and launches depend on. 64 bytes are 16 float32, the widest alignment that a
+    kernel is told of."""
     return tuple([
         t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 63) for t in tensors
     ])  # fmt: skip
@@ -21,17 +20,18 @@ def described(*tensors: Tensor | None) -> tuple:
 
 def signature(*tensors: Tensor | None) -> tuple | None:
     """`described`, or None where torch has to see a call as an op: for a compiler, a dispatch mode, a profiler, a
-    transform of `torch.func`, subclasses of tensors. Also for what is no tensor, or one without strides or memory."""
+    transform of `torch.func`, subclasses of tensors. Also for what is no tensor, or has no strides or memory."""
     if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or _get_tracing_state():
         return None
-    if in_func_transform() or _profiler_enabled():
+    if in_func_transform() or _autograd._profiler_enabled():
         return None
     for tensor in tensors:
         kind = type(tensor)
+        if tensor is None:
+            continue
         if kind is not Tensor and kind is not nn.Parameter:
-            if tensor is not None:
-                return None
-        elif tensor.layout is not torch.strided or tensor.is_nested:
+            return None
+        if tensor.layout is not torch.strided or tensor.is_nested:
             return None
     try:
         return described(*tensors)

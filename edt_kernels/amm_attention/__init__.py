@@ -130,13 +130,13 @@ def amm_attention(
     tensors = q, k, v, modulation, rel_pos_bias
     known = signature(*tensors)
     backend = checked(_check, known, tensors, grid, scale, num_extra_tokens)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     if backend == "reference":
         return reference.amm_attention(
-            q, k, v, grid=tuple(grid), modulation=modulation, rel_pos_bias=rel_pos_bias, scale=scale,
-            num_extra_tokens=tuple(num_extra_tokens),
+            q, k, v, grid=grid, modulation=modulation, rel_pos_bias=rel_pos_bias, scale=factor,
+            num_extra_tokens=num_extra_tokens,
         )  # fmt: skip
-    return autograd.amm_attention(known, *tensors, grid, num_extra_tokens[0], scale)
+    return autograd.amm_attention(known, *tensors, grid, num_extra_tokens[0], factor)
 
 
 def _is_autocast(tensor) -> bool:

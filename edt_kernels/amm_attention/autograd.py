@@ -19,7 +19,7 @@ from .._launch import (
     planned,
 )
 from .._rows import dense_like
-from .._tiles import CellTile, ScoreTile, choose_tiles
+from .._tiles import CellTile, ScoreTile, Tiles, choose_tiles
 from .._tracing import signature
 from . import kernels, resident_kernels, short_kernels, table_kernels
 
@@ -225,7 +225,7 @@ class _Problem:
         ((kernel, tile),) = self._measured("forward", {kernel: tiles_of(self.unit, D)[kernel]}).items()
         return kernel, tile
 
-    def backward_tiles(self) -> dict[str, ScoreTile | CellTile]:
+    def backward_tiles(self) -> Tiles:
         """The tiles of the kernels of the backward pass: `short_backward`, or `backward_tables` after
         `resident_backward` or the two passes over queries and keys."""
         B, N, heads, D = self.q.shape
@@ -257,7 +257,7 @@ class _Problem:
 
     def sizes(self) -> tuple:
         _, N, heads, _ = self.q.shape
-        by_head = self.has_bias or (self.has_modulation and self.modulation.ndim == 3)
+        by_head = self.has_bias or (self.modulation is not None and self.modulation.ndim == 3)
         stride_table = (2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) if by_head and heads > 1 else 0
         return (stride_table, N, heads, *self.grid, self.before, self.scale)
 
@@ -453,7 +453,12 @@ def _backward(
         new(table_shape if needed else 0) for needed in (needs_bias, needs_modulation)
     )
     if q.numel() == 0:
-        return grad_q, grad_k, grad_v, *_table_gradients(grad_modulation.zero_(), grad_bias.zero_(), modulation, rel_pos_bias)
+        return (
+            grad_q,
+            grad_k,
+            grad_v,
+            *_table_gradients(grad_modulation.zero_(), grad_bias.zero_(), modulation, rel_pos_bias),
+        )
     plan = planned(
         _plan_backward, signature, (grad_out, q, k, v, modulation, rel_pos_bias),
         (grid_h, grid_w), before, scale, _allows_tf32(q), needs_modulation, needs_bias,
@@ -473,9 +478,13 @@ def _backward(
                 plan.q(*inputs, out, grad_out, logsumexp, delta, grad_q)
                 plan.kv(*inputs, grad_out, logsumexp, delta, grad_k, grad_v)
             if plan.tables is not None:
-                partials = [new(plan.tables.partials if needed else 0) for needed in (needs_bias, needs_modulation)]
+                partials = [
+                    new(plan.tables.partials if needed else 0) for needed in (needs_bias, needs_modulation)
+                ]
                 plan.tables.launch(*inputs, grad_out, logsumexp, delta, *partials)
-                for needed, partial, gradient in zip((needs_bias, needs_modulation), partials, (grad_bias, grad_modulation)):
+                for needed, partial, gradient in zip(
+                    (needs_bias, needs_modulation), partials, (grad_bias, grad_modulation)
+                ):
                     if needed:
                         plan.tables.reduce(partial, gradient)
     return grad_q, grad_k, grad_v, *_table_gradients(grad_modulation, grad_bias, modulation, rel_pos_bias)
@@ -484,7 +493,9 @@ def _backward(
 def _table_gradients(grad_modulation, grad_bias, modulation, rel_pos_bias) -> tuple[Tensor, Tensor]:
     """As the tables are, from the gradients for each head."""
     if grad_modulation.numel():
-        grad_modulation = (grad_modulation.sum(0) if modulation.ndim == 2 else grad_modulation).to(modulation.dtype)
+        grad_modulation = (grad_modulation.sum(0) if modulation.ndim == 2 else grad_modulation).to(
+            modulation.dtype
+        )
     if grad_bias.numel():
         grad_bias = grad_bias.flatten(1).t().to(rel_pos_bias.dtype).contiguous()
     return grad_modulation, grad_bias
@@ -555,7 +566,7 @@ def amm_attention(
     before: int,
     scale: float,
 ) -> Tensor:
-    """`edt_kernels.amm_attention` by the kernels; the arguments are checked, `known` is their tensors' signature."""
+    """`edt_kernels.amm_attention` by the kernels; the arguments are checked, `known` is the tensors' signature."""
     arguments = known, q, k, v, modulation, rel_pos_bias, *grid, before, scale
     if has_gradient(q, k, v, modulation, rel_pos_bias):
         return _Function.apply(*arguments)

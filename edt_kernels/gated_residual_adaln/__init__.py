@@ -5,8 +5,8 @@ from torch import Tensor
 
 from .._backend import checked, select_backend, triton
 from .._checks import check_eps, check_like, check_out_dtype, check_rows
-from ..adaln.reference import default_out_dtype
 from .._tracing import signature
+from ..adaln.reference import default_out_dtype
 from . import reference
 
 if triton is not None:

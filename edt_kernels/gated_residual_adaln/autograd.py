@@ -1,5 +1,6 @@
-"""Launchers and torch registration of `adaln`, `gated_residual` and `gated_residual_adaln`, which share kernels: an
-op leaves out what it has not."""
+"""Launchers and torch registration of `adaln`, `gated_residual` and `gated_residual_adaln`."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ def _name(gate, scale) -> str:
     return "adaln" if gate is None else "gated_residual" if scale is None else "gated_residual_adaln"
 
 
-def _existing(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+def _existing(*tensors: Tensor | None) -> Any:
     return tuple([tensor for tensor in tensors if tensor is not None])
 
 
-def _empty_outputs(x, y, gate, shift, scale, eps, out_dtype):
+def _empty_outputs(x, y, gate, shift, scale, eps, out_dtype) -> tuple:
     """x' with a gate; the norm and its rows' statistics with a scale."""
     normed = (None, None) if scale is None else empty_normed(x, x.shape[1], x.shape[2], out_dtype)
     return None if gate is None else dense_like(x), *normed
@@ -28,8 +29,8 @@ def _forward(x, y, gate, shift, scale, eps, out_dtype, signature=None):
     x, y, gate, shift, scale = map(dense_rows, (x, y, gate, shift, scale))
     B, N, C = x.shape
     launch, _ = plan_rows(
-        signature, f"{_name(gate, scale)}.forward", kernels.forward, (B, N, 1, C), (x, y), (gate, shift, scale), eps,
-        out_dtype=out_dtype,
+        signature, f"{_name(gate, scale)}.forward", kernels.forward, (B, N, 1, C),
+        (x, y), (gate, shift, scale), eps, out_dtype=out_dtype,
     )  # fmt: skip
     outputs = _empty_outputs(x, y, gate, shift, scale, eps, out_dtype)
     with on_device_of(x):
@@ -103,11 +104,11 @@ class _Function(torch.autograd.Function):
         forward, _ = _OPS[_name(gate, scale)]
         outputs = forward(known, x, y, gate, shift, scale, eps, out_dtype)
         ctx.set_materialize_grads(False)
+        ctx.dtypes = [vector.dtype for vector in _existing(gate, shift, scale)]
         if scale is None:
             ctx.save_for_backward(None, y, gate, None, None)
             return (outputs,)
         ctx.save_for_backward(x if gate is None else outputs[0], y, gate, scale, outputs[-1])
-        ctx.shift_dtype = shift.dtype
         return outputs[:-1]
 
     @staticmethod
@@ -121,16 +122,17 @@ class _Function(torch.autograd.Function):
         tensors = grad_x_out, grad_out, x, y, gate, scale, statistics
         name = _name(gate, scale)
         *grads, sums = _OPS[name][1](signature(*tensors), *tensors)
+        sums = in_dtypes(sums, *ctx.dtypes)
         if gate is None:
-            grads = *grads, None, None, *in_dtypes(sums, ctx.shift_dtype, scale.dtype)
+            grads = *grads, None, None, *sums
         elif scale is None:
-            grads = grad_x_out, *grads, *in_dtypes(sums, gate.dtype), None, None
+            grads = grad_x_out, *grads, *sums, None, None
         else:
-            grads = *grads, *in_dtypes(sums, gate.dtype, ctx.shift_dtype, scale.dtype)
+            grads = *grads, *sums
         return once_differentiable(name, tensors, (None, *grads, None, None))
 
 
-def gated_residual_adaln(known, x, y, gate, shift, scale, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
+def gated_residual_adaln(known, x, y, gate, shift, scale, eps: float, out_dtype: torch.dtype) -> Any:
     """The outputs of `edt_kernels.gated_residual_adaln` that there are, by the kernels; the arguments are checked.
     Without y and gate `edt_kernels.adaln`, without shift and scale `edt_kernels.gated_residual`. `known` is the
     signature of the tensors."""

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from .._backend import checked, select_backend, triton
 from .._checks import check_dense, check_eps, check_even_grid, check_like, check_out_dtype, check_rows
-from ..adaln.reference import default_out_dtype
 from .._tracing import signature
+from ..adaln.reference import default_out_dtype
 from . import reference
 
 if triton is not None:
@@ -51,7 +51,6 @@ def token_merge_adaln(
     tensors = x, shift, scale, keep
     known = signature(*tensors)
     if checked(_check, known, tensors, grid, eps, out_dtype) == "reference":
-        grid = tuple(grid)
         return reference.token_merge_adaln(
             x, shift, scale, grid=grid, keep=keep, eps=float(eps), out_dtype=out_dtype
         )

@@ -17,8 +17,8 @@ def _forward(x, shift, scale, keep, grid_w, eps, out_dtype, signature=None):
     x, shift, scale, keep = map(dense_rows, (x, shift, scale, _as_bytes(keep)))
     B, tokens, C = x.shape
     launch, _ = plan_rows(
-        signature, "token_merge_adaln.forward", kernels.forward, (B, tokens // 4, 4, C), (x,), (shift, scale, keep), grid_w, eps,
-        out_dtype=out_dtype,
+        signature, "token_merge_adaln.forward", kernels.forward, (B, tokens // 4, 4, C),
+        (x,), (shift, scale, keep), grid_w, eps, out_dtype=out_dtype,
     )  # fmt: skip
     outputs = empty_normed(x, tokens // 4, 4 * C, out_dtype)
     with on_device_of(x):
@@ -30,7 +30,13 @@ def _backward(grad_out, x, scale, keep, statistics, grid_w, signature=None):
     grad_out, x, scale, keep = map(dense_rows, (grad_out, x, scale, _as_bytes(keep)))
     B, N, width = grad_out.shape
     launch, programs = plan_rows(
-        signature, "token_merge_adaln.backward", kernels.backward, (B, N, 4, width // 4), (grad_out, x), (scale, keep), grid_w
+        signature,
+        "token_merge_adaln.backward",
+        kernels.backward,
+        (B, N, 4, width // 4),
+        (grad_out, x),
+        (scale, keep),
+        grid_w,
     )
     grad_x, partials = dense_like(x), x.new_empty((2, *programs, width), dtype=torch.float32)
     with on_device_of(x):
@@ -49,8 +55,7 @@ _forward_op = Op(
 )
 _backward_op = Op(
     "token_merge_adaln_backward",
-    "(Tensor grad_out, Tensor x, Tensor scale, Tensor? keep, Tensor statistics, int grid_w) "
-    "-> (Tensor, Tensor)",
+    "(Tensor grad_out, Tensor x, Tensor scale, Tensor? keep, Tensor statistics, int grid_w) -> (Tensor, Tensor)",
     _backward,
     lambda grad_out, x, scale, *_: (dense_like(x), x.new_empty((2, *scale.shape), dtype=torch.float32)),
 )
@@ -73,6 +78,7 @@ class _Function(torch.autograd.Function):
 
 
 def token_merge_adaln(known, x, shift, scale, keep, grid_w: int, eps: float, out_dtype: torch.dtype) -> Tensor:
-    """`edt_kernels.token_merge_adaln` by the kernels; the arguments are checked, `known` is their tensors' signature."""
+    """`edt_kernels.token_merge_adaln` by the kernels; the arguments are checked, `known` is their
+    tensors' signature."""
     arguments = known, x, shift, scale, keep, grid_w, eps, out_dtype
     return _Function.apply(*arguments) if has_gradient(x, shift, scale) else _forward_op(*arguments)[0]

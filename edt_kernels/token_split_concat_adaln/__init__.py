@@ -4,8 +4,8 @@ from torch import Tensor
 
 from .._backend import checked, select_backend, triton
 from .._checks import check_eps, check_floating, check_grid, check_like, check_rows
-from ..adaln.reference import default_out_dtype
 from .._tracing import signature
+from ..adaln.reference import default_out_dtype
 from . import reference
 
 if triton is not None:
@@ -41,7 +41,7 @@ def token_split_concat_adaln(
     tensors = x, skip, shift, scale
     known = signature(*tensors)
     if checked(_check, known, tensors, grid, eps) == "reference":
-        return reference.token_split_concat_adaln(*tensors, grid=tuple(grid), eps=float(eps))
+        return reference.token_split_concat_adaln(*tensors, grid=grid, eps=float(eps))
     return autograd.token_split_concat_adaln(known, *tensors, grid[1], float(eps), default_out_dtype(x))
 
 

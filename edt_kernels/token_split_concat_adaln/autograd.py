@@ -13,8 +13,8 @@ def _forward(x, skip, shift, scale, grid_w, eps, out_dtype, signature=None):
     x, skip, shift, scale = map(dense_rows, (x, skip, shift, scale))
     B, N, C = skip.shape
     launch, _ = plan_rows(
-        signature, "token_split_concat_adaln.forward", kernels.forward, (B, N, 2, C), (x, skip), (shift, scale), grid_w, eps,
-        out_dtype=out_dtype,
+        signature, "token_split_concat_adaln.forward", kernels.forward, (B, N, 2, C),
+        (x, skip), (shift, scale), grid_w, eps, out_dtype=out_dtype,
     )  # fmt: skip
     outputs = empty_normed(x, N, 2 * C, out_dtype)
     with on_device_of(x):
@@ -26,7 +26,13 @@ def _backward(grad_out, x, skip, scale, statistics, grid_w, signature=None):
     grad_out, x, skip, scale = map(dense_rows, (grad_out, x, skip, scale))
     B, N, C = skip.shape
     launch, programs = plan_rows(
-        signature, "token_split_concat_adaln.backward", kernels.backward, (B, N, 2, C), (grad_out, x, skip), (scale,), grid_w
+        signature,
+        "token_split_concat_adaln.backward",
+        kernels.backward,
+        (B, N, 2, C),
+        (grad_out, x, skip),
+        (scale,),
+        grid_w,
     )
     grad_x, grad_skip = dense_like(x), dense_like(skip)
     partials = x.new_empty((2, *programs, 2 * C), dtype=torch.float32)
@@ -74,7 +80,10 @@ class _Function(torch.autograd.Function):
         return once_differentiable("token_split_concat_adaln", (grad_out, *saved), grads)
 
 
-def token_split_concat_adaln(known, x, skip, shift, scale, grid_w: int, eps: float, out_dtype: torch.dtype) -> Tensor:
-    """`edt_kernels.token_split_concat_adaln` by the kernels; the arguments are checked, `known` is their tensors' signature."""
+def token_split_concat_adaln(
+    known, x, skip, shift, scale, grid_w: int, eps: float, out_dtype: torch.dtype
+) -> Tensor:
+    """`edt_kernels.token_split_concat_adaln` by the kernels; the arguments are checked, `known` is their
+    tensors' signature."""
     arguments = known, x, skip, shift, scale, grid_w, eps, out_dtype
     return _Function.apply(*arguments) if has_gradient(x, skip, shift, scale) else _forward_op(*arguments)[0]

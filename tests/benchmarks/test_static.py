@@ -318,7 +318,7 @@ def test_every_attention_kernel_is_among_the_launches():
     }  # fmt: skip
 
 
-def test_rows_may_be_loaded_by_16_bytes_except_heads_of_52():
+def test_rows_may_be_loaded_by_16_bytes_except_heads_of_52_and_beside_a_float32_stream():
     """Of all shapes, without compiling: what `faults` holds the loads of 16-bit rows against."""
     for shape in static.SHAPES:
         widths = {
@@ -327,7 +327,7 @@ def test_rows_may_be_loaded_by_16_bytes_except_heads_of_52():
             for argument, width in static.possible_load_bytes(launch).items()
             if launch.signature[argument] == "*bf16"
         }
-        assert widths == {8 if getattr(shape, "head_dim", None) == 52 else 16}, shape
+        assert widths == {8 if getattr(shape, "head_dim", 52) == 52 else 16}, shape
 
 
 def test_loads_are_traced_to_their_arguments():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from calls import GRID, OPS, arguments, call
+from calls import GRID, OPS, arguments
 
 import edt_kernels
 from edt_kernels import _backend, _launch

@@ -253,7 +253,7 @@ FORWARD_MODES = {
 @pytest.mark.parametrize("op", OPS)
 def test_func_transforms_of_kernels_are_refused(op, transform):
     x, function = first_output(op, arguments(op))
-    with pytest.raises(RuntimeError, match="autograd.Function with functorch transforms"):
+    with pytest.raises(RuntimeError, match=r"autograd\.Function with functorch transforms"):
         TRANSFORMS[transform](function, x)
 
 
@@ -263,7 +263,7 @@ def test_func_transforms_of_kernels_are_refused(op, transform):
 @pytest.mark.parametrize("op", OPS)
 def test_forward_mode_of_kernels_is_refused(op, transform):
     x, function = first_output(op, arguments(op))
-    with pytest.raises(RuntimeError, match="autograd.Function"):
+    with pytest.raises(RuntimeError, match=r"autograd\.Function"):
         FORWARD_MODES[transform](function, x)
 
 
