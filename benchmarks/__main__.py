@@ -28,6 +28,7 @@ COMMANDS = {
     "warm_up": ("warm_up", "compiles what tests and quick benchmarks launch on a GPU, on all cores"),
     "static": ("static", "what the compiler makes of the kernels; needs no GPU"),
     "executed": ("compiled.cost", "what the compiled kernels do, counted while they run on the CPU; needs g++"),
+    "host": ("host", "how long a call of an op keeps the CPU; needs no GPU"),
     "loss_curves": ("loss_curves", "does training on the kernels go as without them"),
     "step_cache": ("step_cache", "what step caching saves and what it costs"),
     "schedulers": ("schedulers", "what other schedulers make of few steps"),

@@ -7,15 +7,18 @@ on the CPU. A real launch adds about 2 µs for each kernel, and CUDA's allocator
 are CPU time of one thread, the least of many samples; `torch.add` of one number tells machines apart.
 """
 
+import argparse
+import ctypes
+import functools
+import json
 import os
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-# Microseconds of a call without and with gradients, and forward and backward together: what is aimed at.
-_OPS = ("amm_attention", "adaln", "gated_residual", "gated_residual_adaln", "token_merge_adaln",
-        "token_split_concat_adaln")  # fmt: skip
+import torch
+from tqdm import tqdm
 
 
 def use_stub_driver() -> None:
@@ -34,8 +37,6 @@ def use_stub_driver() -> None:
     (folder / "libcuda.so").symlink_to(library)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     os.environ["EDT_KERNELS_BACKEND"] = "triton"
-
-    import ctypes
 
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
@@ -60,14 +61,92 @@ def use_stub_driver() -> None:
     _backend._INTERPRETED = True  # kernels take CPU tensors
 
 
-def time_call(function, calls: int = 10, samples: int = 150) -> float:
-    """Microseconds of CPU time, of the sample that is slower than a fifth of all."""
-    for _ in range(20):
-        function()
-    times = []
-    for _ in range(samples):
-        start = time.thread_time_ns()
-        for _ in range(calls):
-            function()
-        times.append((time.thread_time_ns() - start) / calls / 1000)
-    return min(times)
+def time_calls(functions: dict, calls: int, samples: int) -> dict[str, float]:
+    """Microseconds of CPU time of one call, the least of `samples` of so many calls; the functions take turns, so
+    that whatever slows the machine slows all of them."""
+    least = dict.fromkeys(functions, float("inf"))
+    for _ in tqdm(range(samples), desc="host", unit="round", disable=None):
+        for name, function in functions.items():
+            with torch.set_grad_enabled(not name.endswith("no gradient")):
+                start = time.thread_time_ns()
+                for _ in range(calls):
+                    function()
+                least[name] = min(least[name], (time.thread_time_ns() - start) / calls / 1000)
+    return least
+
+
+def calls_of_ops() -> dict:
+    """By op and work: calls of EDT-S's first stage with one sample, in the dtypes of autocast."""
+    import edt_kernels
+
+    B, N, heads, D, C = 1, 256, 6, 52, 312
+    narrow = {"dtype": torch.bfloat16}
+    table, one = edt_kernels.amm_table((16, 16)), torch.empty(1)
+    stream, coarse = torch.empty(B, N, C), torch.empty(B, N // 4, 4 * C, **narrow)
+    branch = torch.empty(B, N, C, **narrow)
+    gate, shift, scale = torch.empty(B, 3 * C, **narrow).chunk(3, dim=1)
+    merge, split = torch.empty(2, B, 4 * C, **narrow), torch.empty(2, B, 2 * C, **narrow)
+    qkv = torch.empty(B, N, 3, heads, D, **narrow).unbind(2)
+    grid = {"grid": (16, 16)}
+    arguments = {
+        "torch.add": (torch.add, (one, one), {}),
+        "amm_attention": (edt_kernels.amm_attention, qkv, grid),
+        "amm_attention, bias": (edt_kernels.amm_attention, qkv, grid | {"rel_pos_bias": torch.zeros(961, heads)}),
+        "amm_attention, AMM": (edt_kernels.amm_attention, qkv, grid | {"modulation": table}),
+        "adaln": (edt_kernels.adaln, (stream, shift, scale), {}),
+        "gated_residual": (edt_kernels.gated_residual, (stream, branch, gate), {}),
+        "gated_residual_adaln": (edt_kernels.gated_residual_adaln, (stream, branch, gate, shift, scale), {}),
+        "token_merge_adaln": (edt_kernels.token_merge_adaln, (stream, *merge), grid),
+        "token_split_concat_adaln": (
+            edt_kernels.token_split_concat_adaln, (coarse, stream, *split), {"grid": (8, 8)},
+        ),
+    }  # fmt: skip
+    found = {}
+    for op, (function, tensors, options) in arguments.items():
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+        learned = {
+            name: value.clone().requires_grad_() if name == "rel_pos_bias" else value
+            for name, value in options.items()
+        }
+        forward = functools.partial(function, *leaves, **learned)
+        outputs = forward()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        upstream = [torch.empty_like(out) for out in outputs]
+        leaves += [value for name, value in learned.items() if name == "rel_pos_bias"]
+        found[f"{op}: no gradient"] = functools.partial(function, *tensors, **options)
+        found[f"{op}: forward"] = forward
+        found[f"{op}: forward+backward"] = functools.partial(_differentiate, forward, leaves, upstream)
+    return found
+
+
+def _differentiate(forward, leaves, upstream) -> None:
+    outputs = forward()
+    torch.autograd.grad(outputs if isinstance(outputs, tuple) else (outputs,), leaves, upstream)
+
+
+def table(microseconds: dict[str, float]) -> str:
+    works = ("no gradient", "forward", "forward+backward")
+    lines = [f"{'µs of a call':28}" + "".join(f"{work:>18}" for work in works)]
+    for op in dict.fromkeys(name.partition(": ")[0] for name in microseconds):
+        lines.append(f"{op:28}" + "".join(f"{microseconds[f'{op}: {work}']:18.1f}" for work in works))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks host", description=__doc__.partition(":")[0])
+    parser.add_argument("--quick", action="store_true", help="few samples, in seconds")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where to store the figures")
+    options = parser.parse_args(arguments)
+    if options.out and not options.out.parent.is_dir():
+        raise ValueError(f"--out is {options.out}; its folder does not exist")
+    use_stub_driver()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # sums of memory that no kernel wrote should take no longer than others
+    microseconds = time_calls(calls_of_ops(), 10, 20 if options.quick else 300)
+    print(table(microseconds))
+    if options.out:
+        from . import results
+
+        content = {"environment": results.environment(torch.device("cpu")), "microseconds": microseconds}
+        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
