@@ -37,16 +37,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
-from edt_kernels import _launch
+from edt_kernels import _launch, _norm_ops
+from edt_kernels.amm_attention import autograd as attention
 
 from .assembly import MULTIPROCESSORS, global_loads, instruction_mix, resident_programs
 from .hopper import product_faults
 from .shapes import EDT_ATTENTION, EDT_NORMS, OTHER_ATTENTION, OTHER_NORMS, AttentionShape, NormShape
 from .static_report import FLAGS, HEADER, NARROW_LOADS, Report, faults, line, summary
 
-# `adaln` and `gated_residual` are launched by `gated_residual_adaln`.
-OPS = ("amm_attention", "gated_residual_adaln", "token_merge_adaln", "token_split_concat_adaln")
-LAUNCHERS = {op: importlib.import_module(f"edt_kernels.{op}.autograd") for op in OPS}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_86": GPUTarget("cuda", 86, 32),
@@ -111,7 +109,7 @@ def record_launches(launches: list[Launch], op: str, target: str):
     def record(kernel: JITFunction, *args, grid, warmup, **kwargs):
         launches.append(describe(op, kernel, args, kwargs))
 
-    unit = mock.patch.object(LAUNCHERS["amm_attention"], "matrix_unit", return_value=MATRIX_UNITS[target])
+    unit = mock.patch.object(attention, "matrix_unit", return_value=MATRIX_UNITS[target])
     with unit, mock.patch.object(JITFunction, "run", record), planning_anew():
         yield
 
@@ -166,7 +164,6 @@ def attention_launches(
     (H, W), (before, after) = grid, num_extra_tokens
     table, bias = torch.empty(2 * H - 1, 2 * W - 1), torch.empty((2 * H - 1) * (2 * W - 1), heads)
     arguments = (H, W, before, head_dim**-0.5)
-    attention = LAUNCHERS["amm_attention"]
     launches: list[Launch] = []
     with record_launches(launches, "amm_attention", target):
         for batch_size in batch_sizes:
@@ -199,38 +196,30 @@ def norm_launches(
     """
     B, (H, W), C = batch_size, grid, channels
     narrow = {"dtype": dtype}
-    stream, branch = torch.empty(B, H * W, C), torch.empty(B, H * W, C, **narrow)
-    modulation = [torch.empty(B, 6 * C, **narrow)[:, i * C : (i + 1) * C] for i in range(3)]
+
+    def modulation(width: int) -> list[Tensor]:
+        return [torch.empty(B, 6 * width, **narrow)[:, i * width : (i + 1) * width] for i in range(3)]
+
+    stream, branch, keep = torch.empty(B, H * W, C), torch.empty(B, H * W, C, **narrow), None
+    gate, shift, scale = modulation(C)
+    calls = [  # x, y, gate, shift, scale, keep, the width of the grid; the norm's rows and their width
+        ("adaln", stream, None, None, shift, scale, None, 0, (H * W, C)),
+        ("gated_residual", stream, branch, gate, None, None, None, 0, None),
+        ("gated_residual_adaln", stream, branch, gate, shift, scale, None, 0, (H * W, C)),
+    ]
+    if resizes:
+        merged = torch.empty(B, H * W // 4, 4 * C, **narrow)
+        for keep in (None, torch.ones(B, H * W, dtype=torch.bool)):
+            calls += [("token_merge_adaln", stream, None, None, *modulation(4 * C)[1:], keep, W, merged.shape[1:])]
+        split = (H * W, 2 * C)
+        calls += [("token_split_concat_adaln", merged, stream, None, *modulation(2 * C)[1:], None, W // 2, split)]
     launches: list[Launch] = []
-    op = LAUNCHERS["gated_residual_adaln"]
-    for name, gated, normed in (
-        ("adaln", False, True),
-        ("gated_residual", True, False),
-        ("gated_residual_adaln",) + (True,) * 2,
-    ):
-        y, gate = (branch, modulation[0]) if gated else (None, None)
-        shift, scale = modulation[1:] if normed else (None, None)
-        with record_launches(launches, name, target):
-            op._forward(stream, y, gate, shift, scale, 1e-6, dtype)
-            grads, x, statistics = (stream if gated else None, branch if normed else None), None, None
-            if normed:
-                x, statistics = stream, torch.empty(B, H * W, 2)
-            op._backward(*grads, x, y, gate, scale, statistics)
-    if not resizes:
-        return unique(launches)
-    op, merged = LAUNCHERS["token_merge_adaln"], torch.empty(B, H * W // 4, 4 * C, **narrow)
-    modulation = [torch.empty(B, 8 * C, **narrow)[:, i * 4 * C : (i + 1) * 4 * C] for i in range(2)]
-    keep, statistics = torch.ones(B, H * W, dtype=torch.bool), torch.empty(B, H * W // 4, 2)
-    with record_launches(launches, "token_merge_adaln", target):
-        for mask in (None, keep):
-            op._forward(stream, *modulation, mask, W, 1e-6, dtype)
-            op._backward(merged, stream, modulation[0], mask, statistics, W)
-    op, joined = LAUNCHERS["token_split_concat_adaln"], torch.empty(B, H * W, 2 * C, **narrow)
-    modulation = [torch.empty(B, 4 * C, **narrow)[:, i * 2 * C : (i + 1) * 2 * C] for i in range(2)]
-    statistics = torch.empty(B, H * W, 2)
-    with record_launches(launches, "token_split_concat_adaln", target):
-        op._forward(merged, stream, *modulation, W // 2, 1e-6, dtype)
-        op._backward(joined, merged, stream, modulation[0], statistics, W // 2)
+    for op, x, y, gate, shift, scale, keep, grid_w, normed in calls:
+        with record_launches(launches, op, target):
+            _norm_ops._forward(op, x, y, gate, shift, scale, keep, grid_w, 1e-6, dtype)
+            grads = None if gate is None else stream, None if normed is None else torch.empty(B, *normed, **narrow)
+            saved = (None, None) if normed is None else (x, torch.empty(B, normed[0], 2))
+            _norm_ops._backward(op, *grads, saved[0], y, gate, scale, keep, saved[1], grid_w)
     return unique(launches)
 
 

@@ -98,6 +98,11 @@ def dense_rows(tensor) -> Any:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def dense_like(tensor: Tensor) -> Tensor:
+    """Empty, of the tensor's shape and dtype, contiguous."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def on_device_of(tensor: Tensor):
     """Triton launches on the current device."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():

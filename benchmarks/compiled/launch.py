@@ -111,9 +111,7 @@ def executing(
         count = math.prod(grid) if chosen is None else len(chosen)
         launches.append(Executed(launch, target, grid, count, program, result))
 
-    unit = mock.patch.object(
-        static.LAUNCHERS["amm_attention"], "matrix_unit", return_value=static.MATRIX_UNITS[target]
-    )
+    unit = mock.patch.object(static.attention, "matrix_unit", return_value=static.MATRIX_UNITS[target])
     on_cpu = mock.patch.object(backend, "_INTERPRETED", True)  # lets CPU tensors through to the launchers
     triton = mock.patch.dict(os.environ, EDT_KERNELS_BACKEND="triton")
     ran = mock.patch.object(JITFunction, "run", run)

@@ -10,7 +10,7 @@ from . import reference
 from .reference import default_out_dtype
 
 if triton is not None:
-    from ..gated_residual_adaln import autograd
+    from .. import _norm_ops
 
 
 def adaln(
@@ -43,7 +43,7 @@ def adaln(
     if checked(_check, known, tensors, eps, out_dtype) == "reference":
         return reference.adaln(x, shift, scale, eps=float(eps), out_dtype=out_dtype)
     out_dtype = out_dtype or default_out_dtype(x)
-    return autograd.gated_residual_adaln(known, x, None, None, shift, scale, float(eps), out_dtype)[0]
+    return _norm_ops.run("adaln", known, x, None, None, shift, scale, None, 0, float(eps), out_dtype)[0]
 
 
 def _check(x, shift, scale, eps, out_dtype) -> str:

@@ -12,13 +12,13 @@ from .._launch import (
     Launch,
     Op,
     common_alignment,
+    dense_like,
     dense_rows,
     has_gradient,
     on_device_of,
     once_differentiable,
     planned,
 )
-from .._rows import dense_like
 from .._tiles import CellTile, ScoreTile, Tiles, choose_tiles
 from .._tracing import signature
 from . import kernels, resident_kernels, short_kernels, table_kernels

@@ -8,7 +8,7 @@ from .._tracing import signature
 from . import reference
 
 if triton is not None:
-    from ..gated_residual_adaln import autograd
+    from .. import _norm_ops
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     known = signature(*tensors)
     if checked(_check, known, tensors) == "reference":
         return reference.gated_residual(x, y, gate)
-    return autograd.gated_residual_adaln(known, x, y, gate, None, None, 0.0, x.dtype)[0]
+    return _norm_ops.run("gated_residual", known, *tensors, None, None, None, 0, 0.0, x.dtype)[0]
 
 
 def _check(x, y, gate) -> str:

@@ -10,7 +10,7 @@ from ..adaln.reference import default_out_dtype
 from . import reference
 
 if triton is not None:
-    from . import autograd
+    from .. import _norm_ops
 
 
 def gated_residual_adaln(
@@ -49,7 +49,8 @@ def gated_residual_adaln(
     known = signature(*tensors)
     if checked(_check, known, tensors, eps, out_dtype) == "reference":
         return reference.gated_residual_adaln(*tensors, eps=float(eps), out_dtype=out_dtype)
-    return autograd.gated_residual_adaln(known, *tensors, float(eps), out_dtype or default_out_dtype(y))
+    out_dtype = out_dtype or default_out_dtype(y)
+    return _norm_ops.run("gated_residual_adaln", known, *tensors, None, 0, float(eps), out_dtype)
 
 
 def _check(x, y, gate, shift, scale, eps, out_dtype) -> str:

@@ -10,7 +10,7 @@ from ..adaln.reference import default_out_dtype
 from . import reference
 
 if triton is not None:
-    from . import autograd
+    from .. import _norm_ops
 
 
 def token_merge_adaln(
@@ -55,7 +55,9 @@ def token_merge_adaln(
             x, shift, scale, grid=grid, keep=keep, eps=float(eps), out_dtype=out_dtype
         )
     out_dtype = out_dtype or default_out_dtype(x)
-    return autograd.token_merge_adaln(known, *tensors, grid[1], float(eps), out_dtype)
+    return _norm_ops.run(
+        "token_merge_adaln", known, x, None, None, shift, scale, keep, grid[1], float(eps), out_dtype
+    )[0]
 
 
 def _check(x, shift, scale, keep, grid, eps, out_dtype) -> str:

@@ -9,7 +9,7 @@ from ..adaln.reference import default_out_dtype
 from . import reference
 
 if triton is not None:
-    from . import autograd
+    from .. import _norm_ops
 
 
 def token_split_concat_adaln(
@@ -42,7 +42,10 @@ def token_split_concat_adaln(
     known = signature(*tensors)
     if checked(_check, known, tensors, grid, eps) == "reference":
         return reference.token_split_concat_adaln(*tensors, grid=grid, eps=float(eps))
-    return autograd.token_split_concat_adaln(known, *tensors, grid[1], float(eps), default_out_dtype(x))
+    out_dtype = default_out_dtype(x)
+    return _norm_ops.run(
+        "token_split_concat_adaln", known, x, skip, None, shift, scale, None, grid[1], float(eps), out_dtype
+    )[0]
 
 
 def _check(x, skip, shift, scale, grid, eps) -> str:

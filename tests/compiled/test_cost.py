@@ -72,7 +72,9 @@ def test_a_norm_asks_for_whole_sectors_and_meets_few_conflicts():
         (shape, strides, torch.bfloat16),
         ((256, 312), (6 * 312, 1), torch.bfloat16),
     )
-    (launch,) = cost.execute(("gated_residual_backward", (stream, None, None, branch, gate, None, None)), "sm_90")
+    (launch,) = cost.execute(
+        ("gated_residual_backward", (stream, None, None, branch, gate, None, None, None, 0)), "sm_90"
+    )
     work = cost.count(launch)
     assert work.sectors < 1.1 * work.least_sectors
     assert work.wavefronts < 3 * work.least_wavefronts  # 10 times, where rows were added up as they lie

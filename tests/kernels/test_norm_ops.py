@@ -9,7 +9,7 @@ import torch
 from norm_cases import BF16, F16, F32, OPS, Case, check, input_shapes, make_inputs, run
 
 import edt_kernels
-from edt_kernels._rows import choose_row_tile, cut_rows
+from edt_kernels._norm_ops import choose_row_tile, cut_rows
 from edt_kernels._tiles import RowTile
 
 SMALL_CASES = [
@@ -103,11 +103,11 @@ def test_opcheck(op):
     gate, shift, scale = (t.clone().requires_grad_() for t in inputs["modulation"].split(width, dim=1))
     x = inputs["x"].requires_grad_()
     arguments = {
-        "adaln": (x, None, None, shift, scale, 1e-6, F32),
-        "gated_residual": (x, inputs.get("y"), gate, None, None, 1e-6, F32),
-        "gated_residual_adaln": (x, inputs.get("y"), gate, shift, scale, 1e-6, F32),
-        "token_merge_adaln": (x, shift, scale, inputs.get("keep"), 2, 1e-6, F32),
-        "token_split_concat_adaln": (x, inputs.get("skip"), shift, scale, 2, 1e-6, F32),
+        "adaln": (x, None, None, shift, scale, None, 0, 1e-6, F32),
+        "gated_residual": (x, inputs.get("y"), gate, None, None, None, 0, 1e-6, F32),
+        "gated_residual_adaln": (x, inputs.get("y"), gate, shift, scale, None, 0, 1e-6, F32),
+        "token_merge_adaln": (x, None, None, shift, scale, inputs.get("keep"), 2, 1e-6, F32),
+        "token_split_concat_adaln": (x, inputs.get("skip"), None, shift, scale, None, 2, 1e-6, F32),
     }[op]
     torch.library.opcheck(getattr(torch.ops.edt_kernels, op).default, arguments)
 
