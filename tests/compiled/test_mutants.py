@@ -42,8 +42,8 @@ def tally(case, target: str, values: int, kernels: tuple[str, ...]) -> tuple[Cou
 
 # Of each kind, the share that is found at least in every case. What is missed is redundant in that place: a
 # barrier right after another one; a proxy fence with nothing written before it; a fence of registers that nobody
-# touched since an earlier one; a wait that the next one covers before anybody reads the result, and the groups that
-# it splits; a number that no value of the case makes matter.
+# touched since an earlier one; a wait that the next one covers before anybody reads the result, and the groups
+# that it splits; a number that no value of the case makes matter.
 LEAST_FOUND = {
     "bar.sync": 0.8,
     "cp.async.wait_group": 1.0,
