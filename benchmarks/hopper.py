@@ -52,12 +52,13 @@ class _State:
     open: list[_Product] = field(default_factory=list)  # issued, their group not closed
     groups: list[list[_Product]] = field(default_factory=list)  # closed, not waited for
     waited: list[_Product] = field(default_factory=list)  # by this warpgroup, with no barrier since
+    written: set[int] = field(default_factory=set)  # registers, since the last WARPGROUP.ARRIVE
     turns: dict[int, int] = field(default_factory=dict)  # how often the path took each jump back
 
     def fork(self, at: int) -> "_State":
         return _State(
             at, dict(self.registers), dict(self.predicates), list(self.open), list(self.groups), list(self.waited),
-            dict(self.turns),
+            set(self.written), dict(self.turns),
         )  # fmt: skip
 
     def in_flight(self) -> Iterator[_Product]:
@@ -137,6 +138,9 @@ class _Walk:
         if opcode.startswith("HGMMA"):
             self._issue(state, instruction)
             return
+        if opcode == "WARPGROUP.ARRIVE":
+            state.written = set()
+            return
         if opcode.startswith("WARPGROUP.DEPBAR"):
             left = int(instruction.operands[1], 16)
             done = state.groups[: len(state.groups) - left]
@@ -152,6 +156,7 @@ class _Walk:
                 self._report(instruction, "touches accumulators of", product)
             if written & product.operand:
                 self._report(instruction, "overwrites A of", product)
+        state.written |= written
         if re.match(r"STS|LDGSTS", opcode):
             self._store(state, instruction)
         self._compute(state, instruction)
@@ -192,6 +197,8 @@ class _Walk:
             if operand & earlier.accumulators:
                 self._report(instruction, "reads accumulators of", earlier)
         accumulators = set(range(int(first[1:]), int(first[1:]) + columns // 2))
+        if (operand | (accumulators if first in rest else set())) & state.written:
+            self._report(instruction, "takes registers that were written after WARPGROUP.ARRIVE")
         state.open.append(_Product(instruction.place, accumulators, operand, reads))
         if "gsb0" in instruction.operands:
             state.groups.append(state.open)

@@ -25,7 +25,6 @@ from .semantics import (
 _FIELDS = (
     "operation",
     "whole_warp",
-    "is_move",
     "guard",
     "guard_negated",
     "operands",
@@ -155,7 +154,6 @@ class Lowered:
             (
                 build.NUMBERS[name],
                 int(name in WHOLE_WARP),
-                int(instruction.opcode.startswith("mov.")),
                 self._register(guard) if guard else -1,
                 int(instruction.guard.startswith("!")),
                 at,

@@ -191,8 +191,8 @@ def add_product(accumulator, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr)
 
 @triton.jit
 def summand(a, b, EXACT: tl.constexpr):
-    """a·b, to be summed. Each of the lanes that share a sum may fuse its own product into it, whose sums then
-    differ by a rounding; of 16-bit tiles a lane adds up several products first, or exact ones."""
+    """a·b, to be summed. Each of the lanes that share a sum may fuse its own product into it: those differ by a
+    rounding. Of 16-bit tiles a lane adds up several products first, or exact ones."""
     return tl.fma(a, b, 0.0) if EXACT else a * b
 
 

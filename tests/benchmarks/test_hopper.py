@@ -38,6 +38,7 @@ START = (
 )
 PRODUCT = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT, gsb0"
 FROM_REGISTERS = "HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR4].tnspB, RZ, !UPT, gsb0"
+ADDED = PRODUCT.replace("RZ, !UPT", "R24")
 WAIT, BARRIER = "WARPGROUP.DEPBAR.LE gsb0, 0x0", "BAR.SYNC.DEFER_BLOCKING 0x0"
 ON_B, BESIDE = "STS.128 [R1+0x3400], R12", "STS.128 [R1+0x4400], R12"
 USE = "FADD R3, R40, R3"
@@ -69,6 +70,9 @@ USE = "FADD R3, R40, R3"
         ((FROM_REGISTERS, "LDS.64 R10, [R1]", WAIT), 8, "overwrites A of"),
         ((FROM_REGISTERS, WAIT, "LDS.64 R10, [R1]"), 8, None),
         ((PRODUCT, FROM_REGISTERS.replace("R8", "R40"), WAIT), 8, "reads accumulators of"),
+        (("WARPGROUP.ARRIVE", "MOV R9, R0", FROM_REGISTERS, WAIT), 8, "written after WARPGROUP.ARRIVE"),
+        (("MOV R9, R0", "WARPGROUP.ARRIVE", "MOV R24, RZ", FROM_REGISTERS, WAIT), 8, None),
+        (("WARPGROUP.ARRIVE", "MOV R24, RZ", ADDED, WAIT), 8, "written after WARPGROUP.ARRIVE"),
         ((PRODUCT, "@P0 BRA `(.L_x_1)", WAIT, ".L_x_1:", USE), 8, "touches accumulators of"),  # on one of two ways
         ((PRODUCT, "UISETP.EQ.AND UP0, UPT, URZ, 0x1, UPT", "@UP0 BRA `(.L_x_1)", WAIT, ".L_x_1:", USE), 8, None),
     ],

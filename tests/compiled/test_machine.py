@@ -381,6 +381,7 @@ PRODUCT = """
 """.replace("ONES", ONES)  # fmt: skip
 
 
+FENCE = "wgmma.fence.sync.aligned;"
 AGAIN = """
     wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
         {%r50, %r51, %r52, %r53}, {%r60, %r61, %r62, %r63}, %d10, 1, 1, 1, 0;
@@ -389,7 +390,7 @@ AGAIN = """
 SWAPPED = AGAIN.replace("{%r50, %r51,", "{%r51, %r50,")
 
 
-def product(fence_proxy="fence.proxy.async.shared::cta;", fence="wgmma.fence.sync.aligned;",
+def product(fence_proxy="fence.proxy.async.shared::cta;", fence=FENCE,
             wait="wgmma.wait_group.sync.aligned 0;", meanwhile="", after="", adverse=False):  # fmt: skip
     parts = {"FENCE_PROXY": fence_proxy, "FENCE": fence, "WAIT": wait, "MEANWHILE": meanwhile, "AFTER": after}
     body = PRODUCT
@@ -411,8 +412,9 @@ def test_a_product_that_is_waited_for(adverse):
     [
         ({"fence_proxy": ""}, NO_PROXY_FENCE),
         ({"fence": ""}, NO_WGMMA_FENCE),
-        ({"fence": "wgmma.fence.sync.aligned; add.s32 %r60, %r60, 0;"}, NO_WGMMA_FENCE),
-        ({"fence": "wgmma.fence.sync.aligned; add.f32 %r50, %r50, %r50;"}, NO_WGMMA_FENCE),
+        ({"fence": f"{FENCE} wgmma.wait_group.sync.aligned 0; add.s32 %r60, %r60, 0;"}, NO_WGMMA_FENCE),
+        ({"fence": f"{FENCE} wgmma.wait_group.sync.aligned 0; mov.b32 %r50, 0;"}, NO_WGMMA_FENCE),
+        ({"meanwhile": f"add.s32 %r60, %r60, 0; {AGAIN}"}, NO_WGMMA_FENCE),
         ({"meanwhile": SWAPPED}, ACCUMULATOR_TOUCHED),
         ({"wait": ""}, ACCUMULATOR_TOUCHED),
         ({"wait": "wgmma.wait_group.sync.aligned 1;"}, ACCUMULATOR_TOUCHED),
@@ -426,6 +428,13 @@ def test_a_product_that_is_waited_for(adverse):
 )
 def test_a_product_in_flight(change, expected):
     assert expected in kinds(product(**change)[0])
+
+
+@pytest.mark.parametrize("sunk", ["add.s32 %r60, %r60, 0;", "mov.b32 %r50, 0;"])
+def test_what_sinks_below_a_fence_is_put_above_it_by_ptxas(sunk):
+    result, out = product(fence=f"{FENCE} {sunk}")
+    assert not result.findings
+    assert (out == 16).all()
 
 
 def test_products_on_the_same_accumulators_need_no_other_fence():

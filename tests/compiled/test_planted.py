@@ -42,7 +42,7 @@ MISTAKES = {
         "tl.load(logsumexp + first + i), 0.0",
         "Case((5, 7))",
         "out of bounds: 4 bytes at byte 560 of argument 6, which has bytes 0 to 560",
-        False,
+        None,  # if what lies there in memory happens to be NaN or infinite
     ),
     "swapped strides of heads and samples": (
         KERNELS,
@@ -82,7 +82,7 @@ def test_a_mistake_in_the_source_is_found(mistake, tmp_path):
     executed = outcome(tmp_path, EXECUTE.format(case=case))
     assert found in executed.stdout + executed.stderr, executed
     interpreted = outcome(tmp_path, INTERPRET.format(case=case), TRITON_INTERPRET="1")
-    assert bool(interpreted.returncode) == interpreter_fails, interpreted.stderr[-2000:]
+    assert interpreter_fails in (bool(interpreted.returncode), None), interpreted.stderr[-2000:]
 
 
 def test_without_a_mistake_nothing_is_found():

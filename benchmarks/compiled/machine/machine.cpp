@@ -10,7 +10,7 @@
 #include <vector>
 #include "memory.hpp"
 
-struct Instruction { int operation, whole_warp, is_move, guard, guard_negated, operands, registers, num_registers; };
+struct Instruction { int operation, whole_warp, guard, guard_negated, operands, registers, num_registers; };
 // Where: a byte of an argument or, of those below 0, of shared memory or none.
 struct Finding { int kind, instruction, count, argument; u64 where; int program, warp; };
 enum { SHARED_MEMORY = -1, NOWHERE = -2 };
@@ -59,6 +59,7 @@ struct Warp {
   std::deque<Product> products;
   int groups_committed;
   u32 fenced_at, wgmma_fenced_at;
+  bool fence_holds;               // no group or wait has ended since
   // Of each register, by its place / 32: whether a product will write it; when it was last read or written.
   std::vector<u8> in_flight;
   std::vector<u32> touched_at;
@@ -262,7 +263,7 @@ bool Machine::step(Warp& w) {
   for (int i = 0; i < instruction.num_registers; i++) {
     const int place = S.operands[instruction.registers + i] >> 5;
     if (w.in_flight[place]) find(ACCUMULATOR_TOUCHED, w);
-    if (!instruction.is_move) w.touched_at[place] = now;  // see `wgmma`
+    w.touched_at[place] = now;  // see `wgmma`
   }
   if (instruction.operation < NUM_ELEMENTWISE) {
     ELEMENTWISE[instruction.operation](w.registers, operands, mask);
@@ -338,7 +339,7 @@ bool Machine::run_program(int number) {
     w = Warp();
     w.registers = registers; w.index = index; w.step = steps;
     w.next = 0; w.mask = w.alive = ALL; w.nearest_other = S.num_instructions; w.state = RUNNING;
-    w.groups_committed = w.products_issued = 0; w.fenced_at = w.wgmma_fenced_at = 0;
+    w.groups_committed = w.products_issued = 0; w.fenced_at = w.wgmma_fenced_at = w.fence_holds = 0;
     w.in_flight.assign(S.register_bytes / 32 + 1, 0);
     w.touched_at.assign(S.register_bytes / 32 + 1, 0);
     std::memcpy(registers, S.initial_registers, S.register_bytes);

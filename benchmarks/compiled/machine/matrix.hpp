@@ -184,8 +184,10 @@ bool wgmma(Warp& w, u32 mask, const Wgmma& x) {
   Product* before = nullptr;  // one in flight with the same accumulators: the hardware keeps their order
   for (Product& p : w.products) if (same_accumulators(p, product)) before = &p;
   // A fence has to come between the last access to a register and a product that reads or writes it, except where
-  // products of one shape follow each other on the same accumulators. Moves are let pass: the compiler puts the zeros
-  // that begin a sum below the fence, and ptxas puts them above again.
+  // products of one shape follow each other on the same accumulators. What stands between a fence and the end of the
+  // group after it is let pass: the compiler lets conversions and the zeros that begin a sum sink there, and ptxas puts
+  // them above again, which benchmarks/hopper.py looks for in the machine code.
+  if (w.fence_holds) w.wgmma_fenced_at = now;
   bool fenced = w.wgmma_fenced_at > 0, taken = false;
   auto look = [&](int place) { fenced &= w.touched_at[place >> 5] < w.wgmma_fenced_at; taken |= w.in_flight[place >> 5]; };
   if (x.a_in_registers) for (int place : {x.a0, x.a1, x.a2, x.a3}) look(place);
@@ -208,16 +210,18 @@ bool wgmma(Warp& w, u32 mask, const Wgmma& x) {
   return true;
 }
 
-bool fence_wgmma(Warp& w, u32, const FenceWgmma&) { w.wgmma_fenced_at = now; return true; }
+bool fence_wgmma(Warp& w, u32, const FenceWgmma&) { w.wgmma_fenced_at = now; w.fence_holds = true; return true; }
 bool fence_proxy(Warp& w, u32, const FenceProxy&) { w.fenced_at = now; return true; }
 
 bool commit_wgmma(Warp& w, u32 mask, const CommitWgmma&) {
   for (Product& p : w.products) if (p.group < 0) p.group = w.groups_committed;
   w.groups_committed++;
+  w.fence_holds = false;
   return true;
 }
 
 bool wait_wgmma(Warp& w, u32 mask, const WaitWgmma& x) {
+  w.fence_holds = false;
   while (!w.products.empty() && w.products.front().group >= 0 && w.products.front().group < w.groups_committed - x.groups_left) {
     Product p = std::move(w.products.front());
     w.products.pop_front();
