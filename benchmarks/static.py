@@ -74,9 +74,8 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.uint8: "u8",
-    torch.int64: "i64",
 }
-_BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2, "*u8": 1, "*i64": 8}
+_BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2, "*u8": 1}
 
 
 STORED = Path(__file__).parent / "results" / "static" / "table.json"
@@ -238,6 +237,14 @@ def unique(launches: list[Launch]) -> list[Launch]:
     return list({launch.identity: launch for launch in launches}.values())
 
 
+def _switches(launch: Launch) -> dict[str, bool]:
+    """Which of `FLAGS` hold."""
+    tables = "SIDE" in launch.constants or launch.kernel == "backward_tables"
+    b, m = (tables and launch.signature.get(name, "constexpr") != "constexpr" for name in ("bias", "modulation"))
+    masked, extra = (launch.constants.get(name) is True for name in ("MASKED", "HAS_EXTRA"))
+    return {"b": b, "m": m, "s": (b or m) and launch.constants.get("SIDE", 0) > 0, "k": masked, "x": extra}
+
+
 def possible_load_bytes(launch: Launch) -> dict[str, int]:
     """For each argument that is read as rows: the bytes that one load may take.
 
@@ -313,12 +320,15 @@ def report(launch: Launch, target: str, shapes: list[str] = (), disassemble: boo
     """Compiles a launch for a target. Without `disassemble`, which is a third of the time, the instructions of the
     inner loop are not counted, but for those of kernels with Hopper's asynchronous products."""
     compiled = compile_launch(launch, target)
-    pointers = {kind for kind in launch.signature.values() if kind.startswith("*")}
+    tables = ("bias", "modulation", "matrix", "table")  # whose dtype is not what is computed in
+    pointers = {kind for name, kind in launch.signature.items() if kind.startswith("*") and name not in tables}
     dtype = " ".join(sorted(kind[1:] for kind in pointers & {"*bf16", "*fp16"})) or "fp32"
     exact = dtype == "fp32" and launch.constants.get("PRECISION") == "ieee"  # only FMA units multiply so
     multiplies = "tt.dot" in compiled.asm["ttir"] and not exact
     num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     unit, wrong_products = MATRIX_UNITS[target], []
+    if unit in ("wgmma", "tcgen05") and max(launch.constants.get(size, 64) for size in ("BLOCK_M", "BLOCK_N")) < 64:
+        unit = "mma"  # the others take 64 rows at least
     if target.startswith("gfx"):
         virtual = assembly = compiled.asm["amdgcn"]
         registers, spilled = _amd_registers(assembly)
@@ -339,7 +349,7 @@ def report(launch: Launch, target: str, shapes: list[str] = (), disassemble: boo
     arguments = [name for name, kind in launch.signature.items() if kind != "constexpr"]
     loads = global_loads(compiled.asm["llir"], arguments)
     integers = {name: n for name, n in launch.constants.items() if type(n) is int and name.isupper()}
-    flags = "".join(letter for flag, letter in FLAGS.items() if launch.constants.get(flag) is True)
+    flags = "".join(filter(_switches(launch).get, FLAGS))
     return Report(
         target=target,
         op=launch.op,

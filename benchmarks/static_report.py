@@ -10,7 +10,10 @@ from .assembly import MULTIPROCESSORS
 
 # Arguments that are rightly loaded in pieces smaller than their alignment allows.
 NARROW_LOADS = {
-    "table": "gathered at the offset of each pair of tokens: 4 bytes, or 8 of bias and modulation together",
+    "bias": "of a long sequence gathered at the offset of each pair of tokens, else as wide as its layout allows",
+    "modulation": "as the bias",
+    "table": "gathered, once a call",
+    "matrix": "written",
     "logsumexp": "one number a row",
     "delta": "one number a row",
     "statistics": "two numbers a row",
@@ -21,8 +24,8 @@ NARROW_LOADS = {
     "partials": "gathered: neighbouring offsets of a table come from different tiles",
 }
 
-# The letters after a kernel's name: which of its compile-time switches are on.
-FLAGS = {"HAS_BIAS": "b", "HAS_MODULATION": "m", "MASKED": "k", "HAS_EXTRA": "x"}
+# The letters after a kernel's name: what it has.
+FLAGS = {"b": "a bias", "m": "a modulation", "s": "their entries in matrices", "k": "masks", "x": "extra tokens"}
 
 
 @dataclass
@@ -102,8 +105,8 @@ def summary(rows: list[Report]) -> str:
     sections = [
         "# What the compiler makes of every kernel",
         f"Written by `python -m benchmarks static` ({versions}). Every row of `table.md`, with its tile, is in "
-        "`table.json`. Letters in brackets are compile-time switches: "
-        + ", ".join(f"{letter} {flag}" for flag, letter in FLAGS.items())
+        "`table.json`. Letters in brackets are what a kernel has: "
+        + ", ".join(f"{letter} {what}" for letter, what in FLAGS.items())
         + ".",
         f"{len(rows)} kernels, {len(found)} faults: a spill, a matrix product off the matrix unit, a narrow load "
         "of rows, too much shared memory, a product of Hopper's that is not waited for or waited for too often.",

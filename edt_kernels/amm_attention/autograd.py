@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 from torch import Tensor
 
 from .._launch import (
@@ -21,7 +20,8 @@ from .._launch import (
 )
 from .._tiles import CellTile, ScoreTile, Tiles, choose_tiles
 from .._tracing import signature
-from . import kernels, resident_kernels, short_kernels, table_kernels
+from . import kernels, resident_kernels, table_kernels
+from .tables import expand_table
 
 
 @dataclass(frozen=True)
@@ -36,75 +36,25 @@ class TableTile:
 
 
 # The tile of each kernel, by matrix unit and padded head dim, where no table has a measured one: the largest that
-# compile without spills at EDT's shapes (`python -m benchmarks static`). float32 products are exact, so they run
-# on the FMA units out of registers ("fma"; its D 128 still spills). Triton gives each warp 16 rows of a score tile
-# that feeds another product: with fewer than 16·num_warps rows (queries, in backward_kv and short_backward keys)
-# warps repeat each other's work. 64 rows at 4 warps would not, but miscompile on Hopper (triton issue 11366,
-# flash-linear-attention issue 984), so there 8 warps do.
-_TILES = {
-    ("wgmma", 64): {
-        "short_forward": ScoreTile(64, 64, 8, 2),
-        "short_backward": ScoreTile(64, 64, 8, 2),
-        "resident_forward": ScoreTile(128, 64, 8, 1),
-        "forward": ScoreTile(128, 64, 8, 2),
-        "resident_backward": ScoreTile(32, 256, 8, 2),
-        "backward_q": ScoreTile(128, 32, 8, 2),
-        "backward_kv": ScoreTile(32, 128, 8, 2),
-    },
-    ("wgmma", 128): {
-        "short_forward": ScoreTile(64, 64, 8, 1),
-        "forward": ScoreTile(128, 32, 8, 2),
-        "backward_q": ScoreTile(128, 32, 8, 1),
-        "backward_kv": ScoreTile(16, 128, 8, 2),
-    },
-    ("mma", 64): {
-        "short_forward": ScoreTile(64, 64, 8, 2),
-        "short_backward": ScoreTile(32, 32, 4, 2),
-        "forward": ScoreTile(64, 32, 4, 2),
-        "backward_q": ScoreTile(64, 32, 4, 2),
-        "backward_kv": ScoreTile(32, 64, 4, 1),
-    },
-    ("mma", 128): {
-        "short_forward": ScoreTile(64, 64, 8, 1),
-        "forward": ScoreTile(128, 32, 8, 1),
-        "backward_q": ScoreTile(64, 32, 8, 1),
-        "backward_kv": ScoreTile(32, 64, 8, 1),
-    },
-    ("mfma", 64): {
-        "short_forward": ScoreTile(64, 64, 4, 1),
-        "short_backward": ScoreTile(32, 32, 2, 1),
-        "forward": ScoreTile(64, 64, 4, 1),
-        "backward_q": ScoreTile(64, 64, 4, 1),
-        "backward_kv": ScoreTile(64, 64, 4, 1),
-    },
-    ("mfma", 128): {
-        "short_forward": ScoreTile(64, 64, 4, 1),
-        "forward": ScoreTile(64, 32, 4, 1),
-        "backward_q": ScoreTile(64, 32, 4, 1),
-        "backward_kv": ScoreTile(32, 64, 4, 1),
-    },
-    ("fma", 64): {
-        "short_forward": ScoreTile(32, 32, 4, 1),
-        "short_backward": ScoreTile(32, 32, 8, 1),
-        "forward": ScoreTile(32, 32, 4, 1),
-        "backward_q": ScoreTile(32, 32, 8, 1),
-        "backward_kv": ScoreTile(32, 32, 8, 1),
-    },
-    ("fma", 128): {
-        "short_forward": ScoreTile(16, 16, 4, 1),
-        "forward": ScoreTile(16, 16, 4, 1),
-        "backward_q": ScoreTile(32, 32, 8, 1),
-        "backward_kv": ScoreTile(16, 16, 4, 1),
-    },
-}
-# Datacenter Blackwell takes Hopper's tiles but for these: the accumulators of resident_forward exceed its tensor
-# memory (Triton compiles that to an empty kernel), the others spill.
-_TILES["tcgen05", 64] = _TILES["wgmma", 64] | {
-    "short_forward": ScoreTile(64, 64, 8, 1),
-    "backward_q": ScoreTile(128, 64, 8, 2),
-}
-_TILES["tcgen05", 128] = _TILES["wgmma", 128] | {"backward_q": ScoreTile(128, 64, 8, 1)}
-del _TILES["tcgen05", 64]["resident_forward"], _TILES["tcgen05", 64]["resident_backward"]
+# compile without spills at EDT's shapes (`python -m benchmarks static`). float32 products are exact, so they run on
+# the FMA units out of registers ("fma"; its D 128 still spills). Triton gives each warp 16 rows of a score tile that
+# feeds another product: with fewer than 16·num_warps rows (queries, in backward_kv and short_backward keys) warps
+# repeat each other's work. Of datacenter Blackwell the accumulators of resident_forward exceed the tensor memory
+# (Triton compiles that to an empty kernel).
+_KERNELS = "forward", "backward_q", "backward_kv", "short_backward", "resident_forward", "resident_backward"
+_ROWS = {
+    ("wgmma", 64): [(128, 64, 8, 2), (128, 32, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (128, 64, 8, 1), (32, 256, 8, 2)],
+    ("wgmma", 128): [(128, 32, 8, 2), (128, 32, 8, 1), (16, 128, 8, 2)],
+    ("tcgen05", 64): [(128, 64, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2)],
+    ("tcgen05", 128): [(128, 32, 8, 2), (128, 64, 8, 1), (16, 128, 8, 2)],
+    ("mma", 64): [(64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 1), (32, 32, 4, 2)],
+    ("mma", 128): [(128, 32, 8, 1), (64, 32, 8, 1), (32, 64, 8, 1)],
+    ("mfma", 64): [(64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (32, 32, 2, 1)],
+    ("mfma", 128): [(64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)],
+    ("fma", 64): [(32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)],
+    ("fma", 128): [(16, 16, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)],
+}  # fmt: skip
+_TILES = {key: {kernel: ScoreTile(*row) for kernel, row in zip(_KERNELS, rows)} for key, rows in _ROWS.items()}
 TABLE_TILES = {
     "wgmma": CellTile(64, 8, 2),
     "tcgen05": CellTile(64, 8, 1),
@@ -118,18 +68,27 @@ _RESIDENT_TOKENS = 256
 # Where fewer heads than this are to be computed (two for each multiprocessor of an H200), several programs a head
 # fill the device better.
 _RESIDENT_HEADS = 264
-# Programs of the short kernels and of `backward_tables`, whatever the device, so that gradients are the same
-# everywhere; up to twice as many, where heads or tiles do not divide them. Each of the short backward pass writes
-# one (64, 64) partial, 4 to 8 MB in all; each of the tables' own pass up to two a table, 8 to 32 MB, or more where
-# heads times distances exceed this number (24 heads of 64×64 tokens: 50 MB). Those all do the same work, in four
-# rounds on the 132 multiprocessors of an H200.
-_SHORT_PROGRAMS = {"short_forward": 528, "short_backward": 264}
+# Up to so many tokens kernels read the tables as matrices, see `tables`.
+_MATRIX_TOKENS = 256
+# Programs of `short_backward` (for tiles of 64 rows, else as many more as their rows are fewer) and of
+# `backward_tables`, whatever the device, so that gradients are the same everywhere; up to twice as many, where heads
+# or tiles do not divide them. Each of the first writes one (64, 64) partial, 4 to 8 MB in all; each of the second up
+# to two a table, 8 to 32 MB, or more where heads times distances exceed this number (24 heads of 64×64 tokens:
+# 50 MB). Those all do the same work, in four rounds on the 132 multiprocessors of an H200.
+_SHORT_PROGRAMS = 264
 _TABLE_PROGRAMS = 528
+# Of the kernels that go over tables.
+_ENTRIES_PER_PROGRAM, _OFFSETS_PER_PROGRAM = 1024, 16
 
 
 def _ceil(a: int, b: int) -> int:
     """⌈a/b⌉, a twentieth of the time of triton.cdiv."""
     return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """The next from n on."""
+    return 1 << (n - 1).bit_length()
 
 
 def matrix_unit(device: torch.device) -> str:
@@ -145,50 +104,78 @@ def padded(head_dim: int) -> int:
     """The channels of a tile of rows. A `resident_forward` needs as many keys in its tiles: its two products then
     have one layout. Of different ones Triton 3.6 and 3.7 make PTX that copies accumulators before their product is
     waited for, which the PTX ISA leaves undefined."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, _power_of_2(head_dim))
 
 
-def tiles_of(unit: str, head_dim: int) -> dict[str, ScoreTile]:
-    return _TILES[unit, 64 if head_dim <= 64 else 128]
+def tiles_of(unit: str, num_tokens: int, head_dim: int) -> Tiles:
+    """The tile of each kernel that takes such sequences."""
+    tiles: Tiles = {"backward_tables": TABLE_TILES[unit]}
+    for kernel, tile in _TILES[unit, 64 if head_dim <= 64 else 128].items():
+        if kernel == "resident_backward":
+            tiles[kernel] = replace(tile, block_n=num_tokens)
+        elif kernel == "resident_forward" or num_tokens > 64:
+            tiles[kernel] = tile
+        else:
+            tiles[kernel] = _shrunk(tile, max(16, _power_of_2(num_tokens)), unit, kernel in _BY_KEYS)
+    if num_tokens > _TILES[unit, 64]["short_backward"].block_m:
+        tiles.pop("short_backward", None)
+    return tiles
+
+
+_BY_KEYS = ("backward_kv", "short_backward")
+
+
+def _shrunk(tile: ScoreTile, rows: int, unit: str, by_keys: bool) -> ScoreTile:
+    """For sequences of so many rows."""
+    block_m, block_n = min(tile.block_m, rows), min(tile.block_n, rows)
+    before, after = (tile.block_n, block_n) if by_keys else (tile.block_m, block_m)
+    # 64 rows at 4 warps, which would be enough, miscompile on Hopper (triton issue 11366, flash-linear-attention
+    # issue 984).
+    num_warps = 8 if unit in ("wgmma", "tcgen05") and after == 64 else max(tile.num_warps * after // before, 1)
+    return ScoreTile(block_m, block_n, num_warps, tile.num_stages)
 
 
 def choose_forward(unit: str, num_tokens: int, head_dim: int, num_heads: int, has_modulation: bool) -> str:
     """The kernel of the forward pass of `num_heads` heads over the whole batch."""
-    tiles = tiles_of(unit, head_dim)
-    if num_tokens <= tiles["short_forward"].block_m:
-        return "short_forward"
-    # Only WGMMA reads both operands from shared memory; others would keep them in registers, which are too few, as
-    # they are for both tables (16 bytes spill).
-    fits = "resident_forward" in tiles and num_tokens <= _RESIDENT_TOKENS and not has_modulation
+    tiles = tiles_of(unit, num_tokens, head_dim)
+    # Only WGMMA reads both operands from shared memory; others would keep them in registers, which are too few.
+    fits = "resident_forward" in tiles and tiles["forward"].block_m < num_tokens <= _RESIDENT_TOKENS
     fits = fits and tiles["resident_forward"].block_n == padded(head_dim)
+    # Nor do registers hold a modulation and masks.
+    fits = fits and not (has_modulation and num_tokens % tiles["resident_forward"].block_m)
     return "resident_forward" if fits and num_heads >= _RESIDENT_HEADS else "forward"
 
 
-def choose_backward(
-    unit: str, num_tokens: int, grid: tuple[int, int], head_dim: int, num_heads: int, has_modulation: bool
-) -> str:
+def choose_backward(unit: str, num_tokens: int, head_dim: int, num_heads: int, has_modulation: bool) -> str:
     """The kernel of the backward pass, or "backward" for the three passes. Registers do not hold a second table:
     with AMM, which trained models of EDT have for inference alone, the kernels of one pass spill."""
-    tiles = tiles_of(unit, head_dim)
+    tiles = tiles_of(unit, num_tokens, head_dim)
     if has_modulation:
         return "backward"
-    if "short_backward" in tiles and num_tokens <= tiles["short_backward"].block_m:
+    if "short_backward" in tiles:  # which has one for sequences that fit into it
         return "short_backward"
     # Of smaller heads, products have layouts that take more registers; of others, rows are loaded in small pieces.
-    right_heads = padded(head_dim) == 64 and head_dim % 4 == 0 and num_heads >= _RESIDENT_HEADS
-    if "resident_backward" not in tiles or not right_heads:
-        return "backward"
-    # Nor do they hold masks: all rows of the tile exist, and its queries are whole rows of the grid.
-    tile, whole = tiles["resident_backward"], num_tokens == math.prod(grid) == triton.next_power_of_2(num_tokens)
-    fits = whole and num_tokens <= tile.block_n and tile.block_m % grid[1] == 0
-    return "resident_backward" if fits else "backward"
+    fits = "resident_backward" in tiles and padded(head_dim) == 64 and head_dim % 4 == 0
+    # Nor do registers hold masks: all rows of the tile exist.
+    fits = fits and num_tokens in (128, 256)
+    return "resident_backward" if fits and num_heads >= _RESIDENT_HEADS else "backward"
+
+
+# The kernels that a pass launches, by what chooses it.
+_WAYS = {
+    "resident_forward": ("resident_forward",),
+    "forward": ("forward",),
+    "short_backward": ("short_backward",),
+    "resident_backward": ("resident_backward", "backward_tables"),
+    "backward": ("backward_q", "backward_kv", "backward_tables"),
+}
 
 
 def lay_out_cells(tile: CellTile, grid: tuple[int, int]) -> TableTile:
     """Whole rows of the grid as far as they fit, then more batch items where the grid is smaller."""
     H, W = grid
-    columns = min(triton.next_power_of_2(W), tile.cells)
-    rows = min(triton.next_power_of_2(H), tile.cells // columns)
+    columns = min(_power_of_2(W), tile.cells)
+    rows = min(_power_of_2(H), tile.cells // columns)
     return TableTile(tile.cells // (rows * columns), rows, columns, tile.num_warps, tile.num_stages)
 
 
@@ -206,120 +193,127 @@ class _Problem:
     scale: float
     tf32: bool
 
-    @property
-    def has_bias(self) -> bool:
-        return self.rel_pos_bias is not None
-
-    @property
-    def has_modulation(self) -> bool:
-        return self.modulation is not None
-
-    @property
-    def unit(self) -> str:
-        return "fma" if self.q.dtype == torch.float32 else matrix_unit(self.q.device)
-
-    def forward_tile(self) -> tuple[str, ScoreTile]:
-        """The kernel of the forward pass, and its tile."""
-        B, N, heads, D = self.q.shape
-        kernel = choose_forward(self.unit, N, D, B * heads, self.has_modulation)
-        ((kernel, tile),) = self._measured("forward", {kernel: tiles_of(self.unit, D)[kernel]}).items()
-        return kernel, tile
-
-    def backward_tiles(self) -> Tiles:
-        """The tiles of the kernels of the backward pass: `short_backward`, or `backward_tables` after
-        `resident_backward` or the two passes over queries and keys."""
-        B, N, heads, D = self.q.shape
-        tiles = tiles_of(self.unit, D) | {"backward_tables": TABLE_TILES[self.unit]}
-        kernels = {
-            "short_backward": ("short_backward",),
-            "resident_backward": ("resident_backward", "backward_tables"),
-            "backward": ("backward_q", "backward_kv", "backward_tables"),
-        }[choose_backward(self.unit, N, self.grid, D, B * heads, self.has_modulation)]
-        return self._measured("backward", {kernel: tiles[kernel] for kernel in kernels})
-
-    def _measured(self, direction: str, heuristic: dict) -> dict:
+    def tiles(self, direction: str) -> Tiles:
+        """The tiles of the kernels of a pass."""
         (B, N, heads, D), (H, W) = self.q.shape, self.grid
+        unit = "fma" if self.q.dtype == torch.float32 else matrix_unit(self.q.device)
+        with_modulation = self.modulation is not None
+        choose = choose_forward if direction == "forward" else choose_backward
+        tiles, way = tiles_of(unit, N, D), _WAYS[choose(unit, N, D, B * heads, with_modulation)]
         key = {
             "dtype": "float32" if self.q.dtype == torch.float32 else "16-bit",
             "height": H,
             "width": W,
             "extra_tokens": N - H * W,
             "head_dim": D,
-            "bias": self.has_bias,
-            "modulation": self.has_modulation,
+            "bias": self.rel_pos_bias is not None,
+            "modulation": with_modulation,
             "many_heads": B * heads >= _RESIDENT_HEADS,
         }
-        return choose_tiles(f"amm_attention.{direction}", key, heuristic)
+        if with_modulation:  # beside a bias it spills with more
+            tiles["backward_tables"] = replace(tiles["backward_tables"], num_stages=1)
+        return choose_tiles(f"amm_attention.{direction}", key, {kernel: tiles[kernel] for kernel in way})
 
-    def strides(self, *tensors: Tensor) -> list[int]:
-        """Of q, k, v, then of these, as the kernels take them."""
-        return [stride for tensor in (self.q, self.k, self.v, *tensors) for stride in tensor.stride()[:3]]
+    def table_strides(self) -> tuple[int, int, int, int]:
+        """Of the bias and of the modulation: from offset to offset, from head to head."""
+        bias = (0, 0) if self.rel_pos_bias is None else self.rel_pos_bias.stride()
+        return (
+            *bias,
+            1,
+            self.modulation.stride(0) if self.modulation is not None and self.modulation.ndim == 3 else 0,
+        )
 
-    def sizes(self) -> tuple:
-        _, N, heads, _ = self.q.shape
-        by_head = self.has_bias or (self.modulation is not None and self.modulation.ndim == 3)
-        stride_table = (2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) if by_head and heads > 1 else 0
-        return (stride_table, N, heads, *self.grid, self.before, self.scale)
-
-    def launch(self, kernel, tile: ScoreTile | TableTile, programs: int, rows: tuple, *extra: int, **constants):
-        """`rows` are the tensors after q, k, v whose strides the kernel takes, `extra` its numbers after the
-        sizes. It is to be called with q, k, v, the table, and the kernel's other tensors."""
-        D = self.q.shape[-1]
+    def launch(
+        self, kernel, programs: int, tile, rows: tuple, table_strides: tuple, *numbers, **constants
+    ) -> Launch:
+        """`rows` are the tensors after q, k, v whose strides the kernel takes, `numbers` what follows the scale. It
+        is to be called with q, k, v, bias and modulation, and the kernel's other tensors."""
+        _, N, heads, D = self.q.shape
+        strides = [stride for tensor in (self.q, self.k, self.v, *rows) for stride in tensor.stride()[:3]]
         return Launch(
-            kernel, programs, *self.strides(*rows), *self.sizes(), *extra,
+            kernel, programs, *strides, *table_strides, N, heads, *self.grid, self.before, self.scale, *numbers,
             **constants, D=D, BLOCK_D=padded(D), ALIGN=common_alignment(self.q, self.k, self.v, *rows),
-            HAS_BIAS=self.has_bias, HAS_MODULATION=self.has_modulation,
             PRECISION="tf32" if self.tf32 else "ieee",  # what PyTorch's own products would be
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
-    def launch_tiles(self, kernel, tile: ScoreTile, programs_per_head: int, rows, **constants) -> Launch:
-        """A kernel of which each program takes a tile of one head, or the whole head."""
-        (B, N, heads, _), (H, W) = self.q.shape, self.grid
-        has_extra, masked = H * W != N, N % tile.block_m != 0 or N % tile.block_n != 0
-        constants |= {
-            "HAS_EXTRA": has_extra,
-            "MASKED": masked,
-            "EVEN": not masked and not has_extra and tile.block_m % W == 0 and tile.block_n % W == 0,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-        }
-        return self.launch(kernel, tile, B * heads * programs_per_head, rows, **constants)
-
-    def launch_short(self, kernel, tile: ScoreTile, splits: int, rows, **constants) -> Launch:
-        """A kernel of which each program takes one of `splits` shares of the batch of one head."""
-        B, N, heads, _ = self.q.shape
-        seq = triton.next_power_of_2(N)
-        packed = tile.block_m // seq
-        constants |= {
-            "HAS_EXTRA": math.prod(self.grid) != N,
-            "MASKED": packed > 1 or seq != N,
-            "SEQ": seq,
-            "BLOCK": tile.block_m,
-        }
-        steps = _ceil(_ceil(B, packed), splits)
-        return self.launch(kernel, tile, splits * heads, rows, B, steps, **constants)
-
-    def short_splits(self, kernel: str, tile: ScoreTile) -> int:
-        """Shares of the batch, none of them empty."""
-        B, N, heads, _ = self.q.shape
-        groups = _ceil(B, tile.block_m // triton.next_power_of_2(N))
-        steps = _ceil(groups * heads, _SHORT_PROGRAMS[kernel])
-        return _ceil(groups, steps)
+    def launch_scores(
+        self, kernel, programs: int, tile: ScoreTile, rows: tuple, *numbers, keys_first: bool, **constants
+    ) -> "_Scores":
+        """A kernel that reads the tables for each pair of tokens; so many programs a head."""
+        (_, N, heads, _), (H, W) = self.q.shape, self.grid
+        side = max(_power_of_2(N), tile.block_m, tile.block_n) if N <= _MATRIX_TOKENS else 0
+        entries, has_extra = side**2 or (2 * H - 1) * (2 * W - 1), H * W != N
+        masked = N % tile.block_m != 0 or N % tile.block_n != 0
+        by_head = self.modulation is not None and self.modulation.ndim == 3
+        launch = self.launch(
+            kernel, programs * heads, tile, rows, (entries, entries * by_head), *numbers, **constants,
+            SIDE=side, HAS_EXTRA=has_extra and not side, MASKED=masked, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            EVEN=side > 0 or not (masked or has_extra or tile.block_m % W or tile.block_n % W),
+        )  # fmt: skip
+        matrices = None
+        if side:
+            strides, block = self.table_strides(), min(entries, _ENTRIES_PER_PROGRAM)
+            matrices = tuple(
+                (
+                    Launch(
+                        expand_table, table_heads * entries // block, *table_strides, H, W, self.before, fill,
+                        SIDE=side, KEYS_FIRST=keys_first, BLOCK=block,
+                    ),
+                    (table_heads, side, side),
+                )
+                for table_heads, table_strides, fill in (
+                    (heads, strides[:2], 0.0),
+                    (heads if by_head else 1, strides[2:], 1.0),
+                )
+            )  # fmt: skip
+        return _Scores(launch, matrices)
 
 
-def _table(q: Tensor, modulation: Tensor | None, rel_pos_bias: Tensor | None) -> Tensor:
-    """(heads or 1, offsets): bias, modulation, or pairs of both; q stands in where there is neither.
+@dataclass(frozen=True)
+class _Scores:
+    """A launch of a kernel that reads the tables for each pair of tokens; and of what makes matrices of bias and
+    modulation, with their sizes, or None where the kernel reads the tables themselves."""
 
-    The bias comes as (offsets, heads); a row of the grid should be one run of memory for a head.
-    """
-    if rel_pos_bias is None:
-        return q if modulation is None else modulation.contiguous()
-    bias = rel_pos_bias.t().contiguous()
-    if modulation is None:
-        return bias
-    pairs = [bias.float(), modulation.float().reshape(-1, bias.shape[1]).expand(bias.shape)]
-    return torch.stack(pairs, dim=-1).view(torch.int64)  # one 64-bit load gathers both
+    launch: Launch
+    matrices: tuple[tuple[Launch, tuple[int, int, int]], ...] | None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rel_pos_bias, modulation, *others: Tensor | None) -> None:
+        if self.matrices is None:  # a row of the grid should be one run of memory for a head
+            bias = None if rel_pos_bias is None else rel_pos_bias.t().contiguous()
+            return self.launch(q, k, v, bias, modulation, *others)
+        dtype, read = torch.float32 if q.dtype == torch.float32 else torch.float16, []
+        for table, (expand, sizes) in zip((rel_pos_bias, modulation), self.matrices):
+            matrix = None
+            if table is not None:
+                matrix = q.new_empty(sizes, dtype=dtype)
+                expand(table, matrix)
+            read.append(matrix)
+        self.launch(q, k, v, *read, *others)
+
+
+@dataclass(frozen=True)
+class _TableGradients:
+    """A launch that makes `partials` numbers a table, and for the bias and the modulation one that adds those up."""
+
+    launch: Launch
+    partials: int
+    reduce: tuple[Launch, Launch]
+
+    @staticmethod
+    def plan(
+        p: _Problem, launch: Launch, splits: int, distances: int, layout: dict[str, int]
+    ) -> "_TableGradients":
+        (H, W), heads, block = p.grid, p.q.shape[2], layout["BLOCK"]
+        offsets = (2 * H - 1) * (2 * W - 1)
+        reduce = (
+            Launch(
+                table_kernels.reduce_table_partials, heads * _ceil(offsets, _OFFSETS_PER_PROGRAM), splits, heads,
+                *strides, H, W, **layout, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM,
+            )
+            for strides in ((heads, 1), (1, offsets))
+        )  # fmt: skip
+        return _TableGradients(launch, splits * heads * distances * block * block, tuple(reduce))
 
 
 def _allows_tf32(q: Tensor) -> bool:
@@ -333,180 +327,137 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return dense_like(q), q.new_empty(rows, dtype=torch.float32)
 
 
+def _dense(q, k, v, modulation) -> tuple:
+    return dense_rows(q), dense_rows(k), dense_rows(v), None if modulation is None else modulation.contiguous()
+
+
 def _dense_like(q: Tensor) -> Tensor:
     """An output's strides, without its memory."""
     return torch.empty(q.shape, dtype=q.dtype, device="meta")
 
 
-def _plan_forward(q, k, v, modulation, rel_pos_bias, grid, before, scale, tf32) -> Launch:
-    p = _Problem(q, k, v, modulation, rel_pos_bias, grid, before, scale, tf32)
-    kernel, tile = p.forward_tile()
-    rows, N = (_dense_like(q),), q.shape[1]
-    if kernel == "short_forward":
-        return p.launch_short(short_kernels.short_forward, tile, p.short_splits(kernel, tile), rows)
+def _plan_forward(*arguments) -> _Scores:
+    p = _Problem(*arguments)
+    ((kernel, tile),) = p.tiles("forward").items()
+    (B, N, _, _), rows = p.q.shape, (_dense_like(p.q),)
     if kernel == "resident_forward":
-        return p.launch_tiles(resident_kernels.resident_forward, tile, 1, rows, TILES=_ceil(N, tile.block_n))
-    return p.launch_tiles(kernels.forward, tile, _ceil(N, tile.block_m), rows)
+        resident = resident_kernels.resident_forward
+        return p.launch_scores(resident, B, tile, rows, keys_first=False, TILES=_ceil(N, tile.block_n))
+    return p.launch_scores(kernels.forward, B * _ceil(N, tile.block_m), tile, rows, keys_first=False)
 
 
 def _forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale, signature=None):
-    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    q, k, v, modulation = _dense(q, k, v, modulation)
     out, logsumexp = _empty_outputs(q)
     if q.numel():
         tensors = q, k, v, modulation, rel_pos_bias
         launch = planned(_plan_forward, signature, tensors, (grid_h, grid_w), before, scale, _allows_tf32(q))
         with on_device_of(q):
-            launch(q, k, v, _table(q, modulation, rel_pos_bias), out, logsumexp)
+            launch(q, k, v, rel_pos_bias, modulation, out, logsumexp)
     return out, logsumexp
 
 
 @dataclass(frozen=True)
-class _TableGradients:
-    """What adds up the gradients of tables from `partials` numbers a table."""
-
-    launch: Launch
-    partials: int
-    reduce: Launch
-
-
-@dataclass(frozen=True)
 class _Backward:
-    """`short`; or `resident` or q and kv, and, if a table's gradient is needed, `tables`."""
+    """`short`, or `resident`, or q and kv. Of the tables' gradients `short` makes the partial sums, too."""
 
-    short: _TableGradients | None = None
-    resident: Launch | None = None
-    q: Launch | None = None
-    kv: Launch | None = None
-    tables: _TableGradients | None = None
+    tables: _TableGradients
+    short: _Scores | None = None
+    resident: _Scores | None = None
+    q: _Scores | None = None
+    kv: _Scores | None = None
 
 
-def _plan_backward(
-    grad_out, q, k, v, modulation, rel_pos_bias, grid, before, scale, tf32, needs_modulation, needs_bias
-) -> _Backward:
-    p = _Problem(q, k, v, modulation, rel_pos_bias, grid, before, scale, tf32)
-    N, tiles, out = q.shape[1], p.backward_tiles(), _dense_like(q)
+def _plan_backward(grad_out, *arguments) -> _Backward:
+    p = _Problem(*arguments)
+    tiles, out, (B, N, _, _) = p.tiles("backward"), _dense_like(p.q), p.q.shape
     if "short_backward" in tiles:
-        return _Backward(short=_plan_short_backward(p, tiles["short_backward"], grad_out, out, needs_bias))
-    tables = None
-    if needs_modulation or needs_bias:
-        tile = lay_out_cells(tiles["backward_tables"], grid)
-        tables = _plan_tables(p, tile, grad_out, needs_modulation, needs_bias)
+        return _plan_short_backward(p, tiles["short_backward"], grad_out, out)
+    tables = _plan_tables(p, lay_out_cells(tiles["backward_tables"], p.grid), grad_out)
     if "resident_backward" in tiles:
-        tile = replace(tiles["resident_backward"], block_n=N)
-        launch = p.launch_tiles(resident_kernels.resident_backward, tile, 1, (out, grad_out))
-        return _Backward(resident=launch, tables=tables)
+        resident, tile = resident_kernels.resident_backward, tiles["resident_backward"]
+        return _Backward(tables, resident=p.launch_scores(resident, B, tile, (out, grad_out), keys_first=True))
     tile = tiles["backward_q"]
-    q_pass = p.launch_tiles(
-        kernels.backward_q, tile, _ceil(N, tile.block_m), (out, grad_out), WHOLE_ROWS=tile.block_n >= N
-    )
+    q_pass = p.launch_scores(
+        kernels.backward_q, B * _ceil(N, tile.block_m), tile, (out, grad_out), keys_first=False,
+        WHOLE_ROWS=tile.block_n >= N,
+    )  # fmt: skip
     tile = tiles["backward_kv"]
-    kv_pass = p.launch_tiles(
-        kernels.backward_kv, tile, _ceil(N, tile.block_n), (grad_out, out), WHOLE_ROWS=tile.block_n >= N
+    kv_pass = p.launch_scores(
+        kernels.backward_kv, B * _ceil(N, tile.block_n), tile, (grad_out, out), keys_first=True,
+        WHOLE_ROWS=tile.block_n >= N,
+    )  # fmt: skip
+    return _Backward(tables, q=q_pass, kv=kv_pass)
+
+
+def _plan_short_backward(p: _Problem, tile: ScoreTile, grad_out: Tensor, out: Tensor) -> _Backward:
+    (B, _, heads, _), (H, W) = p.q.shape, p.grid
+    steps = _ceil(B * heads * tile.block_m, 64 * _SHORT_PROGRAMS)  # of a program
+    splits = _ceil(B, steps)
+    launch = p.launch_scores(
+        resident_kernels.short_backward, splits, tile, (grad_out, out), B, steps, keys_first=True
     )
-    return _Backward(q=q_pass, kv=kv_pass, tables=tables)
+    layout = {"ITEMS": 1, "ROWS": H, "COLUMNS": W, "BLOCK": tile.block_m}
+    return _Backward(_TableGradients.plan(p, launch.launch, splits, 1, layout), short=launch)
 
 
-def _plan_short_backward(p, tile, grad_out, out, needs_bias) -> _TableGradients:
-    splits, heads, block = p.short_splits("short_backward", tile), p.q.shape[2], tile.block_m
-    launch = p.launch_short(
-        short_kernels.short_backward, tile, splits, (grad_out, out), GRAD_BIAS=needs_bias,
-    )  # fmt: skip
-    reduce = Launch(
-        short_kernels.reduce_short_partials, _reduction_programs(p), splits, heads, *p.grid, p.before,
-        SEQ=triton.next_power_of_2(p.q.shape[1]), BLOCK=block, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM,
-    )  # fmt: skip
-    return _TableGradients(launch, splits * heads * block * block, reduce)
-
-
-def _plan_tables(p, tile, grad_out, needs_modulation, needs_bias) -> _TableGradients:
-    B, _, heads, _ = p.q.shape
-    H, W = p.grid
+def _plan_tables(p: _Problem, tile: TableTile, grad_out: Tensor) -> _TableGradients:
+    (B, _, heads, _), (H, W) = p.q.shape, p.grid
     layout = {"ITEMS": tile.items, "ROWS": tile.rows, "COLUMNS": tile.columns}
-    block = math.prod(layout.values())
     tiles_y, across = _ceil(H, tile.rows), 2 * _ceil(W, tile.columns) - 1
     distances, programs = (2 * tiles_y - 1) * across, tiles_y * across  # of a head and share
     groups = _ceil(B, tile.items)
     groups_per_split = _ceil(groups * heads * programs, _TABLE_PROGRAMS)
     splits = _ceil(groups, groups_per_split)
     launch = p.launch(
-        table_kernels.backward_tables, tile, splits * heads * programs, (grad_out,), B, groups_per_split,
-        GRAD_BIAS=needs_bias, GRAD_MODULATION=needs_modulation,
-        MASKED=tile.items > 1 or H % tile.rows != 0 or W % tile.columns != 0, **layout,
+        table_kernels.backward_tables, splits * heads * programs, tile, (grad_out,), p.table_strides(),
+        B, groups_per_split, MASKED=tile.items > 1 or H % tile.rows != 0 or W % tile.columns != 0, **layout,
     )  # fmt: skip
-    reduce = Launch(
-        table_kernels.reduce_table_partials, _reduction_programs(p), splits, heads, H, W,
-        **layout, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM,
-    )  # fmt: skip
-    return _TableGradients(launch, splits * heads * distances * block * block, reduce)
+    return _TableGradients.plan(p, launch, splits, distances, layout | {"BLOCK": math.prod(layout.values())})
 
 
 def _backward(
     grad_out, q, k, v, modulation, rel_pos_bias, out, logsumexp, grid_h, grid_w, before, scale,
     needs_modulation, needs_bias, signature=None,
 ):  # fmt: skip
-    grad_out, q, k, v = map(dense_rows, (grad_out, q, k, v))
-    B, N, heads, _ = q.shape
-    grad_q, grad_k, grad_v = (dense_like(q) for _ in range(3))
+    grad_out, (q, k, v, modulation) = dense_rows(grad_out), _dense(q, k, v, modulation)
+    (B, N, heads, _), offsets = q.shape, (2 * grid_h - 1, 2 * grid_w - 1)
+    grads = [dense_like(q) for _ in range(3)]
     new = functools.partial(q.new_empty, dtype=torch.float32)
-    table_shape = (heads, 2 * grid_h - 1, 2 * grid_w - 1)
-    grad_bias, grad_modulation = (  # of each head; empty where not needed
-        new(table_shape if needed else 0) for needed in (needs_bias, needs_modulation)
-    )
-    if q.numel() == 0:
-        return (
-            grad_q,
-            grad_k,
-            grad_v,
-            *_table_gradients(grad_modulation.zero_(), grad_bias.zero_(), modulation, rel_pos_bias),
-        )
-    plan = planned(
-        _plan_backward, signature, (grad_out, q, k, v, modulation, rel_pos_bias),
-        (grid_h, grid_w), before, scale, _allows_tf32(q), needs_modulation, needs_bias,
-    )  # fmt: skip
-    inputs = q, k, v, _table(q, modulation, rel_pos_bias)
-    with on_device_of(q):
-        if plan.short is not None:
-            partials = new(plan.short.partials if needs_bias else 0)
-            plan.short.launch(*inputs, grad_out, logsumexp, grad_q, grad_k, grad_v, partials)
-            if needs_bias:
-                plan.short.reduce(partials, grad_bias)
-        else:
-            delta = new((B, heads, N))
-            if plan.resident is not None:
-                plan.resident(*inputs, out, grad_out, logsumexp, delta, grad_q, grad_k, grad_v)
+    # The modulation's are of each head, and empty what is not needed.
+    grad_modulation = new((heads, *offsets) if needs_modulation else 0)
+    grad_bias = torch.empty_like(rel_pos_bias, memory_format=torch.contiguous_format) if needs_bias else new(0)
+    if q.numel():
+        plan = planned(
+            _plan_backward, signature, (grad_out, q, k, v, modulation, rel_pos_bias),
+            (grid_h, grid_w), before, scale, _allows_tf32(q),
+        )  # fmt: skip
+        inputs = q, k, v, rel_pos_bias, modulation
+        partials = [
+            new(plan.tables.partials) if needed else None for needed in (needs_bias, needs_modulation)
+        ]
+        with on_device_of(q):
+            if plan.short is not None:
+                plan.short(*inputs, grad_out, logsumexp, *grads, partials[0])
             else:
-                plan.q(*inputs, out, grad_out, logsumexp, delta, grad_q)
-                plan.kv(*inputs, grad_out, logsumexp, delta, grad_k, grad_v)
-            if plan.tables is not None:
-                partials = [
-                    new(plan.tables.partials if needed else 0) for needed in (needs_bias, needs_modulation)
-                ]
-                plan.tables.launch(*inputs, grad_out, logsumexp, delta, *partials)
-                for needed, partial, gradient in zip(
-                    (needs_bias, needs_modulation), partials, (grad_bias, grad_modulation)
-                ):
-                    if needed:
-                        plan.tables.reduce(partial, gradient)
-    return grad_q, grad_k, grad_v, *_table_gradients(grad_modulation, grad_bias, modulation, rel_pos_bias)
-
-
-def _table_gradients(grad_modulation, grad_bias, modulation, rel_pos_bias) -> tuple[Tensor, Tensor]:
-    """As the tables are, from the gradients for each head."""
-    if grad_modulation.numel():
+                delta = new((B, heads, N))
+                if plan.resident is not None:
+                    plan.resident(*inputs, out, grad_out, logsumexp, delta, *grads)
+                else:
+                    plan.q(*inputs, out, grad_out, logsumexp, delta, grads[0])
+                    plan.kv(*inputs, grad_out, logsumexp, delta, *grads[1:])
+                if needs_bias or needs_modulation:
+                    plan.tables.launch(*inputs, grad_out, logsumexp, delta, *partials)
+            for partial, gradient, reduce in zip(partials, (grad_bias, grad_modulation), plan.tables.reduce):
+                if partial is not None:
+                    reduce(partial, gradient)
+    else:
+        grad_modulation.zero_(), grad_bias.zero_()
+    if needs_modulation:
         grad_modulation = (grad_modulation.sum(0) if modulation.ndim == 2 else grad_modulation).to(
             modulation.dtype
         )
-    if grad_bias.numel():
-        grad_bias = grad_bias.flatten(1).t().to(rel_pos_bias.dtype).contiguous()
-    return grad_modulation, grad_bias
-
-
-_OFFSETS_PER_PROGRAM = 16
-
-
-def _reduction_programs(p: _Problem) -> int:
-    (H, W), heads = p.grid, p.q.shape[2]
-    return heads * _ceil((2 * H - 1) * (2 * W - 1), _OFFSETS_PER_PROGRAM)
+    return *grads, grad_modulation, grad_bias
 
 
 def _fake_backward(

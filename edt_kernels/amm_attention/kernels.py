@@ -17,26 +17,19 @@ logsumexp is kept in two parts, row maximum and log2 of the sum: rounded togethe
 magnitude of the logits times a rounding step.
 
 Each kernel owns what it writes, so that no sum depends on the order of programs: here `backward_q` (also writes
-delta) and `backward_kv`, in `table_kernels` the gradients of the tables. `short_kernels` do all in one pass for
-sequences that fit into one tile, `resident_kernels` all but the tables' gradients with a whole head on the chip.
+delta) and `backward_kv`, in `table_kernels` the gradients of the tables. `resident_kernels` do more at once for
+sequences that fit on the chip.
 
-Both tables are indexed by the offset Δ of two tokens of an H×W grid, and the index separates into a share of the
-query and a share of the key, position(i) − position(j). Tokens before or after the grid have no offset.
-
-The tables are gathered, element by element, rather than expanded to (heads, N, N) matrices first and streamed.
-Compiled for sm_90 at 16×16 tokens of 52 channels with a bias, bfloat16 matrices take 14.2 instructions a score and
-121 registers, gathers 16.4 and 209 (with both tables 17.0 and 17.1); but matrices bring 2 bytes a score and table
-through the L2 cache: 131 kB for a head of 256 tokens whose q, k, v and output are 106 kB. No GPU has decided yet.
-
-Where no token is off the grid and tiles are whole rows of it (EVEN), the next tile's indices differ by a constant,
-which is added to the table's address, and the indices are computed once.
+Tables are read in one of two forms, see `table_kernels`: of up to 256 tokens as matrices with an entry for each pair,
+of more as they are, at the offset of each pair.
 """
 
 import triton
 import triton.language as tl
 
+from .tables import key_places, load_pairs, place_of_equals, places_apart, query_places
+
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-NO_BIAS_FACTOR_ONE: tl.constexpr = tl.constexpr(0x3F800000 << 32)  # float32 0 and 1 as one 64-bit word
 # Whether these arguments are multiples of 16 tells the compiler nothing (of strides ALIGN does); asked, it would
 # make the same code again for each combination. Nor is it worth codes that what the batch size decides is 1.
 ANY_ALIGNMENT = ["stride_qn", "stride_kn", "stride_vn", "stride_on", "stride_gn", "heads"]
@@ -94,49 +87,10 @@ def store_rows_transposed(pointer, offsets, valid, values, D: tl.constexpr, BLOC
 
 
 @triton.jit
-def grid_positions(token, before, H, W):
-    """Each token's share of the table index, and which tokens are on the grid.
-
-    position(i) − position(j) = (y_i − y_j)·(2W−1) + x_i − x_j, counted from the middle of the table. Tokens off
-    the grid are clamped onto it, so that the index stays inside the table; their pairs are masked.
-    """
-    cell = token - before
-    on_grid = (cell >= 0) & (cell < H * W)
-    cell = tl.minimum(tl.maximum(cell, 0), H * W - 1)
-    return cell // W * (2 * W - 1) + cell % W, on_grid
-
-
-@triton.jit
-def middle_of_table(H, W):
-    """The index of the offset (0, 0)."""
-    return (H - 1) * (2 * W - 1) + W - 1
-
-
-@triton.jit
-def look_up(
-    table, index, both_on_grid,
-    HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, HAS_EXTRA: tl.constexpr,
-):  # fmt: skip
-    """bias[Δ] and m[Δ] in float32; 0 and 1 for pairs with a token outside the grid. With both, the table holds
-    pairs of float32 as 64-bit words: one load instead of two."""
-    bias, factor = 0.0, 1.0
-    mask = both_on_grid if HAS_EXTRA else None
-    if HAS_BIAS and HAS_MODULATION:
-        pair = tl.load(table + index, mask=mask, other=NO_BIAS_FACTOR_ONE if HAS_EXTRA else None)
-        bias = pair.to(tl.int32).to(tl.float32, bitcast=True)
-        factor = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    elif HAS_BIAS:
-        bias = tl.load(table + index, mask=mask, other=0.0 if HAS_EXTRA else None).to(tl.float32)
-    elif HAS_MODULATION:
-        factor = tl.load(table + index, mask=mask, other=1.0 if HAS_EXTRA else None).to(tl.float32)
-    return bias, factor
-
-
-@triton.jit
-def masked_logits(products, scale, bias, pair_valid, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr):
+def masked_logits(products, scale, bias, pair_valid, MASKED: tl.constexpr):
     """products·scale + bias, −∞ for pairs that do not exist."""
     logits = products * scale
-    if HAS_BIAS:
+    if bias is not None:
         logits += bias
     if MASKED:
         logits = tl.where(pair_valid, logits, float("-inf"))
@@ -199,18 +153,17 @@ def summand(a, b, EXACT: tl.constexpr):
 @triton.jit
 def gradients_of_scores(
     left, right, grad_left, grad_right, row_max, row_log_sum, row_delta, scale, bias, factor, pair_valid,
-    HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    WHOLE_ROWS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, WHOLE_ROWS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P, G, dS and delta of a tile, (queries, keys), from left = q, right = kᵀ, grad_left = dO, grad_right = vᵀ.
     WHOLE_ROWS: the tile has all keys of its rows, which are normalised again and make delta.
     TRANSPOSED: (keys, queries), from k, q, v, dO. (Multiplying by the transpose of a product gave wrong gradients
     on Hopper with Triton 3.4 to 3.7.0.) They are transposed where they are used: earlier, sm_100 spills."""
     products = tl.dot(left, tl.trans(right) if TRANSPOSED else right, input_precision=PRECISION)
-    logits = masked_logits(products, scale, bias, pair_valid, HAS_BIAS, MASKED)
+    logits = masked_logits(products, scale, bias, pair_valid, MASKED)
     p = probabilities(logits, row_max, row_log_sum, EXACT, TRANSPOSED)
     grad_weights = tl.dot(grad_left, tl.trans(grad_right) if TRANSPOSED else grad_right, input_precision=PRECISION)
-    grad_p = grad_weights * factor if HAS_MODULATION else grad_weights
+    grad_p = grad_weights if factor is None else grad_weights * factor
     if WHOLE_ROWS:
         KEYS: tl.constexpr = 0 if TRANSPOSED else 1
         if EXACT or not TRANSPOSED:  # where a sum over keys crosses warps, a second one is 30 % more instructions
@@ -232,16 +185,15 @@ def finite_maximum(row_max):
 
 @triton.jit
 def attend(
-    logits, factor, v_tile, running_max, running_sum, accumulator,
-    HAS_MODULATION: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    logits, factor, v_tile, running_max, running_sum, accumulator, EXACT: tl.constexpr, PRECISION: tl.constexpr
+):
     """One step of the online softmax: (BLOCK_M, BLOCK_N) logits join the running maximum, sum and accumulator."""
     new_max = tl.maximum(running_max, tl.max(logits, axis=1))
     safe_max = finite_maximum(new_max)
     p = exp_difference(logits, safe_max[:, None], EXACT)
     rescale = exp_difference(running_max, safe_max, EXACT)
     running_sum = running_sum * rescale + tl.sum(p, axis=1)
-    if HAS_MODULATION:
+    if factor is not None:
         p *= factor
     accumulator = accumulator * rescale[:, None]
     accumulator = add_product(accumulator, p.to(v_tile.dtype), v_tile, EXACT, PRECISION)
@@ -265,49 +217,50 @@ def store_output(
 
 @triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def forward(
-    q, k, v, table, out, logsumexp,
+    q, k, v, bias, modulation, out, logsumexp,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_on, stride_oh,
-    stride_table, N, heads, H, W, before, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, HAS_EXTRA: tl.constexpr, MASKED: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_bias, stride_modulation, N, heads, H, W, before, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, SIDE: tl.constexpr, HAS_EXTRA: tl.constexpr,
+    MASKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out and logsumexp of BLOCK_M query rows."""
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     tile, head, batch = place_of_program(tl.cdiv(N, BLOCK_M), heads)
-    table += head * stride_table + middle_of_table(H, W)
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    position_i, on_grid_i = grid_positions(i, before, H, W)
+    place_i, on_grid_i = query_places(i, before, H, W, SIDE, False)
     q_offsets = row_offsets(batch, i, head, stride_qb, stride_qn, stride_qh, ALIGN)
     q_tile = load_rows(q, q_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
 
     running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_M,), tl.float32)
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    position_j, on_grid_j = grid_positions(tl.arange(0, BLOCK_N), before, H, W)
+    place_j, on_grid_j = key_places(tl.arange(0, BLOCK_N), before, H, W, SIDE, False)
+    first, step = place_of_equals(H, W, SIDE), places_apart(W, SIDE, BLOCK_N)
     if BLOCK_M == 128:  # WGMMA's tiles; of smaller ones one spills with it on sm_120
         # Else ptxas finds accumulators set on the way past the loop, and serialises its WGMMA (its warning C7515).
         tl.assume(N > 0)
     for start in range(0, N, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         if not EVEN:
-            position_j, on_grid_j = grid_positions(j, before, H, W)
+            place_j, on_grid_j = key_places(j, before, H, W, SIDE, False)
         k_offsets = row_offsets(batch, j, head, stride_kb, stride_kn, stride_kh, ALIGN)
         v_offsets = row_offsets(batch, j, head, stride_vb, stride_vn, stride_vh, ALIGN)
         k_tile = load_rows_transposed(k, k_offsets, j < N, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK_N)
         v_tile = load_rows(v, v_offsets, j < N, D, BLOCK_D, MASKED)  # (BLOCK_N, BLOCK_D)
-        bias, factor = look_up(
-            table, position_i[:, None] - position_j[None, :], on_grid_i[:, None] & on_grid_j[None, :],
-            HAS_BIAS, HAS_MODULATION, HAS_EXTRA,
-        )  # fmt: skip
+        place, both_on_grid = place_i[:, None] + place_j[None, :], on_grid_i[:, None] & on_grid_j[None, :]
+        logit, factor = None, None
+        if bias is not None:
+            logit = load_pairs(bias + head * stride_bias + first, place, both_on_grid, 0.0, HAS_EXTRA)
+        if modulation is not None:
+            factor = load_pairs(modulation + head * stride_modulation + first, place, both_on_grid, 1.0, HAS_EXTRA)
         products = tl.dot(q_tile, k_tile, input_precision=PRECISION)
-        logits = masked_logits(products, scale, bias, (j < N)[None, :], HAS_BIAS, MASKED)
+        logits = masked_logits(products, scale, logit, (j < N)[None, :], MASKED)
         running_max, running_sum, accumulator = attend(
-            logits, factor, v_tile, running_max, running_sum, accumulator, HAS_MODULATION, EXACT, PRECISION
+            logits, factor, v_tile, running_max, running_sum, accumulator, EXACT, PRECISION
         )
         if EVEN:
-            table -= BLOCK_N // W * (2 * W - 1)
+            first += step if SIDE else -step
 
     out_offsets = row_offsets(batch, i, head, stride_ob, stride_on, stride_oh, ALIGN)
     first_row = (batch.to(tl.int64) * heads + head) * N
@@ -319,21 +272,19 @@ def forward(
 
 @triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def backward_q(
-    q, k, v, table, out, grad_out, logsumexp, delta, grad_q,
+    q, k, v, bias, modulation, out, grad_out, logsumexp, delta, grad_q,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_on, stride_oh, stride_gb, stride_gn, stride_gh,
-    stride_table, N, heads, H, W, before, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, HAS_EXTRA: tl.constexpr, MASKED: tl.constexpr,
-    EVEN: tl.constexpr, WHOLE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    stride_bias, stride_modulation, N, heads, H, W, before, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, SIDE: tl.constexpr, HAS_EXTRA: tl.constexpr,
+    MASKED: tl.constexpr, EVEN: tl.constexpr, WHOLE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M query rows, and delta, which is (B, heads, N). `out` and `grad_q` share their strides."""
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     tile, head, batch = place_of_program(tl.cdiv(N, BLOCK_M), heads)
-    table += head * stride_table + middle_of_table(H, W)
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    position_i, on_grid_i = grid_positions(i, before, H, W)
+    place_i, on_grid_i = query_places(i, before, H, W, SIDE, False)
     q_offsets = row_offsets(batch, i, head, stride_qb, stride_qn, stride_qh, ALIGN)
     out_offsets = row_offsets(batch, i, head, stride_ob, stride_on, stride_oh, ALIGN)
     grad_offsets = row_offsets(batch, i, head, stride_gb, stride_gn, stride_gh, ALIGN)
@@ -349,26 +300,29 @@ def backward_q(
     q_tile = load_rows(q, q_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
     row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, i < N, EXACT, MASKED)
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    position_j, on_grid_j = grid_positions(tl.arange(0, BLOCK_N), before, H, W)
+    place_j, on_grid_j = key_places(tl.arange(0, BLOCK_N), before, H, W, SIDE, False)
+    first, step = place_of_equals(H, W, SIDE), places_apart(W, SIDE, BLOCK_N)
     for start in range(0, N, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         if not EVEN:
-            position_j, on_grid_j = grid_positions(j, before, H, W)
+            place_j, on_grid_j = key_places(j, before, H, W, SIDE, False)
         k_offsets = row_offsets(batch, j, head, stride_kb, stride_kn, stride_kh, ALIGN)
         v_offsets = row_offsets(batch, j, head, stride_vb, stride_vn, stride_vh, ALIGN)
         k_tile = load_rows(k, k_offsets, j < N, D, BLOCK_D, MASKED)  # (BLOCK_N, BLOCK_D)
         v_tile = load_rows_transposed(v, v_offsets, j < N, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK_N)
-        bias, factor = look_up(
-            table, position_i[:, None] - position_j[None, :], on_grid_i[:, None] & on_grid_j[None, :],
-            HAS_BIAS, HAS_MODULATION, HAS_EXTRA,
-        )  # fmt: skip
+        place, both_on_grid = place_i[:, None] + place_j[None, :], on_grid_i[:, None] & on_grid_j[None, :]
+        logit, factor = None, None
+        if bias is not None:
+            logit = load_pairs(bias + head * stride_bias + first, place, both_on_grid, 0.0, HAS_EXTRA)
+        if modulation is not None:
+            factor = load_pairs(modulation + head * stride_modulation + first, place, both_on_grid, 1.0, HAS_EXTRA)
         _, _, grad_logits, row_delta = gradients_of_scores(
-            q_tile, tl.trans(k_tile), grad_tile, v_tile, row_max, row_log_sum, row_delta, scale, bias, factor,
-            (j < N)[None, :], HAS_BIAS, HAS_MODULATION, MASKED, False, WHOLE_ROWS, EXACT, PRECISION,
+            q_tile, tl.trans(k_tile), grad_tile, v_tile, row_max, row_log_sum, row_delta, scale, logit, factor,
+            (j < N)[None, :], MASKED, False, WHOLE_ROWS, EXACT, PRECISION,
         )  # fmt: skip
         accumulator = add_product(accumulator, grad_logits.to(k_tile.dtype), k_tile, EXACT, PRECISION)
         if EVEN:
-            table -= BLOCK_N // W * (2 * W - 1)
+            first += step if SIDE else -step
     store_rows(grad_q, out_offsets, i < N, accumulator * scale, D, BLOCK_D)
     if WHOLE_ROWS:
         tl.store(delta + first_row + i, row_delta, mask=i < N)
@@ -376,21 +330,19 @@ def backward_q(
 
 @triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def backward_kv(
-    q, k, v, table, grad_out, logsumexp, delta, grad_k, grad_v,
+    q, k, v, bias, modulation, grad_out, logsumexp, delta, grad_k, grad_v,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_gb, stride_gn, stride_gh, stride_ob, stride_on, stride_oh,
-    stride_table, N, heads, H, W, before, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, HAS_EXTRA: tl.constexpr, MASKED: tl.constexpr,
-    EVEN: tl.constexpr, WHOLE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    stride_bias, stride_modulation, N, heads, H, W, before, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, SIDE: tl.constexpr, HAS_EXTRA: tl.constexpr,
+    MASKED: tl.constexpr, EVEN: tl.constexpr, WHOLE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_N key rows."""
+    """dk and dv of BLOCK_N key rows. Matrices of the tables have keys first."""
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     tile, head, batch = place_of_program(tl.cdiv(N, BLOCK_N), heads)
-    table += head * stride_table + middle_of_table(H, W)
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    position_j, on_grid_j = grid_positions(j, before, H, W)
+    place_j, on_grid_j = key_places(j, before, H, W, SIDE, True)
     k_offsets = row_offsets(batch, j, head, stride_kb, stride_kn, stride_kh, ALIGN)
     v_offsets = row_offsets(batch, j, head, stride_vb, stride_vn, stride_vh, ALIGN)
     k_tile = load_rows(k, k_offsets, j < N, D, BLOCK_D, MASKED)  # (BLOCK_N, BLOCK_D)
@@ -398,12 +350,13 @@ def backward_kv(
 
     k_accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     v_accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    position_i, on_grid_i = grid_positions(tl.arange(0, BLOCK_M), before, H, W)
+    place_i, on_grid_i = query_places(tl.arange(0, BLOCK_M), before, H, W, SIDE, True)
+    first, step = place_of_equals(H, W, SIDE), places_apart(W, SIDE, BLOCK_M)
     tl.assume(N > 0)  # see `forward`
     for start in range(0, N, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
         if not EVEN:
-            position_i, on_grid_i = grid_positions(i, before, H, W)
+            place_i, on_grid_i = query_places(i, before, H, W, SIDE, True)
         q_offsets = row_offsets(batch, i, head, stride_qb, stride_qn, stride_qh, ALIGN)
         grad_offsets = row_offsets(batch, i, head, stride_gb, stride_gn, stride_gh, ALIGN)
         first_row = (batch.to(tl.int64) * heads + head) * N
@@ -411,19 +364,21 @@ def backward_kv(
         row_delta = load_statistic(delta + first_row, i, i < N, 0.0, MASKED)
         q_tile = load_rows(q, q_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
         grad_tile = load_rows(grad_out, grad_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
-        bias, factor = look_up(
-            table, position_i[None, :] - position_j[:, None], on_grid_i[None, :] & on_grid_j[:, None],
-            HAS_BIAS, HAS_MODULATION, HAS_EXTRA,
-        )  # fmt: skip
+        place, both_on_grid = place_j[:, None] + place_i[None, :], on_grid_j[:, None] & on_grid_i[None, :]
+        logit, factor = None, None
+        if bias is not None:
+            logit = load_pairs(bias + head * stride_bias + first, place, both_on_grid, 0.0, HAS_EXTRA)
+        if modulation is not None:
+            factor = load_pairs(modulation + head * stride_modulation + first, place, both_on_grid, 1.0, HAS_EXTRA)
         p, _, grad_logits, _ = gradients_of_scores(
-            k_tile, q_tile, v_tile, grad_tile, row_max, row_log_sum, row_delta, scale, bias, factor,
-            (j < N)[:, None], HAS_BIAS, HAS_MODULATION, MASKED, True, WHOLE_ROWS and EXACT, EXACT, PRECISION,
+            k_tile, q_tile, v_tile, grad_tile, row_max, row_log_sum, row_delta, scale, logit, factor,
+            (j < N)[:, None], MASKED, True, WHOLE_ROWS and EXACT, EXACT, PRECISION,
         )  # fmt: skip
-        weights = p * factor if HAS_MODULATION else p
+        weights = p if factor is None else p * factor
         v_accumulator = add_product(v_accumulator, weights.to(grad_tile.dtype), grad_tile, EXACT, PRECISION)
         k_accumulator = add_product(k_accumulator, grad_logits.to(q_tile.dtype), q_tile, EXACT, PRECISION)
         if EVEN:
-            table += BLOCK_M // W * (2 * W - 1)
+            first += step
     out_offsets = row_offsets(batch, j, head, stride_ob, stride_on, stride_oh, ALIGN)
     store_rows(grad_k, out_offsets, j < N, k_accumulator * scale, D, BLOCK_D)
     store_rows(grad_v, out_offsets, j < N, v_accumulator, D, BLOCK_D)

@@ -12,7 +12,6 @@ from .kernels import (
     load_rows,
     load_rows_transposed,
     load_statistic,
-    look_up,
     row_offsets,
 )
 
@@ -28,13 +27,12 @@ def rows_of_cells(item, cell, head, stride_b, stride_n, stride_h, group, first, 
 
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def backward_tables(
-    q, k, v, table, grad_out, logsumexp, delta, bias_partials, modulation_partials,
+    q, k, v, bias, modulation, grad_out, logsumexp, delta, bias_partials, modulation_partials,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_gb, stride_gn, stride_gh,
-    stride_table, N, heads, H, W, before, scale, B, groups_per_split,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr,
-    GRAD_BIAS: tl.constexpr, GRAD_MODULATION: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    stride_bias, stride_bias_head, stride_modulation, stride_modulation_head,
+    N, heads, H, W, before, scale, B, groups_per_split,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     ITEMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Σ dS and Σ P ⊙ G over the batch and over all pairs of grid tiles that are equally far apart.
@@ -56,6 +54,10 @@ def backward_tables(
     head, first_group = share % heads, share // heads * groups_per_split
     last_group = tl.minimum(first_group + groups_per_split, tl.cdiv(B, ITEMS))
 
+    if bias is not None:
+        bias += head * stride_bias_head
+    if modulation is not None:
+        modulation += head * stride_modulation_head
     local = tl.arange(0, BLOCK)
     item, y, x = local // (ROWS * COLUMNS), local // COLUMNS % ROWS, local % COLUMNS
     cell = before + y * W + x
@@ -69,13 +71,17 @@ def backward_tables(
         offset_x = x[:, None] - x[None, :] + apart_x * COLUMNS
         inside = (tl.abs(offset_y) < H) & (tl.abs(offset_x) < W)
         index = (offset_y + H - 1) * (2 * W - 1) + offset_x + W - 1
-        bias, factor = look_up(table + head * stride_table, index, inside, HAS_BIAS, HAS_MODULATION, True)
+        logit, factor = None, None
+        if bias is not None:
+            logit = tl.load(bias + index * stride_bias, mask=inside, other=0.0).to(tl.float32)
+        if modulation is not None:
+            factor = tl.load(modulation + index * stride_modulation, mask=inside, other=1.0).to(tl.float32)
         if ITEMS > 1:  # pairs of different items are masked here: in the loop their masks would spill
-            bias = tl.where(item[:, None] == item[None, :], bias, float("-inf"))
+            logit = tl.where(item[:, None] == item[None, :], 0.0 if logit is None else logit, float("-inf"))
 
-        if GRAD_BIAS:
+        if bias_partials is not None:
             bias_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
-        if GRAD_MODULATION:
+        if modulation_partials is not None:
             modulation_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
         for pair in range(0, count_y * count_x):
             y_i, x_i = (first_y + pair // count_x) * ROWS, (first_x + pair % count_x) * COLUMNS
@@ -98,32 +104,31 @@ def backward_tables(
 
                 row_delta = load_statistic(delta + first_row, i, valid_i, 0.0, MASKED)
                 p, grad_weights, grad_logits, _ = gradients_of_scores(
-                    q_tile, k_tile, grad_tile, v_tile, row_max, row_log_sum, row_delta, scale, bias, factor,
-                    valid_j[None, :], HAS_BIAS or ITEMS > 1, HAS_MODULATION, MASKED, False, False, EXACT,
-                    PRECISION,
+                    q_tile, k_tile, grad_tile, v_tile, row_max, row_log_sum, row_delta, scale, logit, factor,
+                    valid_j[None, :], MASKED, False, False, EXACT, PRECISION,
                 )  # fmt: skip
-                if GRAD_BIAS:
+                if bias_partials is not None:
                     bias_sum += grad_logits
-                if GRAD_MODULATION:
+                if modulation_partials is not None:
                     modulation_sum += p * grad_weights
 
         distance = (apart_y + tiles_y - 1) * across + apart_x + tiles_x - 1
         partials = (share.to(tl.int64) * (2 * tiles_y - 1) * across + distance) * BLOCK * BLOCK
         partials += local[:, None] * BLOCK + local[None, :]
-        if GRAD_BIAS:
+        if bias_partials is not None:
             tl.store(bias_partials + partials, bias_sum)
-        if GRAD_MODULATION:
+        if modulation_partials is not None:
             tl.store(modulation_partials + partials, modulation_sum)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def reduce_table_partials(
-    partials, grad_table, splits, heads, H, W,
-    ITEMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
+    partials, grad_table, splits, heads, stride_offset, stride_head, H, W,
+    ITEMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """dtable[head, Δ] = Σ of the partials at Δ. For a cell of the query tile, Δ leaves one distance between
     the tiles and one cell of the key tile, so every partial is read once."""
-    BLOCK: tl.constexpr = ITEMS * ROWS * COLUMNS
     tiles_y, tiles_x = tl.cdiv(H, ROWS), tl.cdiv(W, COLUMNS)
     distances = (2 * tiles_y - 1) * (2 * tiles_x - 1)
     head = tl.program_id(0) % heads
@@ -139,13 +144,14 @@ def reduce_table_partials(
     key = (local // (ROWS * COLUMNS) * ROWS)[None, :] + key_y % ROWS
     key = key * COLUMNS + key_x % COLUMNS
     exists = (distance_y >= 0) & (distance_x >= 0) & (key_y >= 0) & (key_x >= 0)
-    exists &= (offset < (2 * H - 1) * (2 * W - 1))[:, None]
+    exists &= (offset < (2 * H - 1) * (2 * W - 1))[:, None] & (local < ITEMS * ROWS * COLUMNS)[None, :]
     place = (distance_y * (2 * tiles_x - 1) + distance_x).to(tl.int64)
     place = (head * distances + place) * BLOCK * BLOCK + local[None, :] * BLOCK + key
 
     total = tl.zeros((BLOCK_OFFSETS, BLOCK), tl.float32)
-    for _ in range(0, splits):
+    for _ in tl.range(0, splits, loop_unroll_factor=4):  # so many loads are on their way at once
         total += tl.load(partials + place, mask=exists, other=0.0)
         partials += heads * distances * BLOCK * BLOCK
-    offsets = (2 * H - 1) * (2 * W - 1)
-    tl.store(grad_table + head * offsets + offset, tl.sum(total, axis=1), mask=offset < offsets)
+    gradient = tl.sum(total, axis=1).to(grad_table.dtype.element_ty)
+    exists = offset < (2 * H - 1) * (2 * W - 1)
+    tl.store(grad_table + offset * stride_offset + head * stride_head, gradient, mask=exists)

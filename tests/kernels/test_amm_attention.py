@@ -17,7 +17,7 @@ SMALL_CASES = [
     Case((1, 1), head_dim=16),
     Case((1, 1), batch_size=70, heads=1),  # two programs of 64 packed sequences, the second partly empty
     Case((3, 3)),
-    Case((4, 4), batch_size=5, heads=3),  # packed by fours, the last program short
+    Case((4, 4), batch_size=5, heads=3),
     Case((4, 4), head_dim=16, modulation="per head"),
     Case((4, 4), batch_size=3, modulation="fixed"),
     Case((8, 8), heads=1, modulation="fixed"),
@@ -48,12 +48,36 @@ def test_interpreted_kernels_stay_within_the_error_budget(case, dtype):
     check(case, dtype, "cpu")
 
 
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [case for case in SMALL_CASES if case.modulation], ids=str)
+def test_tables_gathered_as_those_of_long_sequences(case, dtype, monkeypatch):
+    monkeypatch.setattr(autograd, "_MATRIX_TOKENS", 0)
+    check(case, dtype, "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("_triton")
+def test_a_bias_of_any_size_in_16_bits():
+    """Its matrix is in float16: −∞ is −∞, −10⁹ and 10⁵ are finite; an offset of all entries costs no precision."""
+    case = Case((4, 4), modulation=None)
+    inputs = make_inputs(case, torch.bfloat16, "cpu")
+    bias = inputs["rel_pos_bias"] = inputs["rel_pos_bias"].float()
+    bias[3], bias[5], bias[24] = float("-inf"), -1e9, 1e5
+    result = run(edt_kernels.amm_attention, case, inputs)
+    exact = run(edt_kernels.reference.amm_attention, case, inputs, torch.float64)
+    for name in ("out", "q", "k", "v"):
+        torch.testing.assert_close(result[name].double(), exact[name], rtol=0.02, atol=0.02)
+
+
 RESIDENT_CASES = [
-    Case((9, 9), batch_size=1, modulation=None),
+    Case((9, 15), batch_size=1, heads=1, modulation=None),
     Case((16, 16), batch_size=1, heads=1, modulation=None),
+    Case((16, 16), batch_size=1, heads=2, modulation="per head"),
     Case((11, 11), batch_size=1, heads=2, head_dim=40, extra=(7, 5), modulation=None),
     Case((8, 16), batch_size=1, heads=1, bias=False, modulation=None, layout="heads first"),
-    Case((16, 8), batch_size=2, heads=3, modulation=None),
+    Case((5, 25), batch_size=2, heads=3, extra=(1, 2), modulation=None),
 ]
 
 
@@ -62,8 +86,9 @@ RESIDENT_CASES = [
 @pytest.mark.parametrize("case", RESIDENT_CASES, ids=str)
 def test_whole_heads_on_the_chip(case, monkeypatch):
     monkeypatch.setattr(autograd, "_RESIDENT_HEADS", 1)
-    monkeypatch.setattr(autograd.kernels, "forward", None)  # the general kernels are not called
-    if case.num_tokens in (128, 256):
+    if case.num_tokens > 128:
+        monkeypatch.setattr(autograd.kernels, "forward", None)  # the general kernels are not called
+    if case.num_tokens in (128, 256) and not case.modulation:
         monkeypatch.setattr(autograd.kernels, "backward_q", None)
     check(case, torch.float16, "cpu")
 
@@ -72,8 +97,8 @@ def test_whole_heads_on_the_chip(case, monkeypatch):
 @pytest.mark.usefixtures("_triton")
 @pytest.mark.parametrize("extra", [(0, 0), (2, 1)])
 def test_a_program_walks_over_its_share_of_the_batch(extra, monkeypatch):
-    """Several steps a program, the last share short, the last tile partly empty."""
-    monkeypatch.setattr(autograd, "_SHORT_PROGRAMS", {"short_forward": 4, "short_backward": 4})
+    """Several steps a program, the last share short."""
+    monkeypatch.setattr(autograd, "_SHORT_PROGRAMS", 1)
     check(Case((3, 3), batch_size=23, extra=extra, modulation=None), torch.float16, "cpu")
     check(
         Case((8, 8) if extra == (0, 0) else (7, 8), batch_size=5, extra=extra, modulation=None),
@@ -296,20 +321,18 @@ def test_imports_and_runs_where_triton_is_missing():
 @pytest.mark.parametrize(
     ("unit", "tokens", "head_dim", "heads", "has_modulation", "kernel"),
     [
-        ("wgmma", 16, 52, 8 * 10, True, "short_forward"),
-        ("wgmma", 64, 128, 8 * 10, False, "short_forward"),
-        ("wgmma", 65, 52, 1024, False, "resident_forward"),
+        ("wgmma", 128, 52, 1024, False, "forward"),  # one program a head anyhow
+        ("wgmma", 129, 52, 1024, False, "resident_forward"),
         ("wgmma", 256, 64, 264, False, "resident_forward"),
         ("wgmma", 256, 64, 263, False, "forward"),  # too few heads to fill a device by one program each
-        ("wgmma", 256, 52, 1024, True, "forward"),
+        ("wgmma", 256, 52, 1024, True, "resident_forward"),
+        ("wgmma", 255, 52, 1024, True, "forward"),  # masks and a modulation
         ("wgmma", 256, 72, 1024, False, "forward"),
         ("wgmma", 256, 32, 1024, False, "forward"),
         ("wgmma", 257, 52, 1024, False, "forward"),
         ("mma", 256, 52, 1024, False, "forward"),
         ("tcgen05", 256, 52, 1024, False, "forward"),
-        ("mma", 64, 52, 8, False, "short_forward"),
-        ("fma", 64, 52, 1024, False, "forward"),  # float32 tiles are smaller
-        ("fma", 32, 52, 1024, False, "short_forward"),
+        ("fma", 256, 52, 1024, False, "forward"),
     ],
 )
 def test_choice_of_the_forward_kernel(unit, tokens, head_dim, heads, has_modulation, kernel):
@@ -317,31 +340,36 @@ def test_choice_of_the_forward_kernel(unit, tokens, head_dim, heads, has_modulat
 
 
 @pytest.mark.parametrize(
-    ("unit", "grid", "tokens", "head_dim", "heads", "has_modulation", "kernel"),
+    ("unit", "tokens", "head_dim", "heads", "has_modulation", "kernel"),
     [
-        ("wgmma", (4, 4), 16, 52, 8, False, "short_backward"),
-        ("wgmma", (8, 8), 64, 52, 8, False, "short_backward"),
-        ("wgmma", (8, 8), 64, 52, 8, True, "backward"),
-        ("wgmma", (8, 8), 64, 128, 8, False, "backward"),
-        ("mma", (8, 8), 64, 52, 8, False, "backward"),
-        ("mma", (4, 8), 32, 52, 8, False, "short_backward"),
-        ("wgmma", (16, 16), 256, 52, 264, False, "resident_backward"),
-        ("wgmma", (4, 32), 128, 64, 264, False, "resident_backward"),
-        ("wgmma", (16, 16), 256, 52, 263, False, "backward"),  # too few heads to fill a device
-        ("wgmma", (16, 16), 256, 52, 264, True, "backward"),
-        ("wgmma", (16, 16), 256, 72, 264, False, "backward"),
-        ("wgmma", (16, 16), 256, 32, 264, False, "backward"),
-        ("wgmma", (16, 16), 256, 50, 264, False, "backward"),  # rows loaded by two bytes at a time
-        ("wgmma", (2, 64), 128, 52, 264, False, "backward"),  # rows of the grid longer than 32 queries
-        ("wgmma", (15, 17), 255, 52, 264, False, "backward"),
-        ("wgmma", (5, 51), 256, 52, 264, False, "backward"),  # with an extra token
-        ("mma", (16, 16), 256, 52, 264, False, "backward"),
-        ("tcgen05", (16, 16), 256, 52, 264, False, "backward"),
-        ("fma", (16, 16), 256, 52, 264, False, "backward"),
+        ("wgmma", 16, 52, 8, False, "short_backward"),
+        ("wgmma", 64, 52, 8, False, "short_backward"),
+        ("wgmma", 64, 52, 8, True, "backward"),
+        ("wgmma", 64, 128, 8, False, "backward"),
+        ("mma", 64, 52, 8, False, "backward"),
+        ("mma", 32, 52, 8, False, "short_backward"),
+        ("wgmma", 256, 52, 264, False, "resident_backward"),
+        ("wgmma", 128, 64, 264, False, "resident_backward"),
+        ("wgmma", 256, 52, 263, False, "backward"),  # too few heads to fill a device
+        ("wgmma", 256, 52, 264, True, "backward"),
+        ("wgmma", 256, 72, 264, False, "backward"),
+        ("wgmma", 256, 32, 264, False, "backward"),
+        ("wgmma", 256, 50, 264, False, "backward"),  # rows loaded by two bytes at a time
+        ("wgmma", 255, 52, 264, False, "backward"),
+        ("mma", 256, 52, 264, False, "backward"),
+        ("tcgen05", 256, 52, 264, False, "backward"),
+        ("fma", 256, 52, 264, False, "backward"),
     ],
 )
-def test_choice_of_the_backward_kernel(unit, grid, tokens, head_dim, heads, has_modulation, kernel):
-    assert autograd.choose_backward(unit, tokens, grid, head_dim, heads, has_modulation) == kernel
+def test_choice_of_the_backward_kernel(unit, tokens, head_dim, heads, has_modulation, kernel):
+    assert autograd.choose_backward(unit, tokens, head_dim, heads, has_modulation) == kernel
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tile"), [(5, (16, 16, 2, 2)), (17, (32, 32, 4, 2)), (64, (64, 64, 8, 2)), (65, (128, 64, 8, 2))]
+)
+def test_tiles_of_short_sequences_are_no_larger_than_they(tokens, tile):
+    assert dataclasses.astuple(autograd.tiles_of("wgmma", tokens, 52)["forward"]) == tile
 
 
 # Every attention of EDT-S, B and XL at 256² and 512², with their heads.
