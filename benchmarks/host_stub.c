@@ -1,4 +1,5 @@
-/* The calls of NVIDIA's driver that Triton makes to load and launch a kernel; each succeeds and does nothing. */
+/* The calls of NVIDIA's driver that Triton makes to load and launch a kernel; each succeeds and does nothing,
+   but that launches are counted. */
 #include <stddef.h>
 #include <stdint.h>
 
@@ -33,7 +34,9 @@ Result cuModuleGetFunction(void **function, void *module, const char *name) { *f
 Result cuFuncGetAttribute(int *value, int attribute, void *function) { *value = attribute == 0 ? 1024 : 0; return 0; }
 Result cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
 Result cuFuncSetCacheConfig(void *function, int config) { return 0; }
-Result cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) { return 0; }
+static int launched;
+int launches(void) { return launched; }
+Result cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) { launched++; return 0; }
 Result cuOccupancyMaxActiveClusters(int *clusters, void *function, const void *config) { *clusters = 1; return 0; }
 Result cuPointerGetAttribute(void *value, int attribute, uintptr_t pointer) { *(uintptr_t *)value = pointer; return 0; }
 Result cuPointerGetAttributes(unsigned count, int *attributes, void **values, uintptr_t pointer) {

@@ -222,7 +222,7 @@ def test_the_plan_and_a_machine_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert parts[1].command[parts[1].command.index("-m", 3) + 1] == "gpu and not slow"
     benchmarks = [name.split()[1] for name in names if name.startswith("benchmark ")]
     assert benchmarks == ["attention", "adaln", "merge", "split", "train", "model", "sample"]
-    assert names[-3:] == ["loss curves", "tiles", "report"]
+    assert names[-4:] == ["host", "loss curves", "tiles", "report"]
     assert 60 <= parts[-3].share <= 90
     assert parts[-3].command[1:4] == ["-m", "benchmarks", "loss_curves"]
     loss_curves.build_parser().parse_args(parts[-3].command[4:])
