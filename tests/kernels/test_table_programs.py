@@ -9,8 +9,8 @@ import torch
 import triton
 
 from benchmarks import static
-from benchmarks.shapes import ATTENTION_256
-from edt_kernels.amm_attention import table_kernels
+from benchmarks.shapes import ATTENTION_256, AttentionShape
+from edt_kernels.amm_attention import autograd, table_kernels
 
 MULTIPROCESSORS = 132  # of an H100; one program has the registers of one
 FIRST_STAGES = [shape for shape in ATTENTION_256 if shape.grid == (16, 16)]
@@ -66,7 +66,7 @@ def launch_of_tables(shape, batch_size: int) -> tuple[dict, int]:
             yield
 
     with mock.patch.object(static, "record_launches", record):
-        static.attention_launches((16, 16), shape.heads, shape.head_dim, torch.bfloat16, "sm_90", (batch_size,))
+        static.attention_launches(shape.grid, shape.heads, shape.head_dim, torch.bfloat16, "sm_90", (batch_size,))
     return next(launch for launch in found if launch[0]["HAS_BIAS"] and not launch[0]["HAS_MODULATION"])
 
 
@@ -109,3 +109,12 @@ def test_a_share_of_the_batch_that_is_left_over_is_the_last():
     full, left = max(work), min(work)
     assert (full, left) == (5 * left, left)
     assert work == sorted(work, reverse=True)
+
+
+@pytest.mark.parametrize(("side", "heads", "batch_size"), [(32, 8, 8), (16, 6, 512)])
+def test_partial_sums_are_two_a_program_at_most(side, heads, batch_size):
+    """Which bounds their memory: see test_gpu_memory_has_no_score_matrix."""
+    arguments, programs = launch_of_tables(AttentionShape("", (side, side), heads, 52), batch_size)
+    block = arguments["ITEMS"] * arguments["ROWS"] * arguments["COLUMNS"]
+    assert 0 < arguments["bias_partials"].numel() <= 2 * programs * block**2
+    assert programs <= autograd._TABLE_PROGRAMS  # of these, whose tiles divide it well
