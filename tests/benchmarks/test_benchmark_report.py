@@ -10,7 +10,7 @@ import pytest
 import sample_results as sample
 
 from benchmarks import __main__ as command
-from benchmarks import plots, report, results, tables
+from benchmarks import host, plots, report, results, tables
 from benchmarks.measure import Timing
 from benchmarks.verdicts import Verdict, evaluate
 
@@ -126,10 +126,14 @@ def test_page_of_a_device(tmp_path):
     for name, suite in suites.items():
         suite.save(tmp_path, name)
     (tmp_path / "static.json").write_text("[]")
+    calls = [f"{op}: {work}" for op in ("torch.add", "adaln") for work in host.WORKS]
+    found = {"microseconds": dict.fromkeys(calls, 12.5), "launches": dict.fromkeys(calls, 1)}
+    (tmp_path / "host.json").write_text(json.dumps(found))
     report.write_folder(tmp_path)
     page = (tmp_path / "report.md").read_text()
 
     assert page.startswith("# Benchmarks: Sample GPU\n")
+    assert f"## host: what a call keeps the CPU\n\n```\n{host.summary(found)}\n```\n" in page
     assert "driver 1.2" in page
     assert "diffusers missing" in page
     assert "copy 4000 GB/s" in page

@@ -91,8 +91,12 @@ def test_what_an_earlier_run_measured_is_not_this_ones(tmp_path):
     (tmp_path / "suite.json").write_text("{}")
     run([script("benchmark adaln", "raise SystemExit(1)")], 60, tmp_path, {})
     assert (tmp_path / "loss_curves.json").exists()
+    (tmp_path / "host.json").write_text("{}")
     run([script("loss curves", "raise SystemExit(1)", group="curves")], 60, tmp_path, {})
-    (tmp_path / "curves.txt").unlink()
+    assert (tmp_path / "host.json").exists()
+    run([script("host", "raise SystemExit(1)", group="host")], 60, tmp_path, {})
+    for group in ("curves", "host"):
+        (tmp_path / f"{group}.txt").unlink()
     assert {path.name for path in tmp_path.iterdir()} == {
         "attention.json", "attention.csv", "tiles.json", "bench.txt", "suite.json",
     }  # fmt: skip

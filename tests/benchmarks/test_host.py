@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import gpu_suite, host, report
+from benchmarks import gpu_suite, host, report, static, suites
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton")
@@ -64,3 +64,23 @@ def test_without_a_c_compiler_it_is_one_line(monkeypatch, capsys):
     assert command.main(["host", "--quick"]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("benchmarks: error: no C compiler is here, which Triton needs at its first launch")
+
+
+def test_all_has_it_where_there_is_a_compiler(tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command[1:])
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(suites, "SUITES", ())
+    monkeypatch.setattr(static, "main", lambda arguments: 0)
+    monkeypatch.setattr(suites, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(gpu_suite, "compiler_fault", lambda: None)
+    arguments = ["all", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    assert command.main(arguments) == 1  # a fault of the host's
+    assert commands == [["-m", "benchmarks", "host", "--out", str(tmp_path / "host.json"), "--quick"]]
+    monkeypatch.setattr(gpu_suite, "compiler_fault", lambda: "no C compiler is here")
+    assert command.main(arguments) == 0
+    assert len(commands) == 1
+    assert "host: left out: no C compiler is here\n" in capsys.readouterr().out
