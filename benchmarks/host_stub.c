@@ -14,6 +14,7 @@ Result cuCtxSetCurrent(void *context) { return 0; }
 Result cuCtxGetLimit(size_t *value, int limit) { *value = 0; return 0; }
 Result cuCtxSetLimit(int limit, size_t value) { return 0; }
 Result cuDeviceGet(int *device, int ordinal) { *device = 0; return 0; }
+Result cuCtxGetDevice(int *device) { *device = 0; return 0; }
 Result cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)HANDLE; return 0; }
 /* Of an H100: warp size, registers, multiprocessors, shared memory a multiprocessor and a block, with and without
    asking for more. */
@@ -31,6 +32,8 @@ Result cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 Result cuModuleLoadData(void **module, const void *image) { *module = (void *)HANDLE; return 0; }
 Result cuModuleGetFunction(void **function, void *module, const char *name) { *function = (void *)HANDLE; return 0; }
+Result cuModuleUnload(void *module) { return 0; }
+Result cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 Result cuFuncGetAttribute(int *value, int attribute, void *function) { *value = attribute == 0 ? 1024 : 0; return 0; }
 Result cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
 Result cuFuncSetCacheConfig(void *function, int config) { return 0; }
