@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Images of containers often forbid bytecode, and every process that a test starts would compile all it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-latest test-interpreter test-rest static bench lint clean
+.PHONY: demo test test-all test-latest test-interpreter test-rest static host bench lint clean
 
 # Trains a small EDT on real digits, samples and judges it; pictures and report in outputs/demo.
 demo: $(READY)
@@ -41,6 +41,11 @@ test-rest: $(READY)
 # spill, a narrow load and the like.
 static: $(READY)
 	$(BIN)/python -m benchmarks static --faults
+
+# How long a call of each op keeps the CPU, beside its bound. Fails on errors alone, not on times: a machine that does
+# other work too makes them longer.
+host: $(READY)
+	$(BIN)/python -m benchmarks host --quick
 
 # Everything against what one would use instead, on the GPU or the CPU; results and a page in outputs/benchmarks. To
 # commit them: make bench RESULTS=benchmarks/results

@@ -20,7 +20,7 @@ COMMANDS = {
     "model": ("suites", "EDT's forward pass"),
     "train": ("suites", "a training step of EDT"),
     "sample": ("suites", "sampling with EDT"),
-    "all": ("suites", "all of the above, what the compiler makes of the kernels, and a page of it"),
+    "all": ("suites", "all of the above, static and host, and a page of it"),
     "compare": ("compare", "do the results of this machine agree with the committed ones"),
     "report": ("report", "pages and plots of committed results, and READMEs' tables; or the page of a folder"),
     "gpu_suite": ("gpu_suite", "all that needs a GPU, in 9 minutes: tests, quick benchmarks, loss curves, tiles"),

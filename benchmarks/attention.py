@@ -140,8 +140,9 @@ def cases(suite: str, device: torch.device, dtypes: list[str], quick: bool) -> l
     EDT-XL over batch sizes, 16 heads over numbers of tokens and over head dims, other transformers at batch 16.
     Quick: the former and one longer sequence. On a CPU, where ours is the reference path: EDT-S at 4.
 
-    Each forward, forward and backward with the gradient of the bias, the same without modulation (as EDT trains),
-    and forward and backward with a constant bias; quick leaves the last one out."""
+    Each forward, forward and backward with the gradient of the bias, the same without modulation (as EDT trains,
+    and computes most blocks), and forward and backward with a constant bias. Quick leaves the last one out, and
+    forward without modulation but for the first layer."""
     on_gpu = device.type == "cuda"
     # "mixed" is a matter of residual streams; attention then is in bfloat16.
     dtypes = ["bfloat16" if dtype == "mixed" else dtype for dtype in dtypes]
@@ -169,6 +170,10 @@ def cases(suite: str, device: torch.device, dtypes: list[str], quick: bool) -> l
                     layer, batch_size, dtype, backward=True, has_modulation=False, grad_bias=True, sweep=sweep
                 ),
             ]
+            if not quick or (layer, batch_size) == layers[0][:2]:
+                found.append(
+                    AttentionCase(layer, batch_size, dtype, backward=False, has_modulation=False, sweep=sweep)
+                )
             if not quick:
                 found.append(AttentionCase(layer, batch_size, dtype, backward=True, sweep=sweep))
         if on_gpu and quick:

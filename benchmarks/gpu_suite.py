@@ -30,13 +30,13 @@ from .pytest_output import count_tests
 
 ROOT = Path(__file__).resolve().parents[1]
 # Imports, CUDA's start and the ceilings take several seconds of each; building and checking models as many again.
-SUITES = {"attention": 65, "adaln": 25, "merge": 17, "split": 17, "train": 36, "model": 25, "sample": 25}
+SUITES = {"attention": 63, "adaln": 23, "merge": 17, "split": 17, "train": 34, "model": 25, "sample": 25}
 # Of all files with such tests, in the order of importance; others come last. One pytest runs them all: each would
 # start workers of its own, which import torch and diffusers and start CUDA for 10 s. The workers share all tests
 # evenly and take over from one another, so that each file has time by the number of its tests.
 TEST_FILES = ("test_amm_attention", "test_norm_ops", "test_torch_integration", "test_model_on_kernels")
 # Tiles come last: tuning takes whatever the others leave.
-GROUP_SECONDS = {"compile": 60, "tests": 130, "bench": 210, "curves": 70, "tune": 40}
+GROUP_SECONDS = {"compile": 57, "tests": 125, "bench": 204, "host": 18, "curves": 70, "tune": 36}
 # So few images that three runs of 200 steps fit: a step is then mostly launches.
 _LOSS_CURVES = "loss curves"
 _CURVES = ("--model", "EDT-S/2", "--steps", "200", "--batch-size", "16")
@@ -51,9 +51,14 @@ _C_SOURCE = "#include <Python.h>\nint answer(void) { return 42; }\n"
 _PROBE = "import torch; p = torch.cuda.get_device_properties(0); print(p.name, 'torch', torch.__version__)"
 
 
+def c_compiler() -> str | None:
+    """Which Triton takes."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
 def compiler_fault() -> str | None:
     """Why Triton could not launch anything here: it compiles some C against Python's headers first."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    compiler = c_compiler()
     if compiler is None:
         return "no C compiler is here, which Triton needs at its first launch; install gcc, or name one in CC"
     include = sysconfig.get_paths(scheme="posix_prefix")["include"]
@@ -77,7 +82,7 @@ def compiler_fault() -> str | None:
 @dataclass
 class Part:
     name: str
-    group: str  # "compile", "tests", "bench", "curves", "tune", "summary": its output goes to <group>.txt
+    group: str  # "compile", "tests", "bench", "host", "curves", "tune", "summary": its output goes to <group>.txt
     command: list[str]  # "{seconds}" becomes the time that tune is given
     share: float  # of the whole time, before scaling
 
@@ -103,6 +108,9 @@ def plan(groups: list[str], out: Path, has_xdist: bool) -> list[Part]:
         command = [sys.executable, "-m", "benchmarks"]
         parts += [Part(f"benchmark {suite}", "bench", [*command, suite, "--quick", "--out", str(out)], share)
                   for suite, share in SUITES.items()]  # fmt: skip
+    if "host" in groups:
+        command = [sys.executable, "-m", "benchmarks", "host", "--quick", "--out", str(out / "host.json")]
+        parts.append(Part("host", "host", command, GROUP_SECONDS["host"]))
     if "curves" in groups:
         command = [sys.executable, "-m", "benchmarks", "loss_curves", *_CURVES, "--out", str(out)]
         parts.append(Part(_LOSS_CURVES, "curves", command, GROUP_SECONDS["curves"]))
@@ -178,6 +186,7 @@ def run(parts: list[Part], seconds: float, out: Path, state: dict, variables: di
     stale += [f"{suite}.{kind}" for suite in suites for kind in ("json", "csv")]
     if any(part.name == _LOSS_CURVES for part in parts):
         stale += ["loss_curves.json", "loss_curves.png"]
+    stale += ["host.json"] * any(part.group == "host" for part in parts)
     there = [name for name in stale if (out / name).exists()]
     if there and not (out / "suite.json").is_file():
         raise SystemExit(

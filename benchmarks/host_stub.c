@@ -1,4 +1,5 @@
-/* The calls of NVIDIA's driver that Triton makes to load and launch a kernel; each succeeds and does nothing. */
+/* The calls of NVIDIA's driver that Triton makes to load and launch a kernel; each succeeds and does nothing,
+   but that launches are counted. */
 #include <stddef.h>
 #include <stdint.h>
 
@@ -13,6 +14,7 @@ Result cuCtxSetCurrent(void *context) { return 0; }
 Result cuCtxGetLimit(size_t *value, int limit) { *value = 0; return 0; }
 Result cuCtxSetLimit(int limit, size_t value) { return 0; }
 Result cuDeviceGet(int *device, int ordinal) { *device = 0; return 0; }
+Result cuCtxGetDevice(int *device) { *device = 0; return 0; }
 Result cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)HANDLE; return 0; }
 /* Of an H100: warp size, registers, multiprocessors, shared memory a multiprocessor and a block, with and without
    asking for more. */
@@ -30,10 +32,14 @@ Result cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 Result cuModuleLoadData(void **module, const void *image) { *module = (void *)HANDLE; return 0; }
 Result cuModuleGetFunction(void **function, void *module, const char *name) { *function = (void *)HANDLE; return 0; }
+Result cuModuleUnload(void *module) { return 0; }
+Result cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 Result cuFuncGetAttribute(int *value, int attribute, void *function) { *value = attribute == 0 ? 1024 : 0; return 0; }
 Result cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
 Result cuFuncSetCacheConfig(void *function, int config) { return 0; }
-Result cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) { return 0; }
+static int launched;
+int launches(void) { return launched; }
+Result cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) { launched++; return 0; }
 Result cuOccupancyMaxActiveClusters(int *clusters, void *function, const void *config) { *clusters = 1; return 0; }
 Result cuPointerGetAttribute(void *value, int attribute, uintptr_t pointer) { *(uintptr_t *)value = pointer; return 0; }
 Result cuPointerGetAttributes(unsigned count, int *attributes, void **values, uintptr_t pointer) {

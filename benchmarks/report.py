@@ -55,10 +55,11 @@ def _write(folder: Path, suites: dict[str, Results]) -> None:
         from . import plots  # needs matplotlib
 
         pictures = plots.draw(folder, suites)
-        (folder / "report.md").write_text(page(suites, pictures, (folder / "static.json").exists()))
+        text = page(suites, pictures, (folder / "static.json").exists(), _extra(folder, "host"))
+        (folder / "report.md").write_text(text)
 
 
-def page(suites: dict[str, Results], pictures: list[str], has_static: bool) -> str:
+def page(suites: dict[str, Results], pictures: list[str], has_static: bool, host: str) -> str:
     environment = next(iter(suites.values())).environment
     on_cpu = environment["device"] == "cpu"
     title = _ON_CPU if on_cpu else environment["device"]
@@ -75,6 +76,8 @@ def page(suites: dict[str, Results], pictures: list[str], has_static: bool) -> s
             parts.append(_environment(results))
         parts.append(suite_table(results))
         parts += [f"![{suite}, {name}]({name})" for name in pictures if name.startswith(f"{suite}-")]
+    if host:
+        parts.append(f"## host: what a call keeps the CPU\n\n```\n{host}\n```")
     parts.append("## Targets")
     if on_cpu:
         parts.append("They are of a GPU: not measured here.")
@@ -83,15 +86,14 @@ def page(suites: dict[str, Results], pictures: list[str], has_static: bool) -> s
     return "\n\n".join(parts) + "\n"
 
 
-def _loss_curves(folder: Path) -> str:
-    """What came of them, if they were drawn."""
-    from .loss_curves import NAME, summary
-
-    path = folder / f"{NAME}.json"
+def _extra(folder: Path, module: str) -> str:
+    """What came of a benchmark that is no suite, loss curves or host, if it ran."""
+    path = folder / f"{module}.json"
     try:
+        summary = importlib.import_module(f".{module}", __package__).summary
         return summary(json.loads(path.read_text())) if path.exists() else ""
     except (ValueError, KeyError, TypeError) as error:
-        return f"loss curves: {path} is no result file of these benchmarks: {error!r}"
+        return f"{module}: {path} is no result file of these benchmarks: {error!r}"
 
 
 def _environment(results: Results) -> str:
@@ -247,8 +249,9 @@ def main(arguments: list[str]) -> int:
     suites = read_folder(options.folder)
     print("\n".join(f"{suite}: {_environment(results)}" for suite, results in suites.items()))
     print(case_table(suites), flush=True)
-    if text := _loss_curves(options.folder):
-        print(text, flush=True)
+    for module in ("host", "loss_curves"):
+        if text := _extra(options.folder, module):
+            print(text, flush=True)
     _write(options.folder, suites)
     return 0
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ except ImportError:  # which a bare PyTorch image may be without: no bar, but al
 
 from edt_kernels.testing import is_lost
 
-from . import attention, measure, models, norms, results
+from . import attention, gpu_suite, measure, models, norms, results
 from .harness import measure_case, selected, table
 from .results import OURS, SUITES
 
@@ -142,15 +143,21 @@ def main(arguments: list[str]) -> int:
         ours = [one for one in _MODULES[suite][0].implementations(suite) if one.name == OURS]
         chosen = ours + peers.get(suite, [])
         run_suite(suite, cases[suite], chosen, device, ceilings, environment, folder, options.quick)
-    faulty_kernels = False
+    faulty = False
     if command == "all":
         from . import report, static
 
         arguments = ["--out", str(folder / "static.json"), *(_QUICK_STATIC if options.quick else ())]
-        faulty_kernels = static.main(arguments)
+        faulty = static.main(arguments)
+        if fault := gpu_suite.compiler_fault():
+            print(f"host: left out: {fault}")
+        else:  # in a process of its own, for it replaces the driver
+            command = [sys.executable, "-m", "benchmarks", "host", "--out", str(folder.resolve() / "host.json")]
+            command += ["--quick"] if options.quick else []
+            faulty |= subprocess.run(command, check=False, cwd=gpu_suite.ROOT).returncode != 0
         report.write_folder(folder)
     loaded = (results.load(folder / f"{suite}.json") for suite in cases)
     bad = [row for found in loaded for row in found.rows if row.role == "ours" and row.status != "ok"]
     for row in bad:
         print(f"ours {row.status}: {row.suite} {row.case}, {row.work}, {row.dtype}: {row.reason}", file=sys.stderr)
-    return bool(bad or faulty_kernels)
+    return bool(bad or faulty)

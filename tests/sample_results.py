@@ -43,16 +43,16 @@ def row(suite, case, work, shape, implementation, role, ms=None, **values) -> Ro
     return Row(suite, case, work, shape=shape, implementation=implementation, role=role, **fields)
 
 
-def attention_rows(side, batch_size, sweep="stage", *, ours_ms=None) -> list[Row]:
+def attention_rows(side, batch_size, sweep="stage", *, ours_ms=None, modulated=True) -> list[Row]:
     """Forward, and forward with backward, of ours and every peer."""
     heads, head_dim, tokens = 18, 52, side * side
-    case = f"EDT-XL/2 {side}x{side} {heads}x{head_dim} B{batch_size}, bias and modulation"
+    case = f"EDT-XL/2 {side}x{side} {heads}x{head_dim} B{batch_size}, bias" + " and modulation" * modulated
     elements = batch_size * tokens * heads * head_dim
     found = []
     for work, factor in (("forward", 1), ("forward+backward", 3.5)):
         shape = {
             "model": "EDT-XL/2", "grid": [side, side], "tokens": tokens, "heads": heads, "head_dim": head_dim,
-            "batch_size": batch_size, "has_bias": True, "has_modulation": True, "grad_bias": factor > 1,
+            "batch_size": batch_size, "has_bias": True, "has_modulation": modulated, "grad_bias": factor > 1,
             "sweep": sweep,
         }  # fmt: skip
         num_bytes, operations = round(factor) * 8 * elements, round(factor * 4 * elements * tokens)
@@ -133,6 +133,7 @@ def results(rows: list[Row], **environment) -> Results:
 def suites() -> dict[str, Results]:
     """As much as a run on a GPU leaves."""
     attention = [r for side in (16, 8, 4) for batch_size in (64, 256) for r in attention_rows(side, batch_size)]
+    attention += [r for r in attention_rows(16, 256, modulated=False) if r.work == "forward"]
     attention += [r for side in (32, 64) for r in attention_rows(side, 65536 // side**2, "tokens")]
     for found in attention:
         if found.case.startswith("EDT-XL/2 16x16 18x52 B256"):

@@ -236,7 +236,7 @@ def test_cases_are_told_apart(device, quick):
     assert all(case.shape["tokens"] == case.num_tokens for case in found)
     assert {case.dtype for case in found} == {"bfloat16" if device == GPU else "float32"}
     if quick:
-        assert len(found) <= 10
+        assert len(found) <= 11
 
 
 def test_the_quick_cases_are_the_targets():
@@ -245,8 +245,10 @@ def test_the_quick_cases_are_the_targets():
     assert [first.work, second.work] == ["forward", "forward+backward"]
     assert (second.name, second.grad_bias) == (first.name, True)
     assert (third.name, third.work) == ("EDT-XL/2 16x16 18x52 B256, bias", "forward+backward")
-    assert [case.layer.grid for case in cases("attention", GPU, [], quick=True)[6:]] == 3 * [(8, 8)] + [(32, 32)]
-    assert set(cases("attention", GPU, [], quick=True)) <= set(cases("attention", GPU, [], quick=False))
+    quick = cases("attention", GPU, [], quick=True)
+    assert (quick[3].name, quick[3].work) == (third.name, "forward")
+    assert [case.layer.grid for case in quick[7:]] == 3 * [(8, 8)] + [(32, 32)]
+    assert set(quick) <= set(cases("attention", GPU, [], quick=False))
 
 
 def test_the_full_cases_cover_the_sweeps():
@@ -260,7 +262,7 @@ def test_the_full_cases_cover_the_sweeps():
     xl = {case.batch_size for case in found if case.layer == AttentionShape("EDT-XL/2", (16, 16), 18, 52)}
     assert xl == {1, 4, 16, 64, 256}
     assert "forward+backward, bias constant" in {case.work for case in found}
-    assert all(case.work == "forward+backward" for case in found if not case.has_modulation)
+    assert {case.work for case in found if not case.has_modulation} == {"forward", "forward+backward"}
 
 
 def test_mixed_is_bfloat16_here():

@@ -91,8 +91,12 @@ def test_what_an_earlier_run_measured_is_not_this_ones(tmp_path):
     (tmp_path / "suite.json").write_text("{}")
     run([script("benchmark adaln", "raise SystemExit(1)")], 60, tmp_path, {})
     assert (tmp_path / "loss_curves.json").exists()
+    (tmp_path / "host.json").write_text("{}")
     run([script("loss curves", "raise SystemExit(1)", group="curves")], 60, tmp_path, {})
-    (tmp_path / "curves.txt").unlink()
+    assert (tmp_path / "host.json").exists()
+    run([script("host", "raise SystemExit(1)", group="host")], 60, tmp_path, {})
+    for group in ("curves", "host"):
+        (tmp_path / f"{group}.txt").unlink()
     assert {path.name for path in tmp_path.iterdir()} == {
         "attention.json", "attention.csv", "tiles.json", "bench.txt", "suite.json",
     }  # fmt: skip
@@ -222,7 +226,7 @@ def test_the_plan_and_a_machine_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert parts[1].command[parts[1].command.index("-m", 3) + 1] == "gpu and not slow"
     benchmarks = [name.split()[1] for name in names if name.startswith("benchmark ")]
     assert benchmarks == ["attention", "adaln", "merge", "split", "train", "model", "sample"]
-    assert names[-3:] == ["loss curves", "tiles", "report"]
+    assert names[-4:] == ["host", "loss curves", "tiles", "report"]
     assert 60 <= parts[-3].share <= 90
     assert parts[-3].command[1:4] == ["-m", "benchmarks", "loss_curves"]
     loss_curves.build_parser().parse_args(parts[-3].command[4:])

@@ -13,10 +13,13 @@ from benchmarks.compiled import build
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(build.needs()), reason=build.needs())]
 ROOT = Path(__file__).parents[2]
 KERNELS, LAUNCHERS = "amm_attention/kernels.py", "amm_attention/autograd.py"
+RESIDENT_KERNELS = "amm_attention/resident_kernels.py"
 
 INTERPRET = """
 import torch
 from attention_cases import Case, check
+from edt_kernels.amm_attention import autograd
+autograd._RESIDENT_HEADS = 1
 torch.use_deterministic_algorithms(True, warn_only=True)  # new memory is NaN
 check({case}, torch.float16, "cpu")
 """
@@ -24,21 +27,23 @@ EXECUTE = """
 import torch
 from attention_cases import Case
 from executed import judge
+from edt_kernels.amm_attention import autograd
+autograd._RESIDENT_HEADS = 1
 print("found:", *judge({case}, torch.bfloat16, "sm_90").faults())
 """
 # A file, what is in it and what it becomes, a case; what is found, and whether the interpreter's test fails too.
 MISTAKES = {
     "a tile counted by the wrong side: too many programs": (
         LAUNCHERS,
-        "kernels.backward_kv, tile, triton.cdiv(N, tile.block_n),",
-        "kernels.backward_kv, tile, triton.cdiv(N, tile.block_m),",
+        "kernels.backward_kv, tile, _ceil(N, tile.block_n),",
+        "kernels.backward_kv, tile, _ceil(N, tile.block_m),",
         "Case((16, 16), heads=2, batch_size=1)",
         "out of bounds",
         True,  # it reads and writes beyond its arrays, and mostly dies of that
     ),
     "a missing mask: rows beyond the last, which a factor of zero hides": (
         KERNELS,
-        'tl.load(logsumexp + first + i, mask=valid, other=float("inf")), 0.0',
+        'load_statistic(logsumexp + first, i, valid, float("inf"), MASKED), 0.0',
         "tl.load(logsumexp + first + i), 0.0",
         "Case((5, 7))",
         "out of bounds: 4 bytes at byte 560 of argument 6, which has bytes 0 to 560",
@@ -59,6 +64,14 @@ MISTAKES = {
         "Case((9, 9))",
         "with gaps",
         False,
+    ),
+    "a row too far, in the pass with a whole head on the chip": (
+        RESIDENT_KERNELS,
+        "tl.store(delta + first_row + i, row_delta)",
+        "tl.store(delta + first_row + i + 1, row_delta)",
+        "Case((8, 16), heads=2, batch_size=1, modulation=None)",
+        "out of bounds: 4 bytes at byte 1024 of argument 7, which has bytes 0 to 1024",
+        True,
     ),
 }
 

@@ -487,13 +487,23 @@ def test_a_compiled_model_sees_the_change():
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler on the CPU")
 def test_a_fused_and_modulated_dit_on_inductor():
+    """Held to float64 as eager is. At the first timesteps: diffusers takes sines of t·frequency in float32, of
+    which late ones have lost 1e-5 by the rounding of the frequencies, eager's and Inductor's in other directions,
+    and nothing of that comes from what is fused."""
     torch._dynamo.reset()
-    model = make("dit", num_layers=1)
-    fuse_adaln(model)
+    model, arguments = make("dit", num_layers=1), inputs("dit") | {"timestep": torch.tensor([0, 1])}
     apply_amm(model, [0])
-    expected = gradients(model, inputs("dit"))
+    exact = gradients(copy.deepcopy(model).double(), cast(arguments, torch.float64))
+    eager = gradients(model, arguments)
+    fuse_adaln(model)
     model.compile(fullgraph=True)
-    assert_same(gradients(model, inputs("dit")), expected, floor=1e-2)
+    compiled = gradients(model, arguments)
+    # Of a bias of keys the gradient is zero, and what is computed the rounding of terms that cancel.
+    terms = 1e-2 * max(gradient.norm().item() for gradient in exact.values())
+    assert compiled.keys() == exact.keys()
+    for name in exact:
+        slack = torch.finfo(torch.float32).eps * terms
+        assert_within_budget(name, compiled[name], exact[name], eager[name], slack)
 
 
 @pytest.mark.interpreter
