@@ -273,8 +273,11 @@ class _Walk:
         name = name[1:] if re.match(r"U[A-Z]", name) else name  # uniform instructions are the same
         if sources == ["SR_TID.X"]:
             return {target: np.arange(self.threads)}
+        zeros = np.zeros(self.threads, np.int64)
         if sources == ["SR_CgaCtaId"]:  # addresses in the own program's memory
-            return {target: np.zeros(self.threads, np.int64)}
+            return {target: zeros}
+        if sources == ["SRZ"]:  # CS2R, of two registers
+            return {target: zeros} if "32" in flags else {target: zeros, _next(target): zeros}
         if name == "IADD3" and "64" in flags:
             return self._add_64(state, target, sources)
         carries = [self._predicate(state, text) for text in sources if "P" in text]
@@ -381,7 +384,7 @@ def _arithmetic(name: str, flags: list[str], values: list[np.ndarray]) -> np.nda
 
 # Instructions.
 
-_INTEGER = re.compile(r"U?(MOV|VIADD|IADD3|IMAD|LEA|SHF|SGXT|PRMT|LOP3|SEL|ISETP)\b|S2U?R|R2UR")
+_INTEGER = re.compile(r"U?(MOV|VIADD|IADD3|IMAD|LEA|SHF|SGXT|PRMT|LOP3|SEL|ISETP)\b|C?S2U?R|R2UR")
 _NO_TARGET = re.compile(
     r"ST|LDGSTS|BRA|BRX|EXIT|RET|BAR|BSYNC|BSSY|NOP|WARP|DEPBAR|LDGDEPBAR|MEMBAR|FENCE|ERRBAR|CCTL|RED|R2P|YIELD"
 )

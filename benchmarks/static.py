@@ -237,7 +237,7 @@ def unique(launches: list[Launch]) -> list[Launch]:
     return list({launch.identity: launch for launch in launches}.values())
 
 
-def _switches(launch: Launch) -> dict[str, bool]:
+def switches(launch: Launch) -> dict[str, bool]:
     """Which of `FLAGS` hold."""
     tables = "SIDE" in launch.constants or launch.kernel == "backward_tables"
     b, m = (tables and launch.signature.get(name, "constexpr") != "constexpr" for name in ("bias", "modulation"))
@@ -349,7 +349,7 @@ def report(launch: Launch, target: str, shapes: list[str] = (), disassemble: boo
     arguments = [name for name, kind in launch.signature.items() if kind != "constexpr"]
     loads = global_loads(compiled.asm["llir"], arguments)
     integers = {name: n for name, n in launch.constants.items() if type(n) is int and name.isupper()}
-    flags = "".join(filter(_switches(launch).get, FLAGS))
+    flags = "".join(filter(switches(launch).get, FLAGS))
     return Report(
         target=target,
         op=launch.op,

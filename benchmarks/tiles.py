@@ -27,7 +27,6 @@ OPS = ("amm_attention", *_NORMS)
 # The passes of the ops: for each, the ways to compute it, and of a way, its kernels and the kind of their tiles.
 PASSES: dict[str, tuple[dict[str, type[Tile]], ...]] = {
     "amm_attention.forward": (
-        {"short_forward": ScoreTile},
         {"resident_forward": ScoreTile},
         {"forward": ScoreTile},
     ),
@@ -125,17 +124,16 @@ def check_entry(where: str, entry) -> None:
     for kernel, kind in way.items():
         tile, names = tiles[kernel], [field.name for field in fields(kind)]
         right = isinstance(tile, dict) and sorted(tile) == sorted(names) and all(map(_is_size, tile.items()))
-        if right and kernel.startswith("short"):
+        if right and kernel == "short_backward":
             tokens = key["height"] * key["width"] + key["extra_tokens"]
-            right = tile["block_m"] == tile["block_n"] >= tokens
-            right &= kernel == "short_forward" or not key["modulation"]
+            right = tile["block_m"] == tile["block_n"] >= tokens and not key["modulation"]
         if right and kernel == "resident_forward":
             right = tile["block_n"] == padded(key["head_dim"])
         _require(
             right,
             f"{where}: the tile of {kernel} is {tile!r}; it needs {', '.join(names)}, all but num_stages and "
-            "programs a power of two; short kernels need block_m = block_n for all tokens, short_backward a key "
-            "without modulation, resident_forward block_n = head_dim rounded up to a power of two",
+            "programs a power of two; short_backward needs block_m = block_n for all tokens and a key without "
+            "modulation, resident_forward block_n = head_dim rounded up to a power of two",
         )
 
 

@@ -334,7 +334,8 @@ def candidates(
         options = {kernel: _tiles_of(pass_name, kernel, key, unit) for kernel in way}
         start = dict(heuristic)
         if way.keys() != heuristic.keys():
-            static = attention.tiles_of(unit, key["head_dim"]) | {"backward_tables": attention.TABLE_TILES[unit]}
+            tokens = key["height"] * key["width"] + key["extra_tokens"]
+            static = attention.tiles_of(unit, tokens, key["head_dim"])
             if not all(options.values()) or (quick and not way.keys() <= static.keys()):
                 continue
             start = {
@@ -365,22 +366,17 @@ def _tiles_of(pass_name: str, kernel: str, key: dict, unit: str) -> Sequence[Til
     if kernel == "backward_tables":  # its scores feed no other product
         return [CellTile(*sizes) for sizes in itertools.product((16, 32, 64), (4, 8), (1, 2))]
     tokens = key["height"] * key["width"] + key["extra_tokens"]
-    short = kernel.startswith("short")
-    if short and (tokens > 64 or (kernel == "short_backward" and key["modulation"])):
-        return []
+    heads = 1000 if key["many_heads"] else 1
     if kernel == "resident_forward" and (unit != "wgmma" or not 64 < tokens <= 256 or not key["many_heads"]):
         return []
-    if kernel == "resident_backward":  # registers hold no other tile
-        grid, heads = (key["height"], key["width"]), 1000 if key["many_heads"] else 1
-        chosen = attention.choose_backward(unit, tokens, grid, key["head_dim"], heads, key["modulation"])
-        return [attention.tiles_of(unit, key["head_dim"])[kernel]] if chosen == kernel else []
+    if kernel in ("resident_backward", "short_backward"):  # registers hold no other tile
+        chosen = attention.choose_backward(unit, tokens, key["head_dim"], heads, key["modulation"])
+        return [attention.tiles_of(unit, tokens, key["head_dim"])[kernel]] if chosen == kernel else []
     limit = max(triton.next_power_of_2(tokens), 64)
     sizes = (16, 32, 64) if unit == "fma" else (16, 32, 64, 128)
     tiles = []
     for block_m, block_n, num_warps, num_stages in itertools.product(sizes, sizes, (4, 8), (1, 2, 3)):
-        if short and (block_m != block_n or block_m < tokens):
-            continue
-        if not short and max(block_m, block_n) > limit:
+        if max(block_m, block_n) > limit:
             continue
         if kernel == "resident_forward" and block_n != attention.padded(key["head_dim"]):
             continue

@@ -1,5 +1,6 @@
 import fcntl
 import os
+import sys
 
 # One thread here and in all that is started: workers are the parallelism, and sums in another order differ in the
 # last bit. Before torch is imported: MKL's products may otherwise differ from those of a process that began so.
@@ -39,7 +40,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_runtest_teardown(item):
-    """Workers share the GPU, and each keeps the memory that a test took."""
+    """A test may have changed what decides on launches. Workers share the GPU, and each keeps the memory that a test
+    took."""
+    if launches := sys.modules.get("edt_kernels._launch"):
+        launches.forget_plans()
     if "gpu" in item.keywords and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 

@@ -411,7 +411,8 @@ def _plan_tables(p: _Problem, tile: TableTile, grad_out: Tensor) -> _TableGradie
     splits = _ceil(groups, groups_per_split)
     launch = p.launch(
         table_kernels.backward_tables, splits * heads * programs, tile, (grad_out,), p.table_strides(),
-        B, groups_per_split, MASKED=tile.items > 1 or H % tile.rows != 0 or W % tile.columns != 0, **layout,
+        B, groups_per_split, ROUNDED=p.q.dtype != torch.float32 and p.q.shape[1] <= _MATRIX_TOKENS,
+        MASKED=tile.items > 1 or H % tile.rows != 0 or W % tile.columns != 0, **layout,
     )  # fmt: skip
     return _TableGradients.plan(p, launch, splits, distances, layout | {"BLOCK": math.prod(layout.values())})
 

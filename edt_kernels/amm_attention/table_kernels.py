@@ -14,6 +14,7 @@ from .kernels import (
     load_statistic,
     row_offsets,
 )
+from .tables import rounded_to_half
 
 
 @triton.jit
@@ -32,8 +33,8 @@ def backward_tables(
     stride_gb, stride_gn, stride_gh,
     stride_bias, stride_bias_head, stride_modulation, stride_modulation_head,
     N, heads, H, W, before, scale, B, groups_per_split,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    ITEMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROUNDED: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, ITEMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Σ dS and Σ P ⊙ G over the batch and over all pairs of grid tiles that are equally far apart.
 
@@ -74,8 +75,12 @@ def backward_tables(
         logit, factor = None, None
         if bias is not None:
             logit = tl.load(bias + index * stride_bias, mask=inside, other=0.0).to(tl.float32)
+            if ROUNDED:  # as the logsumexp was made with
+                logit = rounded_to_half(logit).to(tl.float32)
         if modulation is not None:
             factor = tl.load(modulation + index * stride_modulation, mask=inside, other=1.0).to(tl.float32)
+            if ROUNDED:
+                factor = rounded_to_half(factor).to(tl.float32)
         if ITEMS > 1:  # pairs of different items are masked here: in the loop their masks would spill
             logit = tl.where(item[:, None] == item[None, :], 0.0 if logit is None else logit, float("-inf"))
 

@@ -73,7 +73,14 @@ def load_pairs(table, place, both_on_grid, other, HAS_EXTRA: tl.constexpr):
         return tl.load(table + place).to(tl.float32)
 
 
-@triton.jit(do_not_specialize_on_alignment=["stride_head"])
+@triton.jit
+def rounded_to_half(entries):
+    """As those of a float16 matrix. Infinities and NaN stay."""
+    entries = tl.where(tl.abs(entries) < float("inf"), tl.clamp(entries, -65504.0, 65504.0), entries)
+    return entries.to(tl.float16)
+
+
+@triton.jit(do_not_specialize_on_alignment=["stride_offset", "stride_head"])
 def expand_table(
     table, matrix, stride_offset, stride_head, H, W, before, fill,
     SIDE: tl.constexpr, KEYS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,6 +95,6 @@ def expand_table(
     values = tl.load(
         table + index.to(tl.int64) * stride_offset + head * stride_head, mask=on_grid_i & on_grid_j, other=fill
     ).to(tl.float32)
-    if matrix.dtype.element_ty == tl.float16:  # infinities and NaN stay
-        values = tl.where(tl.abs(values) < float("inf"), tl.clamp(values, -65504.0, 65504.0), values)
-    tl.store(matrix + head * SIDE * SIDE + entry, values.to(matrix.dtype.element_ty))
+    if matrix.dtype.element_ty == tl.float16:
+        values = rounded_to_half(values)
+    tl.store(matrix + head * SIDE * SIDE + entry, values)

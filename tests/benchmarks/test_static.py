@@ -49,7 +49,7 @@ def without_spills(found: dict[str, str]) -> None:
 
 def check_attention(launches: list[static.Launch], target: str) -> None:
     rows = check(launches, target)
-    switches = {row.kernel.partition("[")[2].rstrip("kx]") for row in rows if row.multiplies}
+    switches = {row.kernel.partition("[")[2].rstrip("skx]") for row in rows if row.multiplies}
     assert switches == {"", "b", "m", "bm"}  # the bias and AMM, each or none or both
 
 
@@ -119,7 +119,7 @@ def test_attention_compiles_at_other_shapes(grid, heads, head_dim, batch_size, e
 def test_products_of_small_heads_are_waited_for(head_dim):
     """Their products have different layouts. (With 16, ptxas serialises those of backward_q, which is right.)"""
     launches = static.attention_launches((16, 16), 4, head_dim, torch.bfloat16, "sm_90", (128,))
-    with_bias = [launch for launch in launches if launch.constants.get("HAS_MODULATION") is False][:4]
+    with_bias = [launch for launch in launches if static.switches(launch)["b"] and not static.switches(launch)["m"]]
     assert [launch.kernel for launch in with_bias[:3]] == ["forward", "backward_q", "backward_kv"]
     rows = [static.report(launch, "sm_90", disassemble=False) for launch in with_bias]
     assert not [fault for row in rows for fault in row.wrong_products if not fault.startswith("waits")]
@@ -153,7 +153,7 @@ def test_norms_compile_at_other_shapes(grid, channels, batch_size):
 
 
 def forward_launch(target: str = "sm_90") -> static.Launch:
-    return static.launches_of(FIRST_STAGE, target)[0]
+    return next(launch for launch in static.launches_of(FIRST_STAGE, target) if launch.kernel == "forward")
 
 
 def test_a_spill_is_a_fault():
@@ -171,7 +171,7 @@ def test_a_product_off_the_matrix_unit_is_a_fault():
 
 
 def test_exact_products_of_float32_need_no_matrix_unit():
-    launch = static.launches_of(LAST_STAGE, "sm_90", torch.float32)[0]
+    launch = static.launches_of(LAST_STAGE, "sm_90", torch.float32)[1]
     row = static.report(launch, "sm_90")
     assert row.matrix_instructions == 0
     assert not faults(row)
@@ -257,17 +257,21 @@ def test_a_fingerprint_is_of_all_that_a_report_depends_on(monkeypatch):
 
 
 def test_launches_are_recorded_with_their_specialisations():
-    (forward, *_) = static.attention_launches((4, 4), 10, 52, torch.bfloat16, "sm_90", (1,), (1, 0))
-    assert forward.kernel == "short_forward"
+    launches = static.attention_launches((4, 4), 10, 52, torch.bfloat16, "sm_90", (1,), (1, 0))
+    expand, forward, tables = (
+        next(launch for launch in launches if launch.kernel == kernel)
+        for kernel in ("expand_table", "forward", "backward_tables")
+    )
+    assert tables.signature["B"] == "i32"
+    assert (expand.signature["table"], expand.signature["matrix"]) == ("*fp32", "*fp16")
     assert forward.signature["q"] == "*bf16"
     assert forward.signature["logsumexp"] == "*fp32"
-    assert forward.signature["table"] == "*i64"  # pairs of float32
-    assert forward.signature["B"] == "i32"
+    assert forward.signature["bias"] == forward.signature["modulation"] == "*fp16"
     assert (
         forward.constants["before"] == 1
     )  # integer arguments of 1 are compile-time constants, unless named otherwise
     assert forward.constants["ALIGN"] == 4  # heads of 52 are 104 bytes apart, so loads are 8 bytes wide
-    assert (forward.constants["BLOCK"], forward.constants["SEQ"]) == (64, 32)
+    assert (forward.constants["BLOCK_M"], forward.constants["SIDE"]) == (32, 32)
 
 
 def test_the_number_of_heads_makes_no_other_code():
@@ -313,8 +317,8 @@ def test_every_launch_asks_for_fused_products_and_sums():
 def test_every_attention_kernel_is_among_the_launches():
     kernels = {launch.kernel for shape in EDT_ATTENTION for launch in static.launches_of(shape, "sm_90")}
     assert kernels == {
-        "short_forward", "short_backward", "reduce_short_partials", "resident_forward", "forward",
-        "resident_backward", "backward_q", "backward_kv", "backward_tables", "reduce_table_partials",
+        "expand_table", "forward", "resident_forward", "backward_q", "backward_kv", "short_backward",
+        "resident_backward", "backward_tables", "reduce_table_partials",
     }  # fmt: skip
 
 
@@ -335,7 +339,7 @@ def test_loads_are_traced_to_their_arguments():
         row = static.report(forward_launch(target), target)
         rows = {argument for argument in row.bytes_per_load if argument not in NARROW_LOADS}
         assert rows == set(row.possible_bytes_per_load) == {"q", "k", "v"}
-        assert {name: set(row.bytes_per_load[name]) for name in ("q", "table")} == {"q": {8}, "table": {8}}
+        assert {name: set(row.bytes_per_load[name]) for name in ("q", "bias")} == {"q": {8}, "bias": {16}}
         assert row.inner_loop
         assert row.instructions["matrix"] > 0
         assert row.instructions["special"] > 0  # exp2

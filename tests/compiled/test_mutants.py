@@ -58,7 +58,7 @@ LEAST_FOUND = {
 LEAST_FOUND_OF = {"resident_backward": LEAST_FOUND | {"wgmma.fence": 0.4}}
 
 QUICK = [
-    ("sm_90", Attention((8, 8), heads=1, batch_size=2, modulation=None), ("short_forward",)),
+    ("sm_90", Attention((8, 8), heads=1, batch_size=2, modulation=None), ("forward",)),
     ("sm_80", Attention((16, 16), heads=1, batch_size=1), ("forward",)),
     ("sm_90", Attention((8, 16), heads=1, batch_size=1, modulation=None), ("resident_backward",)),
 ]

@@ -35,8 +35,8 @@ print("found:", *judge({case}, torch.bfloat16, "sm_90").faults())
 MISTAKES = {
     "a tile counted by the wrong side: too many programs": (
         LAUNCHERS,
-        "kernels.backward_kv, tile, _ceil(N, tile.block_n),",
-        "kernels.backward_kv, tile, _ceil(N, tile.block_m),",
+        "kernels.backward_kv, B * _ceil(N, tile.block_n),",
+        "kernels.backward_kv, B * _ceil(N, tile.block_m),",
         "Case((16, 16), heads=2, batch_size=1)",
         "out of bounds",
         True,  # it reads and writes beyond its arrays, and mostly dies of that
@@ -46,7 +46,7 @@ MISTAKES = {
         'load_statistic(logsumexp + first, i, valid, float("inf"), MASKED), 0.0',
         "tl.load(logsumexp + first + i), 0.0",
         "Case((5, 7))",
-        "out of bounds: 4 bytes at byte 560 of argument 6, which has bytes 0 to 560",
+        "out of bounds: 4 bytes at byte 560 of argument 7, which has bytes 0 to 560",
         None,  # if what lies there in memory happens to be NaN or infinite
     ),
     "swapped strides of heads and samples": (

@@ -62,13 +62,14 @@ def test_tables_gathered_as_those_of_long_sequences(case, dtype, monkeypatch):
 def test_a_bias_of_any_size_in_16_bits():
     """Its matrix is in float16: −∞ is −∞, −10⁹ and 10⁵ are finite; an offset of all entries costs no precision."""
     case = Case((4, 4), modulation=None)
-    inputs = make_inputs(case, torch.bfloat16, "cpu")
+    inputs = make_inputs(case, torch.float16, "cpu")
     bias = inputs["rel_pos_bias"] = inputs["rel_pos_bias"].float()
-    bias[3], bias[5], bias[24] = float("-inf"), -1e9, 1e5
+    bias[3], bias[5], bias[0] = float("-inf"), -1e9, 1e5
+    bias[6:20] += 100
     result = run(edt_kernels.amm_attention, case, inputs)
     exact = run(edt_kernels.reference.amm_attention, case, inputs, torch.float64)
-    for name in ("out", "q", "k", "v"):
-        torch.testing.assert_close(result[name].double(), exact[name], rtol=0.02, atol=0.02)
+    for name, value in result.items():
+        torch.testing.assert_close(value.double(), exact[name], rtol=0.01, atol=0.01)
 
 
 RESIDENT_CASES = [
@@ -127,7 +128,8 @@ def test_tables_without_gradient_cost_no_table_kernel(grid, monkeypatch):
     case = Case(grid)
     inputs = make_inputs(case, torch.float32, "cpu")
     qkv = inputs["qkv"].requires_grad_()
-    monkeypatch.setattr(autograd, "_reduction_programs", lambda *_: pytest.fail("computed table gradients"))
+    monkeypatch.setattr(autograd.table_kernels, "backward_tables", None)  # not called
+    monkeypatch.setattr(autograd.table_kernels, "reduce_table_partials", None)
     out = edt_kernels.amm_attention(
         *qkv.unbind(2), grid=case.grid, modulation=inputs["modulation"], rel_pos_bias=inputs["rel_pos_bias"]
     )
@@ -366,7 +368,7 @@ def test_choice_of_the_backward_kernel(unit, tokens, head_dim, heads, has_modula
 
 
 @pytest.mark.parametrize(
-    ("tokens", "tile"), [(5, (16, 16, 2, 2)), (17, (32, 32, 4, 2)), (64, (64, 64, 8, 2)), (65, (128, 64, 8, 2))]
+    ("tokens", "tile"), [(5, (16, 16, 1, 2)), (17, (32, 32, 2, 2)), (64, (64, 64, 8, 2)), (65, (128, 64, 8, 2))]
 )
 def test_tiles_of_short_sequences_are_no_larger_than_they(tokens, tile):
     assert dataclasses.astuple(autograd.tiles_of("wgmma", tokens, 52)["forward"]) == tile

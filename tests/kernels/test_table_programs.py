@@ -67,7 +67,7 @@ def launch_of_tables(shape, batch_size: int) -> tuple[dict, int]:
 
     with mock.patch.object(static, "record_launches", record):
         static.attention_launches(shape.grid, shape.heads, shape.head_dim, torch.bfloat16, "sm_90", (batch_size,))
-    return next(launch for launch in found if launch[0]["HAS_BIAS"] and not launch[0]["HAS_MODULATION"])
+    return next(launch for launch in found if launch[0]["bias"] is not None and launch[0]["modulation"] is None)
 
 
 def work_of_programs(arguments: dict, programs: int) -> list[int]:
@@ -75,7 +75,7 @@ def work_of_programs(arguments: dict, programs: int) -> list[int]:
     kernel, language, found = table_kernels.backward_tables, Language(), []
     given = {name: arguments[name] for name in kernel.arg_names}
     given = {name: NOTHING if isinstance(value, torch.Tensor) else value for name, value in given.items()}
-    patches = {"tl": language, "range": language.range, "look_up": lambda *_: (NOTHING, NOTHING)}
+    patches = {"tl": language, "range": language.range}
     with mock.patch.multiple(table_kernels, create=True, **patches):
         for language.program in range(programs):
             language.work = 0
