@@ -19,11 +19,8 @@ from ._checks import (
     shown,
 )
 from ._tracing import HasConstants
-from .adaln import adaln
 from .amm_attention import amm_attention, amm_table
-from .gated_residual_adaln import gated_residual_adaln
-from .token_merge_adaln import token_merge_adaln
-from .token_split_concat_adaln import token_split_concat_adaln
+from .norms import adaln, gated_residual_adaln, token_merge_adaln, token_split_concat_adaln
 
 __all__ = ["AMMAttention", "AdaLN", "GatedResidualAdaLN", "TokenMerge", "TokenSplitConcat"]
 
