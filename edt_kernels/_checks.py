@@ -51,13 +51,12 @@ def check_floating(name: str, tensor) -> None:
         raise TypeError(f"{name} is {tensor.dtype}; it must be {needed}")
 
 
-def check_like(name: str, tensor, shape: tuple[int, ...], other: str, like: Tensor) -> None:
-    """A floating-point tensor of this shape on the device of `like`, which the message calls `other`."""
+def check_like(name: str, tensor, other: str, like: Tensor, *shapes: tuple[int, ...]) -> None:
+    """A floating-point tensor of one of these shapes on the device of `like`, which the message calls `other`."""
     check_floating(name, tensor)
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; {other} of shape {tuple(like.shape)} needs {tuple(shape)}"
-        )
+    if tensor.shape not in shapes:
+        needed = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {other} of shape {tuple(like.shape)} needs {needed}")
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on {other}'s device, {like.device}")
 

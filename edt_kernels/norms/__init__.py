@@ -176,7 +176,8 @@ def _norm(op: str, x, y, gate, shift, scale, keep, grid, eps, out_dtype) -> Any:
         options = {"keep": keep, "grid": grid, "eps": eps and float(eps), "out_dtype": out_dtype}
         given = {name: value for name, value in options.items() if value is not None}
         return getattr(reference, op)(*(t for t in tensors[:5] if t is not None), **given)
-    out_dtype = out_dtype or reference.default_out_dtype(x if gate is None else y)
+    if out_dtype is None and scale is not None:
+        out_dtype = reference.default_out_dtype(x if gate is None else y)
     outputs = autograd.run(op, known, *tensors, 0 if grid is None else grid[1], float(eps or 0), out_dtype)
     return outputs[0] if len(outputs) == 1 else outputs
 
@@ -195,7 +196,7 @@ def _check(x, y, gate, shift, scale, keep, op: str, grid, eps, out_dtype) -> str
     given = {"x": x, "y": y, "skip": y, "gate": gate, "shift": shift, "scale": scale}
     shapes = _SHAPES[op](B, N, C)
     for name, shape in shapes.items():
-        check_like(name, given[name], shape, "x", x)
+        check_like(name, given[name], "x", x, shape)
     if keep is not None:
         check_dense("keep", keep, "a bool tensor or None")
         if keep.dtype != torch.bool:

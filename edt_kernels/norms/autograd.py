@@ -4,6 +4,7 @@ rows, channels) are cut into programs."""
 import functools
 import itertools
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -57,14 +58,15 @@ def _rows_of(slices: int, x: Tensor, y: Tensor | None) -> tuple[int, int, int]:
     return (B, N // 4, C) if slices == 4 else (B, N, C)
 
 
-def _plan(*arguments) -> tuple[Launch, int]:
-    """The launch of a pass, and how many programs a sample has.
+def _plan(*arguments) -> tuple[Launch, int, bool]:
+    """The launch of a pass, how many programs a sample has, and whether the tensors can be read as they are.
 
     A kernel takes tensors of rows (B, N, C), vectors of samples (B, C), other tensors; the strides of the first
     two but for their last, dense, dimension; the number of rows, the width of the grid, eps or, backward, the rows
     of a program. What is absent is None, and so are its strides.
     """
-    *tensors, op, direction, grid_w, eps, _out_dtype = arguments
+    *given, op, direction, grid_w, eps, _out_dtype = arguments
+    tensors = _dense(*given)
     forward, slices = direction == "forward", _SLICES[op]
     by_row = tensors[: 2 if forward else 4]
     x, y = by_row[-2:]
@@ -95,7 +97,7 @@ def _plan(*arguments) -> tuple[Launch, int]:
         ROWS=tile.rows, BLOCK_C=next_power_of_2(channels), LANES=max(32 * tile.num_warps // tile.rows, 1),
         num_warps=tile.num_warps, **options,
     )  # fmt: skip
-    return launch, programs
+    return launch, programs, all(map(operator.is_, tensors, given))
 
 
 def _dense(*tensors: Tensor | None) -> list:
@@ -118,8 +120,9 @@ def _empty_outputs(op, x, y, gate, shift, scale, keep, grid_w, eps, out_dtype) -
 
 
 def _forward(op, *arguments, signature=None):
-    tensors, numbers = _dense(*arguments[:6]), arguments[6:]
-    launch, _ = planned(_plan, signature, tuple(tensors), op, "forward", *numbers)
+    tensors, numbers = arguments[:6], arguments[6:]
+    launch, _, are_dense = planned(_plan, signature, tensors, op, "forward", *numbers)
+    tensors = tensors if are_dense else _dense(*tensors)
     outputs = _empty_outputs(op, *tensors, *numbers)
     with on_device_of(tensors[0]):
         launch(*tensors, *outputs)
@@ -135,10 +138,10 @@ def _empty_gradients(x, y, gate, scale, *programs: int) -> tuple:
 
 
 def _backward(op, *arguments, signature=None):
-    *tensors, grid_w = arguments
-    *tensors, statistics = _dense(*tensors)
+    tensors, statistics, grid_w = arguments[:7], *arguments[7:]
+    launch, programs, are_dense = planned(_plan, signature, tensors, op, "backward", grid_w, 0.0, None)
+    tensors = tensors if are_dense else _dense(*tensors)
     _, _, x, y, gate, scale, _ = tensors
-    launch, programs = planned(_plan, signature, tuple(tensors), op, "backward", grid_w, 0.0, None)
     *grads, partials = _empty_gradients(x, y, gate, scale, programs)
     with on_device_of(partials):
         launch(*tensors, statistics, *grads, partials)
@@ -150,7 +153,7 @@ _OPS = {
         Op(
             op,
             "(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? keep, int grid_w, "
-            "float eps, ScalarType out_dtype) -> Tensor[]",
+            "float eps, ScalarType? out_dtype) -> Tensor[]",
             functools.partial(_forward, op),
             lambda *arguments, op=op: _existing(*_empty_outputs(op, *arguments)),
         ),

@@ -11,7 +11,7 @@ from attention_cases import Case, check, make_inputs, run, slack_of_saturated_ro
 
 import edt_kernels
 from edt_kernels.amm_attention import autograd
-from edt_kernels.testing import assert_within_budget
+from benchmarks.budget import assert_within_budget
 
 SMALL_CASES = [
     Case((1, 1), head_dim=16),

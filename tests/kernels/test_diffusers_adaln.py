@@ -30,7 +30,7 @@ from torch import nn
 
 import edt_kernels
 from edt_kernels.integrations.diffusers import adaln, apply_amm, fuse_adaln, remove_amm, unfuse_adaln
-from edt_kernels.testing import assert_within_budget
+from benchmarks.budget import assert_within_budget
 
 PARITY = 1e-5
 

@@ -222,11 +222,11 @@ def test_tiles_fit_the_shapes_of_any_model(op, channels):
     ):
         tokens = torch.empty(1).expand(samples, rows * (4 if slices == 4 else 1), channels)
         others = (None, tokens) if slices == 2 else (tokens, None)  # x and y
-        launch, programs = autograd._plan(*others, *[None] * 4, op, "forward", 2, 1e-6, F32)
+        launch, programs, _ = autograd._plan(*others, *[None] * 4, op, "forward", 2, 1e-6, F32)
         tile_rows = launch.constants["ROWS"]
         assert programs == math.ceil(rows / tile_rows)
         assert launch.programs == samples * programs
-        launch, programs = autograd._plan(None, None, *others, *[None] * 3, op, "backward", 2, 0.0, None)
+        launch, programs, _ = autograd._plan(None, None, *others, *[None] * 3, op, "backward", 2, 0.0, None)
         tile_rows, *_, rows_per_program = launch.constants["ROWS"], *launch.numbers
         assert (programs - 1) * rows_per_program < rows <= programs * rows_per_program
         assert tile_rows * slices * launch.constants["BLOCK_C"] <= 8192
