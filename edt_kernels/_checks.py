@@ -56,7 +56,9 @@ def check_like(name: str, tensor, other: str, like: Tensor, *shapes: tuple[int, 
     check_floating(name, tensor)
     if tensor.shape not in shapes:
         needed = " or ".join(str(tuple(shape)) for shape in shapes)
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {other} of shape {tuple(like.shape)} needs {needed}")
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; {other} of shape {tuple(like.shape)} needs {needed}"
+        )
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on {other}'s device, {like.device}")
 

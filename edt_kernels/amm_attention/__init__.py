@@ -54,9 +54,9 @@ def amm_table(
     if not isinstance(form, str) or form not in ("exp_cos", "cos"):
         raise ValueError(f"form is {shown(form)}; it must be 'exp_cos' or 'cos'")
     if radius is not None:
-        radius = check_number("radius", radius, "a number or None")
+        given, radius = radius, check_number("radius", radius, "a number or None")
         if not (math.isfinite(radius) and radius >= 0):
-            raise ValueError(f"radius is {radius}; it must be finite and not negative")
+            raise ValueError(f"radius is {shown(given)}; it must be finite and not negative")
     if dtype is None:
         raise TypeError("dtype is None; it must be a floating-point torch.dtype")
     check_out_dtype(dtype, "dtype")

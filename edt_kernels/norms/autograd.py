@@ -11,28 +11,18 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from .._launch import (
-    Launch,
-    Op,
-    common_alignment,
-    dense_like,
-    dense_rows,
-    has_gradient,
-    on_device_of,
-    once_differentiable,
-    planned,
-)
+    Launch, Op, common_alignment, dense_like, dense_rows, has_gradient, on_device_of, once_differentiable, planned,
+)  # fmt: skip
 from .._tiles import RowLoop, RowTile, choose_tiles
 from .._tracing import signature
 from . import kernels
 
-# Of a row, see `kernels`.
-_SLICES = {
-    "adaln": 1,
-    "gated_residual": 1,
-    "gated_residual_adaln": 1,
-    "token_merge_adaln": 4,
-    "token_split_concat_adaln": 2,
-}
+# The slices of a row, see `kernels`; how many tensors the backward pass returns: a list of them has no `vmap`, which
+# batched gradients need.
+_OPS = {
+    "adaln": (1, 2), "gated_residual": (1, 2), "gated_residual_adaln": (1, 3), "token_merge_adaln": (4, 2),
+    "token_split_concat_adaln": (2, 3),
+}  # fmt: skip
 # Programs of a backward pass, whatever the device, so that gradients are the same wherever no table of measured
 # tiles says otherwise: two for each multiprocessor of an H100 or H200, as many as may be there at once.
 _BACKWARD_PROGRAMS = 264
@@ -67,7 +57,7 @@ def _plan(*arguments) -> tuple[Launch, int, bool]:
     """
     *given, op, direction, grid_w, eps, _out_dtype = arguments
     tensors = _dense(*given)
-    forward, slices = direction == "forward", _SLICES[op]
+    forward, slices = direction == "forward", _OPS[op][0]
     by_row = tensors[: 2 if forward else 4]
     x, y = by_row[-2:]
     samples, rows, channels = _rows_of(slices, y if x is None else x, y)
@@ -114,8 +104,9 @@ def _empty_outputs(op, x, y, gate, shift, scale, keep, grid_w, eps, out_dtype) -
     x_out = None if gate is None else dense_like(x)
     if scale is None:
         return x_out, None, None
-    samples, rows, channels = _rows_of(_SLICES[op], x, y)
-    out = x.new_empty((samples, rows, _SLICES[op] * channels), dtype=out_dtype)
+    slices = _OPS[op][0]
+    samples, rows, channels = _rows_of(slices, x, y)
+    out = x.new_empty((samples, rows, slices * channels), dtype=out_dtype)
     return x_out, out, x.new_empty((samples, rows, 2), dtype=torch.float32)
 
 
@@ -145,10 +136,10 @@ def _backward(op, *arguments, signature=None):
     *grads, partials = _empty_gradients(x, y, gate, scale, programs)
     with on_device_of(partials):
         launch(*tensors, statistics, *grads, partials)
-    return _existing(*grads, partials.squeeze(2) if programs == 1 else partials.sum(2))
+    return tuple(_existing(*grads, partials.squeeze(2) if programs == 1 else partials.sum(2)))
 
 
-_OPS = {
+_REGISTERED = {
     op: (
         Op(
             op,
@@ -160,46 +151,38 @@ _OPS = {
         Op(
             f"{op}_backward",
             "(Tensor? grad_x_out, Tensor? grad_out, Tensor? x, Tensor? y, Tensor? gate, Tensor? scale, "
-            "Tensor? keep, Tensor? statistics, int grid_w) -> Tensor[]",
+            f"Tensor? keep, Tensor? statistics, int grid_w) -> ({', '.join(['Tensor'] * gradients)})",
             functools.partial(_backward, op),
-            lambda *arguments: _existing(*_empty_gradients(*arguments[2:6])),
+            lambda *arguments: tuple(_existing(*_empty_gradients(*arguments[2:6]))),
         ),
     )
-    for op in _SLICES
+    for op, (_, gradients) in _OPS.items()
 }
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, known, x, y, gate, shift, scale, keep, grid_w, eps, out_dtype):
-        outputs = _OPS[op][0](known, x, y, gate, shift, scale, keep, grid_w, eps, out_dtype)
-        ctx.set_materialize_grads(False)
+        outputs = _REGISTERED[op][0](known, x, y, gate, shift, scale, keep, grid_w, eps, out_dtype)
         ctx.op, ctx.grid_w = op, grid_w
-        ctx.dtypes = [vector.dtype for vector in _existing(gate, shift, scale)]
-        if scale is None:
-            ctx.save_for_backward(None, y, gate, None, None, None)
-            return tuple(outputs)
-        *outputs, statistics = outputs
-        ctx.save_for_backward(x if gate is None else outputs[0], y, gate, scale, keep, statistics)
+        ctx.dtypes = [None if vector is None else vector.dtype for vector in (gate, shift, scale)]
+        outputs, statistics = (outputs, None) if scale is None else (outputs[:-1], outputs[-1])
+        normed = None if scale is None else x if gate is None else outputs[0]
+        ctx.save_for_backward(normed, y, gate, scale, keep, statistics)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *grads):
-        saved = x, y, gate, scale, _, _ = ctx.saved_tensors  # once: a checkpoint recomputes for one reading
+        saved = _, y, gate, scale, _, _ = ctx.saved_tensors  # once: a checkpoint recomputes for one reading
         grad_x_out, grad_out = (None, *grads) if gate is None else (*grads, None)[:2]
-        if scale is not None and grad_out is None:
-            grad_out = torch.zeros_like(x)
-        if gate is not None and grad_x_out is None:
-            grad_x_out = torch.zeros_like(x)
         tensors = grad_x_out, grad_out, *saved
-        *grads, sums = _OPS[ctx.op][1](signature(*tensors), *tensors, ctx.grid_w)
-        if scale is None:
-            grads = [grad_x_out, *grads]
-        if y is None:
-            grads += [None]
-        sums = [gradient.to(dtype) for gradient, dtype in zip(sums.unbind(0), ctx.dtypes)]
-        sums = [None] * (gate is None) + sums + [None, None] * (scale is None)
-        return once_differentiable(ctx.op, tensors, (None, None, *grads, *sums, *[None] * 4))
+        results = iter(_REGISTERED[ctx.op][1](signature(*tensors), *tensors, ctx.grid_w))
+        grad_x = grad_x_out if scale is None else next(results)
+        grad_y = None if y is None else next(results)
+        sums = iter(next(results).unbind(0))
+        vectors = [None if dtype is None else next(sums).to(dtype) for dtype in ctx.dtypes]
+        gradients = None, None, grad_x, grad_y, *vectors, *[None] * 4
+        return once_differentiable(ctx.op, tensors, gradients)
 
 
 def run(op: str, known: tuple | None, *arguments) -> tuple[Tensor, ...]:
@@ -207,5 +190,5 @@ def run(op: str, known: tuple | None, *arguments) -> tuple[Tensor, ...]:
     out_dtype. `known` is the signature of its tensors; the skip connection of the split is its y."""
     if has_gradient(*arguments[:5]):
         return _Function.apply(op, known, *arguments)
-    outputs = _OPS[op][0](known, *arguments)
+    outputs = _REGISTERED[op][0](known, *arguments)
     return tuple(outputs if arguments[4] is None else outputs[:-1])

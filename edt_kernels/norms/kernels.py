@@ -87,68 +87,45 @@ def store(pointer, offsets, values, exists):
 
 
 @triton.jit
-def merged_tokens(row, slices, W):
-    """The four tokens of each merged token. (PARTS, ROWS, LANES, 1)."""
-    y, x = row // (W // 2), row % (W // 2)
-    return (2 * y + slices % 2) * W + 2 * x + slices // 2
-
-
-@triton.jit
-def coarse_tokens(row, W, C: tl.constexpr):
-    """The coarse token that each fine token is a run of, and where the run starts."""
-    y, x = row // (2 * W), row % (2 * W)
-    return y // 2 * W + x // 2, (2 * (y % 2) + x % 2) * C
+def tokens_of_slices(row, slices, W, C: tl.constexpr, SLICES: tl.constexpr):
+    """The token of x that each slice of a row is of, and where in it the slice starts."""
+    if SLICES == 4:
+        y, x = row // (W // 2), row % (W // 2)
+        return (2 * y + slices % 2) * W + 2 * x + slices // 2, 0
+    elif SLICES == 2:
+        y, x = row // (2 * W), row % (2 * W)
+        return y // 2 * W + x // 2, (2 * (y % 2) + x % 2) * C
+    else:
+        return row, 0
 
 
 @triton.jit
 def load_stream(
-    x, y, sample, row, place, c, slices, mask, stride_xb, stride_xn, stride_yb, stride_yn, W,
-    C: tl.constexpr, SLICES: tl.constexpr, ALIGN: tl.constexpr,
+    x, y, sample, row, token, start, c, slices, mask, stride_xb, stride_xn, stride_yb, stride_yn,
+    SLICES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Rows of x, and of y in the split."""
-    if SLICES == 4:
-        return load_rows(x, sample, merged_tokens(row, slices, W), stride_xb, stride_xn, c, mask, ALIGN)
-    elif SLICES == 2:
-        token, run = coarse_tokens(row, W, C)
-        tile = load_rows(x, sample, token, stride_xb, stride_xn, run + c, mask & (slices == 0), ALIGN)
+    if SLICES == 2:
+        tile = load_rows(x, sample, token, stride_xb, stride_xn, start + c, mask & (slices == 0), ALIGN)
         return tile + load_rows(y, sample, row, stride_yb, stride_yn, c, mask & (slices == 1), ALIGN)
     else:
-        return load_rows(x, sample, row, stride_xb, stride_xn, place, mask, ALIGN)
+        return load_rows(x, sample, token, stride_xb, stride_xn, c, mask, ALIGN)
 
 
 @triton.jit
-def store_stream(
-    x, y, dx, sample, row, number, place, c, slices, mask, N, W, C: tl.constexpr, SLICES: tl.constexpr
-):
-    """dx where `load_stream` read, in contiguous gradients."""
-    if SLICES == 4:
-        store(x + (sample * N * 4 + merged_tokens(row, slices, W)) * C, c, dx, mask)
-    elif SLICES == 2:
-        token, run = coarse_tokens(row, W, C)
-        store(x + ((sample * (N // 4) + token) * 4 * C + run), c, dx, mask & (slices == 0))
-        store(y + number * C, c, dx, mask & (slices == 1))
-    else:
-        store(x + number * C, place, dx, mask)
-
-
-@triton.jit
-def sum_of_parts(values):
-    """(PARTS, ROWS, LANES, VEC) → (ROWS, LANES·VEC), within each thread."""
-    values = tl.sum(values, axis=0)
-    return tl.reshape(values, (values.shape[0], values.shape[1] * values.shape[2]))
+def sum_in_threads(values):
+    return tl.sum(tl.sum(values, axis=0, keep_dims=True), axis=3, keep_dims=True)
 
 
 @triton.jit
 def mean_of_rows(values, WIDTH: tl.constexpr):
-    return (tl.sum(sum_of_parts(values), axis=1) / WIDTH)[None, :, None, None]
+    return tl.sum(sum_in_threads(values), axis=2, keep_dims=True) / WIDTH
 
 
 @triton.jit
 def means_of_rows(a, b, WIDTH: tl.constexpr):
     """Both in one exchange between warps."""
-    sums = tl.sum(tl.join(sum_of_parts(a), sum_of_parts(b)), axis=1)
-    a, b = tl.split(sums / WIDTH)
-    return a[None, :, None, None], b[None, :, None, None]
+    return tl.split(tl.sum(tl.join(sum_in_threads(a), sum_in_threads(b)), axis=2, keep_dims=True) / WIDTH)
 
 
 @triton.jit
@@ -186,8 +163,9 @@ def forward(
     place, c, slices, exists = channels_of_row(y if SLICES == 2 else x, C, SLICES, BLOCK_C, LANES)
     row = first + tl.arange(0, ROWS)[None, :, None, None]
     number, row_exists, mask = sample * N + row, row < last, (row < last) & exists
+    token, start = tokens_of_slices(row, slices, W, C, SLICES)
     tile = load_stream(
-        x, y, sample, row, place, c, slices, mask, stride_xb, stride_xn, stride_yb, stride_yn, W, C, SLICES, ALIGN
+        x, y, sample, row, token, start, c, slices, mask, stride_xb, stride_xn, stride_yb, stride_yn, SLICES, ALIGN
     )
     if gate is not None:
         y_tile = load_rows(y, sample, row, stride_yb, stride_yn, place, mask, ALIGN)
@@ -207,7 +185,7 @@ def forward(
         scale_row = load_row(scale, sample, stride_scale, place, exists, ROWS)
         result = x_hat * (1.0 + scale_row) + shift_row
         if keep is not None:
-            kept = load(keep, sample * stride_keep + merged_tokens(row, slices, W), row_exists)
+            kept = load(keep, sample * stride_keep + token, row_exists)
             result = tl.where(kept != 0, result, 0.0)
         store(out + number * (SLICES * C), place, result, mask)
 
@@ -233,21 +211,22 @@ def backward(
         scale_row = load_row(scale, sample, stride_scale, place, exists, ROWS)
         shift_sum = tl.zeros_like(scale_row)
         scale_sum = tl.zeros_like(scale_row)
-    for start in tl.range(
+    for begin in tl.range(
         first, last, ROWS, num_stages=3 if SLICES == 1 and (gate is None or scale is None) else 2
     ):
-        row = start + tl.arange(0, ROWS)[None, :, None, None]
+        row = begin + tl.arange(0, ROWS)[None, :, None, None]
         number, row_exists, mask = sample * N + row, row < last, (row < last) & exists
         if grad_x_out is not None:
             dx = load_rows(grad_x_out, sample, row, stride_gxb, stride_gxn, place, mask, ALIGN)
         if scale is not None:
+            token, start = tokens_of_slices(row, slices, W, C, SLICES)
             tile = load_stream(
-                x, y, sample, row, place, c, slices, mask, stride_xb, stride_xn, stride_yb, stride_yn, W,
-                C, SLICES, ALIGN,
+                x, y, sample, row, token, start, c, slices, mask, stride_xb, stride_xn, stride_yb, stride_yn,
+                SLICES, ALIGN,
             )  # fmt: skip
             grad_tile = load_rows(grad_out, sample, row, stride_gb, stride_gn, place, mask, ALIGN)
             if keep is not None:
-                kept = load(keep, sample * stride_keep + merged_tokens(row, slices, W), row_exists)
+                kept = load(keep, sample * stride_keep + token, row_exists)
                 grad_tile = tl.where(kept != 0, grad_tile, 0.0)
             # Where nothing exists grad_tile is zero, and with it all that x̂ is part of.
             mean, rstd = load(statistics, 2 * number, row_exists), load(statistics, 2 * number + 1, row_exists)
@@ -259,7 +238,12 @@ def backward(
             shift_sum += grad_tile
             scale_sum += grad_tile * x_hat
             dx = dx + norm_dx if grad_x_out is not None else norm_dx
-            store_stream(grad_x, grad_y, dx, sample, row, number, place, c, slices, mask, N, W, C, SLICES)
+            # Where `load_stream` read, in contiguous gradients.
+            if SLICES == 2:
+                store(grad_x + ((sample * (N // 4) + token) * 4 * C + start), c, dx, mask & (slices == 0))
+                store(grad_y + number * C, c, dx, mask & (slices == 1))
+            else:
+                store(grad_x + (sample * N * SLICES + token) * C, c, dx, mask)
         if gate is not None:
             y_tile = load_rows(y, sample, row, stride_yb, stride_yn, place, mask, ALIGN)
             store(grad_y + number * C, place, gate_row * dx, mask)
