@@ -9,13 +9,6 @@ from .norms import adaln, gated_residual, gated_residual_adaln, token_merge_adal
 
 __version__ = "0.1.0"
 __all__ = [
-    "adaln",
-    "amm_attention",
-    "amm_table",
-    "gated_residual",
-    "gated_residual_adaln",
-    "nn",
-    "reference",
-    "token_merge_adaln",
-    "token_split_concat_adaln",
-]
+    "adaln", "amm_attention", "amm_table", "gated_residual", "gated_residual_adaln", "nn", "reference",
+    "token_merge_adaln", "token_split_concat_adaln",
+]  # fmt: skip

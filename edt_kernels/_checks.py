@@ -63,13 +63,6 @@ def check_like(name: str, tensor, other: str, like: Tensor, *shapes: tuple[int, 
         raise ValueError(f"{name} is on {tensor.device}; it must be on {other}'s device, {like.device}")
 
 
-def check_rows(name: str, tensor) -> None:
-    """(B, N, C)."""
-    check_floating(name, tensor)
-    if tensor.ndim != 3 or tensor.shape[2] < 1:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (B, N, C)")
-
-
 def _check_pair(name: str, pair, meaning: str, parts: str, least: int) -> tuple[int, int]:
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(n) is int for n in pair)):
         raise TypeError(f"{name} is {shown(pair)}; it must be a pair of integers {meaning}")

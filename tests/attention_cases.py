@@ -6,8 +6,8 @@ import torch
 from layouts import lay_out
 
 import edt_kernels
-from edt_kernels.amm_attention.reference import expand_offset_table
 from benchmarks.budget import assert_within_budget
+from edt_kernels.amm_attention.reference import expand_offset_table
 
 
 @dataclasses.dataclass(frozen=True)

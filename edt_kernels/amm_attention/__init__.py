@@ -5,11 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .._backend import checked, select_backend, triton
-from .._checks import (
-    check_extra_tokens, check_floating, check_grid, check_like, check_number, check_out_dtype, check_scale,
-    enabled_autocast_dtype, shown,
-)  # fmt: skip
 from .._tracing import signature
 from . import reference
 
@@ -21,13 +18,9 @@ _MAX_TABLE = 2**26  # entries: 4096×4096 tokens; made in float64, they take up 
 
 
 def amm_table(
-    grid: tuple[int, int],
-    *,
-    form: str = "exp_cos",
-    radius: float | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-) -> Tensor:
+    grid: tuple[int, int], *, form: str = "exp_cos", radius: float | None = None,
+    dtype: torch.dtype = torch.float32, device: torch.device | str | None = None,
+) -> Tensor:  # fmt: skip
     """m[Δy, Δx] = ½·exp(cos(f·d)) (`"exp_cos"`) or 1.3·cos(f·d) (`"cos"`) for d ≤ radius, else 0.
 
     d is the Euclidean distance of two tokens of an H×W grid in token steps, f = π/(2·d_max) with d_max the
@@ -47,41 +40,43 @@ def amm_table(
 
     Source: EDT (arXiv 2410.23788), section 3.2, in the form of the released implementation.
     """
-    grid = check_grid(grid)
-    entries = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+    H, W = _checks.check_grid(grid)
+    entries = (2 * H - 1) * (2 * W - 1)
     if entries > _MAX_TABLE:
-        raise ValueError(f"grid is {grid}; its table would have {entries} entries, of at most {_MAX_TABLE}")
+        raise ValueError(f"grid is {(H, W)}; its table would have {entries} entries, of at most {_MAX_TABLE}")
     if not isinstance(form, str) or form not in ("exp_cos", "cos"):
-        raise ValueError(f"form is {shown(form)}; it must be 'exp_cos' or 'cos'")
+        raise ValueError(f"form is {_checks.shown(form)}; it must be 'exp_cos' or 'cos'")
     if radius is not None:
-        given, radius = radius, check_number("radius", radius, "a number or None")
+        given, radius = radius, _checks.check_number("radius", radius, "a number or None")
         if not (math.isfinite(radius) and radius >= 0):
-            raise ValueError(f"radius is {shown(given)}; it must be finite and not negative")
+            raise ValueError(f"radius is {_checks.shown(given)}; it must be finite and not negative")
     if dtype is None:
         raise TypeError("dtype is None; it must be a floating-point torch.dtype")
-    check_out_dtype(dtype, "dtype")
+    _checks.check_out_dtype(dtype, "dtype")
     try:
         torch.empty(0, device=device)
     except Exception as error:  # torch has one class for each of its reasons
-        raise ValueError(f"device is {shown(device)}; it must be one that torch has here: {error}") from error
-    return reference.amm_table(grid, form=form, radius=radius, dtype=dtype, device=device)
+        raise ValueError(
+            f"device is {_checks.shown(device)}; it must be one that torch has here: {error}"
+        ) from error
+    dy = torch.arange(1 - H, H, dtype=torch.float64, device=device)[:, None]
+    dx = torch.arange(1 - W, W, dtype=torch.float64, device=device)[None, :]
+    squared_distance = dy**2 + dx**2  # exact: integers in float64
+    squared_radius = (max(H, W) - 1) ** 2 + 4 if radius is None else radius * radius
+    diagonal = max(math.hypot(H - 1, W - 1), 1e-9)  # a 1×1 grid has only the distance 0
+    cosine = torch.cos(math.pi / (2 * diagonal) * squared_distance.sqrt())
+    gain = 0.5 * torch.exp(cosine) if form == "exp_cos" else 1.3 * cosine
+    return torch.where(squared_distance <= squared_radius, gain, 0.0).to(dtype)
 
 
 def amm_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    grid: tuple[int, int],
-    modulation: Tensor | None = None,
-    rel_pos_bias: Tensor | None = None,
-    scale: float | None = None,
-    num_extra_tokens: tuple[int, int] = (0, 0),
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, grid: tuple[int, int], modulation: Tensor | None = None,
+    rel_pos_bias: Tensor | None = None, scale: float | None = None, num_extra_tokens: tuple[int, int] = (0, 0),
+) -> Tensor:  # fmt: skip
     """softmax(q·kᵀ·scale + bias[Δ]) ⊙ m[Δ] · v, not renormalised, over the tokens of an H×W grid.
 
-    Δ = (y_i − y_j, x_i − x_j) for query i and key j, in row-major token order. Gradients flow to all tensors; those
-    of the Triton path are deterministic and cannot be differentiated again.
+    Δ = (y_i − y_j, x_i − x_j) for query i and key j, in row-major token order. Gradients flow to all tensors;
+    those of the Triton path are deterministic and cannot be differentiated again.
 
     Args:
         q, k, v: (B, N, heads, D), N = before + H·W + after, of one dtype: float32, bfloat16 or float16
@@ -112,7 +107,7 @@ def amm_attention(
 
     Source: EDT (arXiv 2410.23788), sections 3.2 and A.3; online softmax as in FlashAttention-2 (arXiv 2307.08691).
     """
-    autocast_dtype = enabled_autocast_dtype(q)
+    autocast_dtype = _checks.enabled_autocast_dtype(q)
     if autocast_dtype is not None:
         q, k, v = (t.to(autocast_dtype) if _is_autocast(t) else t for t in (q, k, v))
     tensors = q, k, v, modulation, rel_pos_bias
@@ -133,13 +128,13 @@ def _is_autocast(tensor) -> bool:
 
 
 def _check(q, k, v, modulation, rel_pos_bias, grid, scale, num_extra_tokens) -> str:
-    (H, W), extra = check_grid(grid), check_extra_tokens(num_extra_tokens)
-    check_floating("q", q)
+    (H, W), extra = _checks.check_grid(grid), _checks.check_extra_tokens(num_extra_tokens)
+    _checks.check_floating("q", q)
     if q.ndim != 4 or q.shape[3] < 1:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (B, N, heads, D), and D must be at least 1")
     _, N, heads, D = q.shape
     for name, tensor in (("k", k), ("v", v)):
-        check_like(name, tensor, "q", q, q.shape)
+        _checks.check_like(name, tensor, "q", q, q.shape)
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} is {tensor.dtype}; it must be q's dtype, {q.dtype}")
     if sum(extra) + H * W != N:
@@ -149,10 +144,10 @@ def _check(q, k, v, modulation, rel_pos_bias, grid, scale, num_extra_tokens) -> 
         )
     offsets = (2 * H - 1, 2 * W - 1)
     if modulation is not None:
-        check_like("modulation", modulation, "q", q, offsets, (heads, *offsets))
+        _checks.check_like("modulation", modulation, "q", q, offsets, (heads, *offsets))
     if rel_pos_bias is not None:
-        check_like("rel_pos_bias", rel_pos_bias, "q", q, (offsets[0] * offsets[1], heads))
-    check_scale(scale)
+        _checks.check_like("rel_pos_bias", rel_pos_bias, "q", q, (offsets[0] * offsets[1], heads))
+    _checks.check_scale(scale)
     backend = select_backend(q=q)
     if backend == "triton" and D > _MAX_HEAD_DIM:
         raise ValueError(f"q has a head dim of {D}; the Triton kernels take up to {_MAX_HEAD_DIM}")

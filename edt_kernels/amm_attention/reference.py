@@ -1,6 +1,4 @@
-"""What `amm_attention` and its tables are, in plain torch. Also the path that CPU tensors take."""
-
-import math
+"""What `amm_attention` is, in plain torch. Also the path that CPU tensors take."""
 
 import torch
 from torch import Tensor
@@ -8,26 +6,6 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .._tracing import add_in_place, in_func_transform
-
-
-def amm_table(
-    grid: tuple[int, int],
-    *,
-    form: str = "exp_cos",
-    radius: float | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """See `edt_kernels.amm_table`."""
-    H, W = grid
-    dy = torch.arange(1 - H, H, dtype=torch.float64, device=device)[:, None]
-    dx = torch.arange(1 - W, W, dtype=torch.float64, device=device)[None, :]
-    squared_distance = dy**2 + dx**2  # exact: integers in float64
-    squared_radius = (max(H, W) - 1) ** 2 + 4 if radius is None else radius * radius
-    diagonal = max(math.hypot(H - 1, W - 1), 1e-9)  # a 1×1 grid has only the distance 0
-    cosine = torch.cos(math.pi / (2 * diagonal) * squared_distance.sqrt())
-    gain = 0.5 * torch.exp(cosine) if form == "exp_cos" else 1.3 * cosine
-    return torch.where(squared_distance <= squared_radius, gain, 0.0).to(dtype)
 
 
 def expand_offset_table(
@@ -48,16 +26,9 @@ def expand_offset_table(
 
 
 def amm_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    grid: tuple[int, int],
-    modulation: Tensor | None = None,
-    rel_pos_bias: Tensor | None = None,
-    scale: float | None = None,
-    num_extra_tokens: tuple[int, int] = (0, 0),
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, grid: tuple[int, int], modulation: Tensor | None = None,
+    rel_pos_bias: Tensor | None = None, scale: float | None = None, num_extra_tokens: tuple[int, int] = (0, 0),
+) -> Tensor:  # fmt: skip
     """See `edt_kernels.amm_attention`."""
     H, W = grid
     factor = q.shape[-1] ** -0.5 if scale is None else scale

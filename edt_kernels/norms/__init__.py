@@ -1,9 +1,9 @@
 """What stands between the matrix products of a diffusion transformer's block: norm, modulation, gate, residual.
 
-Common to these ops: tokens, (B, N, C), may have any strides, modulation, (B, C), too, such as parts (`chunk`) of
-one projection; what has a dense last dimension is read in place. Each tensor has a floating dtype of its own.
-Statistics, products and sums are in float32. Gradients flow to all of them but `keep`; those of the Triton path are
-deterministic and cannot be differentiated again.
+Common to these ops: tensors may have any strides, say of parts (`chunk`) of one projection; what has a dense last
+dimension is read in place. Each has a floating dtype of its own. Statistics, products and sums are in float32.
+Gradients flow to all of them but `keep`; those of the Triton path are deterministic and cannot be differentiated
+again.
 """
 
 from typing import Any
@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .._backend import checked, select_backend, triton
-from .._checks import check_dense, check_eps, check_even_grid, check_grid, check_like, check_out_dtype, check_rows
 from .._tracing import signature
 from . import reference
 
 if triton is not None:
     from . import autograd
-
-__all__ = ["adaln", "gated_residual", "gated_residual_adaln", "token_merge_adaln", "token_split_concat_adaln"]
 
 
 def adaln(
@@ -56,8 +54,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     Returns:
         (B, N, C) in x's dtype, computed in float32. For backward y and gate are kept.
 
-    Raises:
-        TypeError, ValueError, RuntimeError: as `adaln`.
+    Raises: as `adaln`.
 
     Source: adaLN-Zero of DiT (arXiv 2212.09748).
     """
@@ -65,15 +62,9 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def gated_residual_adaln(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    *,
-    eps: float = 1e-6,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *,
+    eps: float = 1e-6, out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x' = x + gate·y and LN(x')·(1+scale)+shift; both are returned.
 
     Args:
@@ -87,8 +78,7 @@ def gated_residual_adaln(
         x' (B, N, C) in x's dtype, and the norm (B, N, C), computed in float32. For backward the Triton path keeps
         x', y, gate, scale and two float32 a token.
 
-    Raises:
-        TypeError, ValueError, RuntimeError: as `adaln`.
+    Raises: as `adaln`.
 
     Source: adaLN-Zero of DiT (arXiv 2212.09748).
     """
@@ -96,15 +86,9 @@ def gated_residual_adaln(
 
 
 def token_merge_adaln(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    *,
-    grid: tuple[int, int],
-    keep: Tensor | None = None,
-    eps: float = 1e-6,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
+    x: Tensor, shift: Tensor, scale: Tensor, *, grid: tuple[int, int], keep: Tensor | None = None,
+    eps: float = 1e-6, out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """keep ⊙ (LN([x₀₀, x₁₀, x₀₁, x₁₁])·(1+scale)+shift), the four tokens of each 2×2 cell on the channels.
 
     Subscripts are (row, column) within the cell, in the order of EDT's down-sampling; `keep` zeroes the C channels
@@ -122,8 +106,7 @@ def token_merge_adaln(
         (B, N/4, 4C), computed in float32. For backward the Triton path keeps x, scale, keep and two float32 a
         merged token.
 
-    Raises:
-        TypeError, ValueError, RuntimeError: as `adaln`.
+    Raises: as `adaln`.
 
     Source: EDT (arXiv 2410.23788), down-sampling and masking training.
     """
@@ -148,8 +131,7 @@ def token_split_concat_adaln(
         (B, 4N, 2C') in autocast's dtype under autocast, else in x's, computed in float32. For backward the Triton
         path keeps x, skip, scale and two float32 a fine token.
 
-    Raises:
-        TypeError, ValueError, RuntimeError: as `adaln`.
+    Raises: as `adaln`.
 
     Source: EDT (arXiv 2410.23788), up-sampling with skip connections.
     """
@@ -183,12 +165,14 @@ def _norm(op: str, x, y, gate, shift, scale, keep, grid, eps, out_dtype) -> Any:
 
 
 def _check(x, y, gate, shift, scale, keep, op: str, grid, eps, out_dtype) -> str:
-    check_rows("x", x)
+    _checks.check_floating("x", x)
+    if x.ndim != 3 or x.shape[2] < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, C)")
     B, N, C = x.shape
     if op == "token_merge_adaln":
-        grid = check_even_grid(grid)
+        grid = _checks.check_even_grid(grid)
     elif op == "token_split_concat_adaln":
-        grid = check_grid(grid)
+        grid = _checks.check_grid(grid)
         if C % 4:
             raise ValueError(f"x has {C} channels; they must be four times the skip's, to split into 2×2 tokens")
     if grid is not None and grid[0] * grid[1] != N:
@@ -196,9 +180,9 @@ def _check(x, y, gate, shift, scale, keep, op: str, grid, eps, out_dtype) -> str
     given = {"x": x, "y": y, "skip": y, "gate": gate, "shift": shift, "scale": scale}
     shapes = _SHAPES[op](B, N, C)
     for name, shape in shapes.items():
-        check_like(name, given[name], "x", x, shape)
+        _checks.check_like(name, given[name], "x", x, shape)
     if keep is not None:
-        check_dense("keep", keep, "a bool tensor or None")
+        _checks.check_dense("keep", keep, "a bool tensor or None")
         if keep.dtype != torch.bool:
             raise TypeError(f"keep is {keep.dtype}; it must be a bool tensor or None")
         if tuple(keep.shape) != (B, N) or keep.device != x.device:
@@ -206,6 +190,6 @@ def _check(x, y, gate, shift, scale, keep, op: str, grid, eps, out_dtype) -> str
                 f"keep has shape {tuple(keep.shape)} on {keep.device}; x needs {(B, N)} on {x.device}"
             )
     if "scale" in shapes:
-        check_eps(eps)
-        check_out_dtype(out_dtype)
+        _checks.check_eps(eps)
+        _checks.check_out_dtype(out_dtype)
     return select_backend(**{name: given[name] for name in ("x", *shapes)})

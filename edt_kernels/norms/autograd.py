@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from .._launch import (
-    Launch, Op, common_alignment, dense_like, dense_rows, has_gradient, on_device_of, once_differentiable, planned,
-)  # fmt: skip
+from .. import _launch
 from .._tiles import RowLoop, RowTile, choose_tiles
 from .._tracing import signature
 from . import kernels
 
-# The slices of a row, see `kernels`; how many tensors the backward pass returns: a list of them has no `vmap`, which
-# batched gradients need.
+# The slices of a row, see `kernels`; how many tensors the backward pass returns: of a list, as the forward pass has
+# it, batched gradients could not be mapped.
 _OPS = {
     "adaln": (1, 2), "gated_residual": (1, 2), "gated_residual_adaln": (1, 3), "token_merge_adaln": (4, 2),
     "token_split_concat_adaln": (2, 3),
@@ -48,7 +46,7 @@ def _rows_of(slices: int, x: Tensor, y: Tensor | None) -> tuple[int, int, int]:
     return (B, N // 4, C) if slices == 4 else (B, N, C)
 
 
-def _plan(*arguments) -> tuple[Launch, int, bool]:
+def _plan(*arguments) -> tuple[_launch.Launch, int, bool]:
     """The launch of a pass, how many programs a sample has, and whether the tensors can be read as they are.
 
     A kernel takes tensors of rows (B, N, C), vectors of samples (B, C), other tensors; the strides of the first
@@ -80,10 +78,10 @@ def _plan(*arguments) -> tuple[Launch, int, bool]:
         [None] * (2 if i < len(by_row) else 1) if t is None else t.stride()[:-1] for i, t in enumerate(tensors)
     ]
     programs = cdiv(rows, rows_per_program)
-    launch = Launch(
+    launch = _launch.Launch(
         kernels.forward if forward else kernels.backward, samples * programs,
         *itertools.chain(*strides), rows, grid_w, eps if forward else rows_per_program,
-        C=channels, SLICES=slices, ALIGN=math.gcd(channels, common_alignment(*by_row)),
+        C=channels, SLICES=slices, ALIGN=math.gcd(channels, _launch.common_alignment(*by_row)),
         ROWS=tile.rows, BLOCK_C=next_power_of_2(channels), LANES=max(32 * tile.num_warps // tile.rows, 1),
         num_warps=tile.num_warps, **options,
     )  # fmt: skip
@@ -92,7 +90,7 @@ def _plan(*arguments) -> tuple[Launch, int, bool]:
 
 def _dense(*tensors: Tensor | None) -> list:
     """Rows that are dense; masks as bytes."""
-    return [dense_rows(t if t is None or t.dtype != torch.bool else t.view(torch.uint8)) for t in tensors]
+    return [_launch.dense_rows(t if t is None or t.dtype != torch.bool else t.view(torch.uint8)) for t in tensors]
 
 
 def _existing(*tensors: Tensor | None) -> list[Tensor]:
@@ -101,7 +99,7 @@ def _existing(*tensors: Tensor | None) -> list[Tensor]:
 
 def _empty_outputs(op, x, y, gate, shift, scale, keep, grid_w, eps, out_dtype) -> tuple:
     """x' with a gate; the norm, and mean and rstd of each row, with a scale."""
-    x_out = None if gate is None else dense_like(x)
+    x_out = None if gate is None else _launch.dense_like(x)
     if scale is None:
         return x_out, None, None
     slices = _OPS[op][0]
@@ -112,43 +110,43 @@ def _empty_outputs(op, x, y, gate, shift, scale, keep, grid_w, eps, out_dtype) -
 
 def _forward(op, *arguments, signature=None):
     tensors, numbers = arguments[:6], arguments[6:]
-    launch, _, are_dense = planned(_plan, signature, tensors, op, "forward", *numbers)
+    launch, _, are_dense = _launch.planned(_plan, signature, tensors, op, "forward", *numbers)
     tensors = tensors if are_dense else _dense(*tensors)
     outputs = _empty_outputs(op, *tensors, *numbers)
-    with on_device_of(tensors[0]):
+    with _launch.on_device_of(tensors[0]):
         launch(*tensors, *outputs)
     return _existing(*outputs)
 
 
 def _empty_gradients(x, y, gate, scale, *programs: int) -> tuple:
     """dx with a scale (else it is what arrives), dy where there is a y, the sums of dgate, dshift and dscale."""
-    samples, width = (gate if scale is None else scale).shape
-    quantities = (gate is not None) + 2 * (scale is not None)
-    sums = (y if x is None else x).new_empty((quantities, samples, *programs, width), dtype=torch.float32)
-    return None if scale is None else dense_like(x), None if y is None else dense_like(y), sums
+    vector, quantities = gate if scale is None else scale, (gate is not None) + 2 * (scale is not None)
+    samples, width = vector.shape
+    sums = vector.new_empty((quantities, samples, *programs, width), dtype=torch.float32)
+    return None if scale is None else _launch.dense_like(x), None if y is None else _launch.dense_like(y), sums
 
 
 def _backward(op, *arguments, signature=None):
     tensors, statistics, grid_w = arguments[:7], *arguments[7:]
-    launch, programs, are_dense = planned(_plan, signature, tensors, op, "backward", grid_w, 0.0, None)
+    launch, programs, are_dense = _launch.planned(_plan, signature, tensors, op, "backward", grid_w, 0.0, None)
     tensors = tensors if are_dense else _dense(*tensors)
     _, _, x, y, gate, scale, _ = tensors
     *grads, partials = _empty_gradients(x, y, gate, scale, programs)
-    with on_device_of(partials):
+    with _launch.on_device_of(partials):
         launch(*tensors, statistics, *grads, partials)
     return tuple(_existing(*grads, partials.squeeze(2) if programs == 1 else partials.sum(2)))
 
 
 _REGISTERED = {
     op: (
-        Op(
+        _launch.Op(
             op,
             "(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? keep, int grid_w, "
             "float eps, ScalarType? out_dtype) -> Tensor[]",
             functools.partial(_forward, op),
             lambda *arguments, op=op: _existing(*_empty_outputs(op, *arguments)),
         ),
-        Op(
+        _launch.Op(
             f"{op}_backward",
             "(Tensor? grad_x_out, Tensor? grad_out, Tensor? x, Tensor? y, Tensor? gate, Tensor? scale, "
             f"Tensor? keep, Tensor? statistics, int grid_w) -> ({', '.join(['Tensor'] * gradients)})",
@@ -182,13 +180,13 @@ class _Function(torch.autograd.Function):
         sums = iter(next(results).unbind(0))
         vectors = [None if dtype is None else next(sums).to(dtype) for dtype in ctx.dtypes]
         gradients = None, None, grad_x, grad_y, *vectors, *[None] * 4
-        return once_differentiable(ctx.op, tensors, gradients)
+        return _launch.once_differentiable(ctx.op, tensors, gradients)
 
 
 def run(op: str, known: tuple | None, *arguments) -> tuple[Tensor, ...]:
-    """The outputs of an op by the kernels, of its checked x, y, gate, shift, scale, keep, width of the grid, eps and
-    out_dtype. `known` is the signature of its tensors; the skip connection of the split is its y."""
-    if has_gradient(*arguments[:5]):
+    """The outputs of an op by the kernels, of checked x, y, gate, shift, scale, keep, the width of the grid, eps and
+    out_dtype. `known` is the signature of the tensors; y is the skip connection of the split."""
+    if _launch.has_gradient(*arguments[:5]):
         return _Function.apply(op, known, *arguments)
     outputs = _REGISTERED[op][0](known, *arguments)
     return tuple(outputs if arguments[4] is None else outputs[:-1])

@@ -1,4 +1,4 @@
-"""All norm-type ops: x' = x + gate·y, LN(x')·(1+scale)+shift, either of them or both; the gradients. @triton.jit only.
+"""All norm-type ops: x' = x + gate·y, LN(x')·(1+scale)+shift, either of them or both, and their gradients.
 
 One kernel a pass, of which an op leaves out what it has not: without a gate x' is x, without a scale there is no
 norm. Absent tensors and their strides are None, which the compiler sees. All is computed in float32.
@@ -100,21 +100,8 @@ def tokens_of_slices(row, slices, W, C: tl.constexpr, SLICES: tl.constexpr):
 
 
 @triton.jit
-def load_stream(
-    x, y, sample, row, token, start, c, slices, mask, stride_xb, stride_xn, stride_yb, stride_yn,
-    SLICES: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Rows of x, and of y in the split."""
-    if SLICES == 2:
-        tile = load_rows(x, sample, token, stride_xb, stride_xn, start + c, mask & (slices == 0), ALIGN)
-        return tile + load_rows(y, sample, row, stride_yb, stride_yn, c, mask & (slices == 1), ALIGN)
-    else:
-        return load_rows(x, sample, token, stride_xb, stride_xn, c, mask, ALIGN)
-
-
-@triton.jit
 def sum_in_threads(values):
-    return tl.sum(tl.sum(values, axis=0, keep_dims=True), axis=3, keep_dims=True)
+    return tl.sum(tl.sum(values, axis=3, keep_dims=True), axis=0, keep_dims=True)
 
 
 @triton.jit
@@ -164,9 +151,10 @@ def forward(
     row = first + tl.arange(0, ROWS)[None, :, None, None]
     number, row_exists, mask = sample * N + row, row < last, (row < last) & exists
     token, start = tokens_of_slices(row, slices, W, C, SLICES)
-    tile = load_stream(
-        x, y, sample, row, token, start, c, slices, mask, stride_xb, stride_xn, stride_yb, stride_yn, SLICES, ALIGN
-    )
+    of_x = mask & (slices == 0) if SLICES == 2 else mask
+    tile = load_rows(x, sample, token, stride_xb, stride_xn, start + c, of_x, ALIGN)
+    if SLICES == 2:
+        tile += load_rows(y, sample, row, stride_yb, stride_yn, c, mask & (slices == 1), ALIGN)
     if gate is not None:
         y_tile = load_rows(y, sample, row, stride_yb, stride_yn, place, mask, ALIGN)
         gate_row = load_row(gate, sample, stride_gate, place, exists, ROWS)
@@ -190,7 +178,7 @@ def forward(
         store(out + number * (SLICES * C), place, result, mask)
 
 
-# Whether the rows of a program, which the batch size decides, are 1 or a multiple of 16 is worth no code of its own.
+# Whether a program's rows, which the batch size decides, are 1 or a multiple of 16 is worth no code of its own.
 @triton.jit(do_not_specialize=["rows_per_program"])
 def backward(
     grad_x_out, grad_out, x, y, gate, scale, keep, statistics, grad_x, grad_y, partials,
@@ -220,10 +208,10 @@ def backward(
             dx = load_rows(grad_x_out, sample, row, stride_gxb, stride_gxn, place, mask, ALIGN)
         if scale is not None:
             token, start = tokens_of_slices(row, slices, W, C, SLICES)
-            tile = load_stream(
-                x, y, sample, row, token, start, c, slices, mask, stride_xb, stride_xn, stride_yb, stride_yn,
-                SLICES, ALIGN,
-            )  # fmt: skip
+            of_x = mask & (slices == 0) if SLICES == 2 else mask
+            tile = load_rows(x, sample, token, stride_xb, stride_xn, start + c, of_x, ALIGN)
+            if SLICES == 2:
+                tile += load_rows(y, sample, row, stride_yb, stride_yn, c, mask & (slices == 1), ALIGN)
             grad_tile = load_rows(grad_out, sample, row, stride_gb, stride_gn, place, mask, ALIGN)
             if keep is not None:
                 kept = load(keep, sample * stride_keep + token, row_exists)
@@ -238,12 +226,11 @@ def backward(
             shift_sum += grad_tile
             scale_sum += grad_tile * x_hat
             dx = dx + norm_dx if grad_x_out is not None else norm_dx
-            # Where `load_stream` read, in contiguous gradients.
             if SLICES == 2:
-                store(grad_x + ((sample * (N // 4) + token) * 4 * C + start), c, dx, mask & (slices == 0))
+                store(grad_x + ((sample * (N // 4) + token) * 4 * C + start), c, dx, of_x)
                 store(grad_y + number * C, c, dx, mask & (slices == 1))
             else:
-                store(grad_x + (sample * N * SLICES + token) * C, c, dx, mask)
+                store(grad_x + (sample * N * SLICES + token) * C, c, dx, of_x)
         if gate is not None:
             y_tile = load_rows(y, sample, row, stride_yb, stride_yn, place, mask, ALIGN)
             store(grad_y + number * C, place, gate_row * dx, mask)
