@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch._C import _autograd, _functorch, _get_tracing_state, _len_torch_dispatch_stack  # pyright: ignore
 
+_PLAIN = Tensor, nn.Parameter
+
 
 def in_func_transform() -> bool:
     """Whether `torch.func.grad`, `vmap` or another of its transforms runs."""
@@ -20,13 +22,14 @@ def described(*tensors: Tensor | None) -> tuple:
 
 def signature(*tensors: Tensor | None) -> tuple | None:
     """`described`, or None where torch has to see a call as an op: for a compiler, a dispatch mode, a profiler, a
-    transform of `torch.func`, subclasses of tensors. Also for what is no tensor, or has no strides or memory."""
+    transform of `torch.func`, subclasses of tensors, views of negative values (as an imaginary part of a
+    conjugate). Also for what is no tensor, or has no strides or memory."""
     if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or _get_tracing_state():
         return None
     if in_func_transform() or _autograd._profiler_enabled():
         return None
     for tensor in tensors:
-        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
             return None
     try:
         return described(*tensors)

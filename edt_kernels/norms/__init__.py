@@ -40,7 +40,7 @@ def adaln(
 
     Source: adaLN of DiT (arXiv 2212.09748).
     """
-    return _norm("adaln", x, None, None, shift, scale, None, None, eps, out_dtype)
+    return _norm("adaln", x, shift=shift, scale=scale, eps=eps, out_dtype=out_dtype)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
     Source: adaLN-Zero of DiT (arXiv 2212.09748).
     """
-    return _norm("gated_residual", x, y, gate, None, None, None, None, None, None)
+    return _norm("gated_residual", x, y, gate)
 
 
 def gated_residual_adaln(
@@ -82,7 +82,7 @@ def gated_residual_adaln(
 
     Source: adaLN-Zero of DiT (arXiv 2212.09748).
     """
-    return _norm("gated_residual_adaln", x, y, gate, shift, scale, None, None, eps, out_dtype)
+    return _norm("gated_residual_adaln", x, y, gate, shift, scale, eps=eps, out_dtype=out_dtype)
 
 
 def token_merge_adaln(
@@ -110,7 +110,9 @@ def token_merge_adaln(
 
     Source: EDT (arXiv 2410.23788), down-sampling and masking training.
     """
-    return _norm("token_merge_adaln", x, None, None, shift, scale, keep, grid, eps, out_dtype)
+    return _norm(
+        "token_merge_adaln", x, shift=shift, scale=scale, keep=keep, grid=grid, eps=eps, out_dtype=out_dtype
+    )
 
 
 def token_split_concat_adaln(
@@ -135,7 +137,7 @@ def token_split_concat_adaln(
 
     Source: EDT (arXiv 2410.23788), up-sampling with skip connections.
     """
-    return _norm("token_split_concat_adaln", x, skip, None, shift, scale, None, grid, eps, None)
+    return _norm("token_split_concat_adaln", x, skip, shift=shift, scale=scale, grid=grid, eps=eps)
 
 
 # The tensors of each op beside x (B, N, C), in the order of its arguments.
@@ -150,7 +152,9 @@ _SHAPES = {
 }  # fmt: skip
 
 
-def _norm(op: str, x, y, gate, shift, scale, keep, grid, eps, out_dtype) -> Any:
+def _norm(
+    op: str, x, y: Any = None, gate=None, shift=None, scale=None, keep=None, grid=None, eps=None, out_dtype=None
+) -> Any:
     """Checks a call of an op, whose y may be called skip, and computes it; None is what the op has not."""
     tensors = x, y, gate, shift, scale, keep
     known = signature(*tensors)

@@ -15,8 +15,8 @@ from .._tiles import RowLoop, RowTile, choose_tiles
 from .._tracing import signature
 from . import kernels
 
-# The slices of a row, see `kernels`; how many tensors the backward pass returns: of a list, as the forward pass has
-# it, batched gradients could not be mapped.
+# The slices of a row, see `kernels`; how many tensors the backward pass returns: torch cannot map a list of them,
+# as the forward pass has it, over batched gradients.
 _OPS = {
     "adaln": (1, 2), "gated_residual": (1, 2), "gated_residual_adaln": (1, 3), "token_merge_adaln": (4, 2),
     "token_split_concat_adaln": (2, 3),
@@ -93,8 +93,8 @@ def _dense(*tensors: Tensor | None) -> list:
     return [_launch.dense_rows(t if t is None or t.dtype != torch.bool else t.view(torch.uint8)) for t in tensors]
 
 
-def _existing(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
+def _existing(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple([tensor for tensor in tensors if tensor is not None])
 
 
 def _empty_outputs(op, x, y, gate, shift, scale, keep, grid_w, eps, out_dtype) -> tuple:
@@ -134,7 +134,7 @@ def _backward(op, *arguments, signature=None):
     *grads, partials = _empty_gradients(x, y, gate, scale, programs)
     with _launch.on_device_of(partials):
         launch(*tensors, statistics, *grads, partials)
-    return tuple(_existing(*grads, partials.squeeze(2) if programs == 1 else partials.sum(2)))
+    return _existing(*grads, partials.squeeze(2) if programs == 1 else partials.sum(2))
 
 
 _REGISTERED = {
@@ -151,7 +151,7 @@ _REGISTERED = {
             "(Tensor? grad_x_out, Tensor? grad_out, Tensor? x, Tensor? y, Tensor? gate, Tensor? scale, "
             f"Tensor? keep, Tensor? statistics, int grid_w) -> ({', '.join(['Tensor'] * gradients)})",
             functools.partial(_backward, op),
-            lambda *arguments: tuple(_existing(*_empty_gradients(*arguments[2:6]))),
+            lambda *arguments: _existing(*_empty_gradients(*arguments[2:6])),
         ),
     )
     for op, (_, gradients) in _OPS.items()
@@ -184,8 +184,8 @@ class _Function(torch.autograd.Function):
 
 
 def run(op: str, known: tuple | None, *arguments) -> tuple[Tensor, ...]:
-    """The outputs of an op by the kernels, of checked x, y, gate, shift, scale, keep, the width of the grid, eps and
-    out_dtype. `known` is the signature of the tensors; y is the skip connection of the split."""
+    """The outputs of an op by the kernels, of checked x, y (the skip connection of the split), gate, shift, scale,
+    keep, the width of the grid, eps and out_dtype. `known` is the signature of the tensors."""
     if _launch.has_gradient(*arguments[:5]):
         return _Function.apply(op, known, *arguments)
     outputs = _REGISTERED[op][0](known, *arguments)

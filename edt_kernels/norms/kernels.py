@@ -199,9 +199,8 @@ def backward(
         scale_row = load_row(scale, sample, stride_scale, place, exists, ROWS)
         shift_sum = tl.zeros_like(scale_row)
         scale_sum = tl.zeros_like(scale_row)
-    for begin in tl.range(
-        first, last, ROWS, num_stages=3 if SLICES == 1 and (gate is None or scale is None) else 2
-    ):
+    STAGES: tl.constexpr = 3 if SLICES == 1 and (gate is None or scale is None) else 2
+    for begin in tl.range(first, last, ROWS, num_stages=STAGES):
         row = begin + tl.arange(0, ROWS)[None, :, None, None]
         number, row_exists, mask = sample * N + row, row < last, (row < last) & exists
         if grad_x_out is not None:
