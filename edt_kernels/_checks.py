@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 
 # Asked once: torch 2.11's Dynamo cannot trace the question.
-_AUTOCAST_DEVICES = frozenset(
-    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "hpu", "mps", "mtia"))
-)
+_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "hpu", "mps", "mtia")))
 
 
 def enabled_autocast_dtype(tensor) -> torch.dtype | None:
     """What autocast would cast to on the tensor's device, None where it is off or unknown (as for "meta")."""
     device = tensor.device.type if isinstance(tensor, Tensor) else "cpu"
-    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+    if device in _AUTOCAST and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
 

@@ -37,14 +37,12 @@ class Launch:
         elif self.programs:
             # fp_fusion: a product and a sum round once, not twice. What the kernels' errors and registers were
             # measured with, and Triton's own choice before 3.10 only.
+            run = self.kernel[(self.programs,)]
             with _one_at_a_time:
-                compiled = self.kernel[(self.programs,)](
-                    *tensors, *self.numbers, **self.constants, enable_fp_fusion=True
-                )
+                compiled = run(*tensors, *self.numbers, **self.constants, enable_fp_fusion=True)
             if compiled is not None:  # but for the interpreter. Its launcher is a tenth of JITFunction's work
-                names = (p.name for p in self.kernel.params if p.name in self.constants)
-                self._tail = (*self.numbers, *(self.constants[name] for name in names))
-                self._run = compiled[(self.programs, 1, 1)]
+                constants = (self.constants[p.name] for p in self.kernel.params if p.name in self.constants)
+                self._run, self._tail = compiled[(self.programs, 1, 1)], (*self.numbers, *constants)
 
 
 def planned(plan, signature: tuple | None, tensors: tuple[Tensor | None, ...], *arguments) -> Any:
@@ -64,11 +62,9 @@ def forget_plans() -> None:
 
 
 def common_alignment(*tensors: Tensor | None) -> int:
-    """The largest power of two, up to 16 elements, that divides every row's offset and address.
-
-    Rows are what is left after the last, dense, dimension. The compiler sees whether a size is a multiple of 16,
-    but not of 4 or 8, such as 52 and 312: told of it, its loads are 8 and 16 bytes wide instead of 2.
-    """
+    """The largest power of two, up to 16 elements, that divides the offset and address of every row, which is the
+    last, dense, dimension. The compiler sees whether a size is a multiple of 16, but not of 4 or 8, such as 52 and
+    312: told of it, its loads are 8 and 16 bytes wide instead of 2."""
     divisor = 16
     for tensor in tensors:
         if tensor is not None:
@@ -95,11 +91,8 @@ def on_device_of(tensor: Tensor):
 
 class Op:
     """`edt_kernels::name`, an op of torch without gradients: `run(*arguments, signature=None)` computes it, `fake`
-    makes the empty outputs of traced calls.
-
-    Called with the signature of its tensors and its arguments, it skips torch's dispatcher, which takes as long as
-    all else, where nobody watches it (see `_tracing.signature`).
-    """
+    makes the empty outputs of traced calls. Called with the signature of its tensors, it skips torch's dispatcher,
+    which takes as long as all else, where nobody watches it (see `_tracing.signature`)."""
 
     def __init__(self, name: str, schema: str, run, fake) -> None:
         torch.library.define(f"edt_kernels::{name}", schema)
@@ -116,15 +109,13 @@ class Op:
 def has_gradient(*tensors: Tensor | None) -> bool:
     """Whether a call has to go by its `torch.autograd.Function`: for gradients, or for it to refuse forward mode
     and the transforms of torch.func, in which an op without it would lose tangents or mapped dimensions."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors if tensor is not None]):
+        return True
     return not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or in_func_transform())
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """Gradients, made of inputs, of which a graph was asked for: to differentiate them again is an error."""
+    """Gradients of which a graph was asked for: to differentiate them again is an error."""
 
     @staticmethod
     def forward(ctx, op: str, inputs: int, *tensors: Tensor | None):
@@ -138,9 +129,7 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def once_differentiable(
-    op: str, inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
+def once_differentiable(op: str, inputs: tuple, gradients: tuple) -> tuple:
     """What a backward pass returns, made of `inputs`."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
         return _OnceDifferentiable.apply(op, len(inputs), *inputs, *gradients)

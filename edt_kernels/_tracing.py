@@ -22,8 +22,8 @@ def described(*tensors: Tensor | None) -> tuple:
 
 def signature(*tensors: Tensor | None) -> tuple | None:
     """`described`, or None where torch has to see a call as an op: for a compiler, a dispatch mode, a profiler, a
-    transform of `torch.func`, subclasses of tensors, views of negative values (as an imaginary part of a
-    conjugate). Also for what is no tensor, or has no strides or memory."""
+    transform of `torch.func`, subclasses of tensors, values stored negated. Also for what is no tensor, or has no
+    strides or memory."""
     if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or _get_tracing_state():
         return None
     if in_func_transform() or _autograd._profiler_enabled():

@@ -13,7 +13,7 @@ from . import reference
 if triton is not None:
     from . import autograd
 
-_MAX_HEAD_DIM = 128
+_MAX_HEAD_DIM = 128  # of the Triton kernels
 _MAX_TABLE = 2**26  # entries: 4096×4096 tokens; made in float64, they take up to 3 GB
 
 
@@ -108,8 +108,9 @@ def amm_attention(
     Source: EDT (arXiv 2410.23788), sections 3.2 and A.3; online softmax as in FlashAttention-2 (arXiv 2307.08691).
     """
     autocast_dtype = _checks.enabled_autocast_dtype(q)
-    if autocast_dtype is not None:
-        q, k, v = (t.to(autocast_dtype) if _is_autocast(t) else t for t in (q, k, v))
+    if autocast_dtype is not None:  # float64 stays what it is, as in PyTorch's own ops
+        is_cast = [isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 for t in (q, k, v)]
+        q, k, v = (t.to(autocast_dtype) if cast else t for t, cast in zip((q, k, v), is_cast))
     tensors = q, k, v, modulation, rel_pos_bias
     known = signature(*tensors)
     backend = checked(_check, known, tensors, grid, scale, num_extra_tokens)
@@ -120,11 +121,6 @@ def amm_attention(
             num_extra_tokens=num_extra_tokens,
         )  # fmt: skip
     return autograd.amm_attention(known, *tensors, grid, num_extra_tokens[0], factor)
-
-
-def _is_autocast(tensor) -> bool:
-    """float64 stays what it is, as in PyTorch's own ops."""
-    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
 def _check(q, k, v, modulation, rel_pos_bias, grid, scale, num_extra_tokens) -> str:

@@ -2,8 +2,7 @@
 
 Common to these ops: tensors may have any strides, say of parts (`chunk`) of one projection; what has a dense last
 dimension is read in place. Each has a floating dtype of its own. Statistics, products and sums are in float32.
-Gradients flow to all of them but `keep`; those of the Triton path are deterministic and cannot be differentiated
-again.
+Gradients flow to all but `keep`; those of the Triton path are deterministic and cannot be differentiated again.
 """
 
 from typing import Any
@@ -55,7 +54,6 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         (B, N, C) in x's dtype, computed in float32. For backward y and gate are kept.
 
     Raises: as `adaln`.
-
     Source: adaLN-Zero of DiT (arXiv 2212.09748).
     """
     return _norm("gated_residual", x, y, gate)
@@ -79,7 +77,6 @@ def gated_residual_adaln(
         x', y, gate, scale and two float32 a token.
 
     Raises: as `adaln`.
-
     Source: adaLN-Zero of DiT (arXiv 2212.09748).
     """
     return _norm("gated_residual_adaln", x, y, gate, shift, scale, eps=eps, out_dtype=out_dtype)
@@ -107,7 +104,6 @@ def token_merge_adaln(
         merged token.
 
     Raises: as `adaln`.
-
     Source: EDT (arXiv 2410.23788), down-sampling and masking training.
     """
     return _norm(
@@ -134,7 +130,6 @@ def token_split_concat_adaln(
         path keeps x, skip, scale and two float32 a fine token.
 
     Raises: as `adaln`.
-
     Source: EDT (arXiv 2410.23788), up-sampling with skip connections.
     """
     return _norm("token_split_concat_adaln", x, skip, shift=shift, scale=scale, grid=grid, eps=eps)
@@ -146,9 +141,8 @@ _SHAPES = {
     "gated_residual": lambda B, N, C: {"y": (B, N, C), "gate": (B, C)},
     "gated_residual_adaln": lambda B, N, C: {"y": (B, N, C), "gate": (B, C), "shift": (B, C), "scale": (B, C)},
     "token_merge_adaln": lambda B, N, C: {"shift": (B, 4 * C), "scale": (B, 4 * C)},
-    "token_split_concat_adaln": lambda B, N, C: {
-        "skip": (B, 4 * N, C // 4), "shift": (B, C // 2), "scale": (B, C // 2),
-    },
+    "token_split_concat_adaln":
+        lambda B, N, C: {"skip": (B, 4 * N, C // 4), "shift": (B, C // 2), "scale": (B, C // 2)},
 }  # fmt: skip
 
 
@@ -163,7 +157,8 @@ def _norm(
         given = {name: value for name, value in options.items() if value is not None}
         return getattr(reference, op)(*(t for t in tensors[:5] if t is not None), **given)
     if out_dtype is None and scale is not None:
-        out_dtype = reference.default_out_dtype(x if gate is None else y)
+        branch = x if gate is None else y
+        out_dtype = _checks.enabled_autocast_dtype(branch) or branch.dtype
     outputs = autograd.run(op, known, *tensors, 0 if grid is None else grid[1], float(eps or 0), out_dtype)
     return outputs[0] if len(outputs) == 1 else outputs
 

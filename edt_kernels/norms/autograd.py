@@ -4,7 +4,6 @@ rows, channels) are cut into programs."""
 import functools
 import itertools
 import math
-import operator
 
 import torch
 from torch import Tensor
@@ -29,10 +28,9 @@ _BACKWARD_PROGRAMS = 264
 def choose_row_tile(rows: int, slices: int, channels: int, backward: bool) -> RowTile | RowLoop:
     """What a pass takes without measurement, for samples of `rows` rows of slices·channels channels each."""
     # Backward, a thread holds 8 elements of each array and, over all rows, of three sums: at most 128 registers,
-    # so that two programs share a multiprocessor, each with the next tile on its way. Forward holds no sums, and
-    # with 16 elements makes half as many shuffles for each. Wider rows take 16 and then 32, which spill: on sm_90
-    # adaln's backward beyond 8192 channels, gated_residual_adaln's beyond 4096, the merge's beyond 4·2048 and the
-    # split's beyond 2·4096.
+    # so that two programs share a multiprocessor, each with the next tile on its way. Forward holds no sums; 16
+    # elements need half as many shuffles. Wider rows take 16 and then 32, which spill: on sm_90 adaln's backward
+    # beyond 8192 channels, gated_residual_adaln's beyond 4096, the merge's beyond 4·2048, the split's beyond 2·4096.
     row_elements = slices * next_power_of_2(channels)
     each = 8 if backward and row_elements <= 2048 else 16
     tile_rows = max(min(256 * each // row_elements, next_power_of_2(rows)), 1)
@@ -63,9 +61,8 @@ def _plan(*arguments) -> tuple[_launch.Launch, int, bool]:
     key = {"dtype": "float32" if wide else "16-bit", "rows": rows, "channels": channels}
     heuristic = {direction: choose_row_tile(rows, slices, channels, not forward)}
     tile = choose_tiles(f"{op}.{direction}", key, heuristic)[direction]
-    rows_per_program, many_registers = tile.rows, False
+    rows_per_program = tile.rows
     if not forward:
-        many_registers = slices == 1 and channels > 2048
         # The nearest number of programs, not the next larger: batches of 32 to 256 then make 256 of them, not 288
         # to 512 with a last wave nearly empty, and a large batch of few rows writes fewer partial sums.
         programs = max(round(tile.programs / max(samples, 1)), 1)
@@ -73,7 +70,7 @@ def _plan(*arguments) -> tuple[_launch.Launch, int, bool]:
     # Left alone, NVIDIA's assembler spills 8 bytes to stay within 40, 64 or 80 registers, or takes 172, which is
     # one program a multiprocessor. gated_residual_adaln's backward needs them for rows of more than 2048 channels:
     # with 128 it spills on Triton 3.6. AMD's compiler has no such option.
-    options = {} if torch.version.hip or many_registers else {"maxnreg": 128}
+    is_free = torch.version.hip or (not forward and slices == 1 and channels > 2048)
     strides = [
         [None] * (2 if i < len(by_row) else 1) if t is None else t.stride()[:-1] for i, t in enumerate(tensors)
     ]
@@ -83,9 +80,9 @@ def _plan(*arguments) -> tuple[_launch.Launch, int, bool]:
         *itertools.chain(*strides), rows, grid_w, eps if forward else rows_per_program,
         C=channels, SLICES=slices, ALIGN=math.gcd(channels, _launch.common_alignment(*by_row)),
         ROWS=tile.rows, BLOCK_C=next_power_of_2(channels), LANES=max(32 * tile.num_warps // tile.rows, 1),
-        num_warps=tile.num_warps, **options,
+        num_warps=tile.num_warps, **({} if is_free else {"maxnreg": 128}),
     )  # fmt: skip
-    return launch, programs, all(map(operator.is_, tensors, given))
+    return launch, programs, all(a is b for a, b in zip(tensors, given))
 
 
 def _dense(*tensors: Tensor | None) -> list:
@@ -179,8 +176,7 @@ class _Function(torch.autograd.Function):
         grad_y = None if y is None else next(results)
         sums = iter(next(results).unbind(0))
         vectors = [None if dtype is None else next(sums).to(dtype) for dtype in ctx.dtypes]
-        gradients = None, None, grad_x, grad_y, *vectors, *[None] * 4
-        return _launch.once_differentiable(ctx.op, tensors, gradients)
+        return _launch.once_differentiable(ctx.op, tensors, (None, None, grad_x, grad_y, *vectors, *[None] * 4))
 
 
 def run(op: str, known: tuple | None, *arguments) -> tuple[Tensor, ...]:

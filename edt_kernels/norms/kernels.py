@@ -237,6 +237,5 @@ def backward(
     if gate is not None:
         store_sum(partials, 0, gate_sum, place, exists, C)
     if scale is not None:
-        before: tl.constexpr = 0 if gate is None else 1
-        store_sum(partials, before, shift_sum, place, exists, SLICES * C)
-        store_sum(partials, before + 1, scale_sum, place, exists, SLICES * C)
+        store_sum(partials, 0 if gate is None else 1, shift_sum, place, exists, SLICES * C)
+        store_sum(partials, 1 if gate is None else 2, scale_sum, place, exists, SLICES * C)

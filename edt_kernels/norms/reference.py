@@ -12,11 +12,6 @@ from .._tracing import add_in_place
 _MERGE = "b (h r w s) c -> b (h w) (s r c)"
 
 
-def default_out_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of a normed output that the caller did not choose: autocast's, else the tensor's own."""
-    return enabled_autocast_dtype(tensor) or tensor.dtype
-
-
 def adaln(
     x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, out_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -26,7 +21,7 @@ def adaln(
     normed = F.layer_norm(x.to(accumulate), x.shape[-1:], eps=eps)
     gain, shift = 1 + scale.to(accumulate).unsqueeze(1), shift.to(accumulate).unsqueeze(1)
     # addcmul, here and below, would multiply once more per gradient.
-    return add_in_place(normed * gain, shift).to(out_dtype or default_out_dtype(x))
+    return add_in_place(normed * gain, shift).to(out_dtype or enabled_autocast_dtype(x) or x.dtype)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -42,7 +37,7 @@ def gated_residual_adaln(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x' = x + gate·y and LN(x')·(1+scale)+shift; x and y (B, N, C), the others (B, C) → (x', normed)."""
     x = gated_residual(x, y, gate)
-    return x, adaln(x, shift, scale, eps=eps, out_dtype=out_dtype or default_out_dtype(y))
+    return x, adaln(x, shift, scale, eps=eps, out_dtype=out_dtype or enabled_autocast_dtype(y) or y.dtype)
 
 
 def token_merge_adaln(
@@ -64,5 +59,5 @@ def token_split_concat_adaln(
     """LN over [pixel shuffle of x, skip], modulated: x (B, N, 4C'), skip (B, 4N, C'), shift and scale
     (B, 2C') → (B, 4N, 2C'). `grid` is x's; channel (2·p1+p2)·C'+c of token (y, x) goes to (2y+p1, 2x+p2)."""
     up = rearrange(x, "b (h w) (p1 p2 c) -> b (h p1 w p2) c", h=grid[0], w=grid[1], p1=2, p2=2)
-    out_dtype = default_out_dtype(x)
+    out_dtype = enabled_autocast_dtype(x) or x.dtype
     return adaln(torch.cat([up, skip], dim=-1), shift, scale, eps=eps, out_dtype=out_dtype)
