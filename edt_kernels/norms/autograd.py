@@ -30,7 +30,7 @@ def choose_row_tile(rows: int, slices: int, channels: int, backward: bool) -> Ro
     # Backward, a thread holds 8 elements of each array and, over all rows, of three sums: at most 128 registers,
     # so that two programs share a multiprocessor, each with the next tile on its way. Forward holds no sums; 16
     # elements need half as many shuffles. Wider rows take 16 and then 32, which spill: on sm_90 adaln's backward
-    # beyond 8192 channels, gated_residual_adaln's beyond 4096, the merge's beyond 4·2048, the split's beyond 2·4096.
+    # beyond 8192 channels, gated_residual_adaln's beyond 4096, the merge's beyond 4·2048, the split's 2·4096.
     row_elements = slices * next_power_of_2(channels)
     each = 8 if backward and row_elements <= 2048 else 16
     tile_rows = max(min(256 * each // row_elements, next_power_of_2(rows)), 1)

@@ -220,7 +220,7 @@ def test_tiles_fit_the_shapes_of_any_model(op, channels):
     for samples, rows in itertools.product(
         (1, 2, 8, 24, 32, 64, 96, 200, 256, 1000), (1, 16, 77, 256, 4096 + 333)
     ):
-        tokens = torch.empty(1).expand(samples, rows * (4 if slices == 4 else 1), channels)
+        tokens = torch.empty(channels).expand(samples, rows * (4 if slices == 4 else 1), channels)
         others = (None, tokens) if slices == 2 else (tokens, None)  # x and y
         launch, programs, _ = autograd._plan(*others, *[None] * 4, op, "forward", 2, 1e-6, F32)
         tile_rows = launch.constants["ROWS"]
