@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from edt_kernels._backend import select_backend
-from edt_kernels.testing import error_and_budget
 
 from . import measure
+from .budget import error_and_budget
 from .costs import Cost
 from .measure import Budget, Ceilings
 from .results import OURS, Row, speedup

@@ -37,8 +37,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
-from edt_kernels import _launch, _norm_ops
+from edt_kernels import _launch
 from edt_kernels.amm_attention import autograd as attention
+from edt_kernels.norms import autograd as norms
 
 from .assembly import MULTIPROCESSORS, global_loads, instruction_mix, resident_programs
 from .hopper import product_faults
@@ -215,10 +216,10 @@ def norm_launches(
     launches: list[Launch] = []
     for op, x, y, gate, shift, scale, keep, grid_w, normed in calls:
         with record_launches(launches, op, target):
-            _norm_ops._forward(op, x, y, gate, shift, scale, keep, grid_w, 1e-6, dtype)
+            norms._forward(op, x, y, gate, shift, scale, keep, grid_w, 1e-6, dtype)
             grads = None if gate is None else stream, None if normed is None else torch.empty(B, *normed, **narrow)
             saved = (None, None) if normed is None else (x, torch.empty(B, normed[0], 2))
-            _norm_ops._backward(op, *grads, saved[0], y, gate, scale, keep, saved[1], grid_w)
+            norms._backward(op, *grads, saved[0], y, gate, scale, keep, saved[1], grid_w)
     return unique(launches)
 
 

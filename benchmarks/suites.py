@@ -13,9 +13,9 @@ try:
 except ImportError:  # which a bare PyTorch image may be without: no bar, but all else
     tqdm = None
 
-from edt_kernels.testing import is_lost
 
 from . import attention, gpu_suite, measure, models, norms, results
+from .budget import is_lost
 from .harness import measure_case, selected, table
 from .results import OURS, SUITES
 

@@ -1,7 +1,7 @@
 """Measures which tiles are right and fast on a GPU, into a table that `benchmarks.tiles.use` puts into use.
 
 What an op asks for when it runs at a shape is what is measured: each of its passes, at its key. A candidate is
-compiled; held, output and all gradients, to the error budget of `edt_kernels.testing` against float64; and only
+compiled; held, output and all gradients, to the error budget of `benchmarks.budget` against float64; and only
 then timed. What is not right never gets into a table. Ctrl-C keeps what was measured, and the same
 command goes on from there.
 """
@@ -38,9 +38,9 @@ from edt.model.presets import PRESETS
 from edt_kernels import _backend, _launch, _tiles
 from edt_kernels._tiles import CellTile, RowLoop, RowTile, ScoreTile, Tile, Tiles
 from edt_kernels.amm_attention import autograd as attention
-from edt_kernels.testing import error_and_budget, is_lost
 
 from . import tiles as tables
+from .budget import error_and_budget, is_lost
 from .results import OUTPUTS, commit, device_slug
 
 _TABLES = ("rel_pos_bias", "modulation")  # inputs without a batch dimension

@@ -14,12 +14,8 @@ except ImportError:  # Triton has no build for this platform; every op still has
 _INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
 _VARIABLE = "EDT_KERNELS_BACKEND"
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DEVICE_BACKENDS = {"cuda": "triton", "cpu": "reference"}  # ROCm tensors are "cuda" to torch
-
-
 _chosen: dict[tuple, str] = {}
-_MOST_SIGNATURES = 4096
+MOST_SIGNATURES = 4096  # are remembered, with some kB each; who has more shapes than these has no use of them
 
 
 def checked(check, signature: tuple | None, tensors: tuple, *arguments) -> str:
@@ -32,26 +28,23 @@ def checked(check, signature: tuple | None, tensors: tuple, *arguments) -> str:
     try:
         backend = _chosen.get(key)
     except TypeError:  # not hashable, such as a grid in a list
-        key = backend = None
+        return check(*tensors, *arguments)
     if backend is None:
         backend = check(*tensors, *arguments)
-        if key is not None:
-            if len(_chosen) >= _MOST_SIGNATURES:
-                _chosen.clear()
-            _chosen[key] = backend
+        if len(_chosen) >= MOST_SIGNATURES:
+            _chosen.clear()
+        _chosen[key] = backend
     return backend
 
 
 def select_backend(**tensors: Tensor) -> str:
-    """The backend of a call with these arguments: "triton" or "reference". The first one's device decides.
-
-    Never falls back from a backend that was asked for.
-    """
+    """The backend of a call with these arguments: "triton" or "reference". The first one's device decides, unless
+    the variable does; from a backend that was asked for it never falls back."""
     device = next(iter(tensors.values())).device.type
     requested = os.environ.get(_VARIABLE, "")
     if requested not in ("", "triton", "reference"):
         raise ValueError(f"EDT_KERNELS_BACKEND is {requested!r}; it must be 'triton', 'reference' or unset")
-    backend = requested or _DEVICE_BACKENDS.get(device, "reference")
+    backend = requested or ("triton" if device == "cuda" else "reference")  # ROCm tensors are "cuda" to torch
     if backend == "triton":
         if triton is None:
             raise RuntimeError(
@@ -64,6 +57,6 @@ def select_backend(**tensors: Tensor) -> str:
                 "EDT_KERNELS_BACKEND=reference, or TRITON_INTERPRET=1 before the import to interpret them"
             )
         for name, tensor in tensors.items():
-            if tensor.dtype not in _KERNEL_DTYPES:
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 raise TypeError(f"{name} is {tensor.dtype}; the Triton kernels take float32, bfloat16 or float16")
     return backend

@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 
 # Asked once: torch 2.11's Dynamo cannot trace the question.
-_AUTOCAST_DEVICES = frozenset(
-    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "hpu", "mps", "mtia"))
-)
+_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "hpu", "mps", "mtia")))
 
 
 def enabled_autocast_dtype(tensor) -> torch.dtype | None:
     """What autocast would cast to on the tensor's device, None where it is off or unknown (as for "meta")."""
     device = tensor.device.type if isinstance(tensor, Tensor) else "cpu"
-    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+    if device in _AUTOCAST and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
 
@@ -51,22 +49,16 @@ def check_floating(name: str, tensor) -> None:
         raise TypeError(f"{name} is {tensor.dtype}; it must be {needed}")
 
 
-def check_like(name: str, tensor, shape: tuple[int, ...], other: str, like: Tensor) -> None:
-    """A floating-point tensor of this shape on the device of `like`, which the message calls `other`."""
+def check_like(name: str, tensor, other: str, like: Tensor, *shapes: tuple[int, ...]) -> None:
+    """A floating-point tensor of one of these shapes on the device of `like`, which the message calls `other`."""
     check_floating(name, tensor)
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape not in shapes:
+        needed = " or ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; {other} of shape {tuple(like.shape)} needs {tuple(shape)}"
+            f"{name} has shape {tuple(tensor.shape)}; {other} of shape {tuple(like.shape)} needs {needed}"
         )
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on {other}'s device, {like.device}")
-
-
-def check_rows(name: str, tensor) -> None:
-    """(B, N, C)."""
-    check_floating(name, tensor)
-    if tensor.ndim != 3 or tensor.shape[2] < 1:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (B, N, C)")
 
 
 def _check_pair(name: str, pair, meaning: str, parts: str, least: int) -> tuple[int, int]:

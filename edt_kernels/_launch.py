@@ -13,55 +13,36 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from triton import knobs
-from triton.runtime import driver
 
-from ._backend import _INTERPRETED
+from ._backend import _INTERPRETED, MOST_SIGNATURES
 from ._tracing import described, in_func_transform
 
 # Triton's interpreter has one running program and one patched language for all threads.
 _one_at_a_time = threading.RLock() if _INTERPRETED else contextlib.nullcontext()
 _nothing = contextlib.nullcontext()
 _plans: dict[tuple, Any] = {}
-_MOST_PLANS = 4096  # a plan is some kB; who has more shapes than these has no use of them
 
 
 class Launch:
     """So many programs of a kernel, with all of its arguments but the tensors: the numbers that follow them, and
-    by name what decides how it is compiled. Called with the tensors, it runs on the current device.
-
-    A product and a sum round once, not twice: what the kernels' errors and registers were measured with, and
-    Triton's own choice before 3.10 only.
-    """
+    by name what decides how it is compiled. Called with the tensors, it runs on the current device."""
 
     def __init__(self, kernel, programs: int, *numbers: float | None, **constants) -> None:
         self.kernel, self.programs, self.numbers, self.constants = kernel, programs, numbers, constants
-        self._compiled, self._tail = None, ()
+        self._run, self._tail = None, ()
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        compiled = self._compiled
-        if compiled is None:
-            if self.programs:
-                self._first(tensors)
-        elif knobs.runtime.launch_enter_hook is None and knobs.runtime.launch_exit_hook is None:
-            stream = driver.active.get_current_stream(self._device)
-            compiled.run(
-                self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-                *tensors, *self._tail,
-            )  # fmt: skip
-        else:  # a profiler's
-            compiled[(self.programs, 1, 1)](*tensors, *self._tail)
-
-    def _first(self, tensors: tuple[Tensor | None, ...]) -> None:
-        with _one_at_a_time:
-            compiled = self.kernel[(self.programs,)](
-                *tensors, *self.numbers, **self.constants, enable_fp_fusion=True
-            )
-        if compiled is not None:  # but for the interpreter. Its launcher is a tenth of JITFunction's work
-            names = (p.name for p in self.kernel.params if p.name in self.constants)
-            self._tail = (*self.numbers, *(self.constants[name] for name in names))
-            self._device = driver.active.get_current_device()
-            self._compiled = compiled
+        if self._run is not None:
+            self._run(*tensors, *self._tail)
+        elif self.programs:
+            # fp_fusion: a product and a sum round once, not twice. What the kernels' errors and registers were
+            # measured with, and Triton's own choice before 3.10 only.
+            run = self.kernel[(self.programs,)]
+            with _one_at_a_time:
+                compiled = run(*tensors, *self.numbers, **self.constants, enable_fp_fusion=True)
+            if compiled is not None:  # but for the interpreter. Its launcher is a tenth of JITFunction's work
+                constants = (self.constants[p.name] for p in self.kernel.params if p.name in self.constants)
+                self._run, self._tail = compiled[(self.programs, 1, 1)], (*self.numbers, *constants)
 
 
 def planned(plan, signature: tuple | None, tensors: tuple[Tensor | None, ...], *arguments) -> Any:
@@ -69,7 +50,7 @@ def planned(plan, signature: tuple | None, tensors: tuple[Tensor | None, ...], *
     key = plan, signature or described(*tensors), *arguments
     found = _plans.get(key)
     if found is None:
-        if len(_plans) >= _MOST_PLANS:
+        if len(_plans) >= MOST_SIGNATURES:
             _plans.clear()
         found = _plans[key] = plan(*tensors, *arguments)
     return found
@@ -81,11 +62,9 @@ def forget_plans() -> None:
 
 
 def common_alignment(*tensors: Tensor | None) -> int:
-    """The largest power of two, up to 16 elements, that divides every row's offset and address.
-
-    Rows are what is left after the last, dense, dimension. The compiler sees whether a size is a multiple of 16,
-    but not of 4 or 8, such as 52 and 312: told of it, its loads are 8 and 16 bytes wide instead of 2.
-    """
+    """The largest power of two, up to 16 elements, that divides the offset and address of every row, which is the
+    last, dense, dimension. The compiler sees whether a size is a multiple of 16, but not of 4 or 8, such as 52 and
+    312: told of it, its loads are 8 and 16 bytes wide instead of 2."""
     divisor = 16
     for tensor in tensors:
         if tensor is not None:
@@ -112,11 +91,8 @@ def on_device_of(tensor: Tensor):
 
 class Op:
     """`edt_kernels::name`, an op of torch without gradients: `run(*arguments, signature=None)` computes it, `fake`
-    makes the empty outputs of traced calls.
-
-    Called with the signature of its tensors and its arguments, it skips torch's dispatcher, which takes as long as
-    all else, where nobody watches it (see `_tracing.signature`).
-    """
+    makes the empty outputs of traced calls. Called with the signature of its tensors, it skips torch's dispatcher,
+    which takes as long as all else, where nobody watches it (see `_tracing.signature`)."""
 
     def __init__(self, name: str, schema: str, run, fake) -> None:
         torch.library.define(f"edt_kernels::{name}", schema)
@@ -133,13 +109,9 @@ class Op:
 def has_gradient(*tensors: Tensor | None) -> bool:
     """Whether a call has to go by its `torch.autograd.Function`: for gradients, or for it to refuse forward mode
     and the transforms of torch.func, in which an op without it would lose tangents or mapped dimensions."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    if torch.compiler.is_compiling():
-        return False
-    return forward_ad._current_level >= 0 or in_func_transform()
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors if tensor is not None):
+        return True
+    return not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or in_func_transform())
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -157,9 +129,7 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def once_differentiable(
-    op: str, inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
+def once_differentiable(op: str, inputs: tuple, gradients: tuple) -> tuple:
     """What a backward pass returns, made of `inputs`."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
         return _OnceDifferentiable.apply(op, len(inputs), *inputs, *gradients)

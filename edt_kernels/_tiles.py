@@ -32,15 +32,13 @@ class RowTile:
 
 
 @dataclass(frozen=True)
-class RowLoop:
+class RowLoop(RowTile):
     """So many rows at a time, over which about this many programs in all walk."""
 
-    rows: int
-    num_warps: int
     programs: int
 
 
-Tile = ScoreTile | CellTile | RowTile | RowLoop
+Tile = ScoreTile | CellTile | RowTile
 Tiles = dict[str, Any]  # of the kernels of a pass, each of which has its kind of Tile
 
 # By `question`. Empty until something was measured on a GPU: `python -m benchmarks tune` measures, and
@@ -48,11 +46,10 @@ Tiles = dict[str, Any]  # of the kernels of a pass, each of which has its kind o
 measured: dict[tuple, Tiles] = {}
 
 
-def choose_tiles(pass_name: str, key: dict, heuristic: Tiles) -> Tiles:
-    """The measured tiles of a pass, by kernel, or else `heuristic`."""
-    return measured.get(question(pass_name, key), heuristic)
-
-
 def question(pass_name: str, key: dict) -> tuple:
     """What `measured` has a pass by, such as "adaln.forward". Equality of all of the key counts."""
     return pass_name, *sorted(key.items())
+
+
+def choose_tiles(pass_name: str, key: dict, heuristic: Tiles) -> Tiles:
+    return measured.get(question(pass_name, key), heuristic)

@@ -18,18 +18,57 @@ from ._checks import (
     check_scale,
     shown,
 )
-from ._tracing import HasConstants
-from .adaln import adaln
+from ._tracing import in_func_transform
 from .amm_attention import amm_attention, amm_table
-from .gated_residual_adaln import gated_residual_adaln
-from .token_merge_adaln import token_merge_adaln
-from .token_split_concat_adaln import token_split_concat_adaln
+from .norms import adaln, gated_residual_adaln, token_merge_adaln, token_split_concat_adaln
 
 __all__ = ["AMMAttention", "AdaLN", "GatedResidualAdaLN", "TokenMerge", "TokenSplitConcat"]
 
 _MAX_ENTRIES = 10**10  # of a table: 40 GB
 _AMM_MODES = ("never", "inference", "always")
 _TABLES = ("fixed", "learned", "learned_per_head")
+
+
+class HasConstants(nn.Module):
+    """A module with constants: tensors that its arguments make and no state dict brings back.
+
+    They are no buffers. `to_empty` after the meta device loses a buffer's values, and so does offloading to a disk
+    where something else than the module's own forward reads it; `.to(bfloat16)` rounds them. A constant keeps its
+    values and its dtype, and goes where the module goes, or else where it is used.
+    """
+
+    _constants: tuple[str, ...] = ()
+
+    def register_constant(self, name: str, constant: Tensor) -> None:
+        """Made on the CPU, explicitly: under `torch.device("meta")` there would be no values."""
+        self._constants = (*self._constants, name)
+        setattr(self, name, constant)
+
+    def constant_on(self, name: str, device: torch.device) -> Tensor:
+        """The constant; moved for good where the module was moved past `_apply`, as FSDP2 does."""
+        constant = getattr(self, name)
+        if constant.device == device:
+            return constant
+        if torch.compiler.is_compiling():
+            return constant.to(device)
+        moved = _moved(constant, device)
+        if type(moved) is Tensor and device.type != "meta" and not in_func_transform():
+            setattr(self, name, moved)
+        return moved
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        for name in self._constants:
+            constant = getattr(self, name)
+            device = fn(torch.empty(0, device=constant.device)).device
+            if device.type != "meta":
+                setattr(self, name, _moved(constant, device))
+        return self
+
+
+def _moved(constant: Tensor, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # later calls may need gradients
+        return constant.to(device)
 
 
 class AMMAttention(HasConstants):

@@ -6,8 +6,8 @@ import torch
 from layouts import lay_out
 
 import edt_kernels
+from benchmarks.budget import assert_within_budget
 from edt_kernels.amm_attention.reference import expand_offset_table
-from edt_kernels.testing import assert_within_budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def run(attention, case: Case, inputs: dict, dtype: torch.dtype | None = None) -
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What a result is judged by: see `edt_kernels.testing.error_and_budget`."""
+    """What a result is judged by: see `benchmarks.budget.error_and_budget`."""
 
     exact: torch.Tensor
     eager: torch.Tensor

@@ -7,7 +7,7 @@ import torch
 from layouts import lay_out
 
 import edt_kernels
-from edt_kernels.testing import assert_within_budget
+from benchmarks.budget import assert_within_budget
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 OPS = ("adaln", "gated_residual", "gated_residual_adaln", "token_merge_adaln", "token_split_concat_adaln")

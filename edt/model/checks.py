@@ -4,10 +4,10 @@ import math
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edt_kernels._checks import shown
-from edt_kernels._tracing import has_readable_values
+from edt_kernels._tracing import in_func_transform
 
 from .presets import is_number
 from .task_routing import check_task_routing
@@ -15,6 +15,21 @@ from .task_routing import check_task_routing
 NUM_STAGES = 5
 NUM_MERGES = 2
 _MAX_NUMBERS = 10**11  # in the weights or tables that one argument makes; EDT-XL has 7·10⁸ in all
+
+
+def has_readable_values(tensor: Tensor) -> bool:
+    """Whether a check may look at the values: they are there, and reading them neither waits nor breaks a graph.
+
+    That is on a CPU in plain eager mode. A GPU would be waited for; a graph of `torch.compile` or `torch.export`
+    cannot branch on them; a transform of `torch.func` has none for one sample; fake and meta tensors have none.
+    """
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not in_func_transform()
+        and type(tensor) in (Tensor, nn.Parameter)  # no fake one, no other subclass
+        and tensor.numel() > 0
+    )
 
 
 def check_block_numbers(name: str, blocks, num_blocks: int) -> None:

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import edt_kernels
 from edt_kernels._checks import enabled_autocast_dtype
-from edt_kernels._tracing import HasConstants, in_func_transform
+from edt_kernels._tracing import in_func_transform
+from edt_kernels.nn import HasConstants
 
 BLOCK_MODULATIONS = 6  # shift, scale and gate, of attention and MLP
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edt_kernels._tracing import HasConstants
+from edt_kernels.nn import HasConstants
 
 
 class AlignmentLoss(HasConstants):

@@ -1,6 +1,4 @@
-"""What `amm_attention` and its tables are, in plain torch. Also the path that CPU tensors take."""
-
-import math
+"""What `amm_attention` is, in plain torch. Also the path that CPU tensors take."""
 
 import torch
 from torch import Tensor
@@ -10,33 +8,9 @@ from torch.nn import functional as F
 from .._tracing import add_in_place, in_func_transform
 
 
-def amm_table(
-    grid: tuple[int, int],
-    *,
-    form: str = "exp_cos",
-    radius: float | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """See `edt_kernels.amm_table`."""
-    H, W = grid
-    dy = torch.arange(1 - H, H, dtype=torch.float64, device=device)[:, None]
-    dx = torch.arange(1 - W, W, dtype=torch.float64, device=device)[None, :]
-    squared_distance = dy**2 + dx**2  # exact: integers in float64
-    squared_radius = (max(H, W) - 1) ** 2 + 4 if radius is None else radius * radius
-    diagonal = max(math.hypot(H - 1, W - 1), 1e-9)  # a 1×1 grid has only the distance 0
-    cosine = torch.cos(math.pi / (2 * diagonal) * squared_distance.sqrt())
-    gain = 0.5 * torch.exp(cosine) if form == "exp_cos" else 1.3 * cosine
-    return torch.where(squared_distance <= squared_radius, gain, 0.0).to(dtype)
-
-
-def expand_offset_table(
-    table: Tensor, grid: tuple[int, int], num_extra_tokens: tuple[int, int], fill: float
-) -> Tensor:
-    """(…, 2H−1, 2W−1) indexed by (Δy, Δx) → (…, N, N) indexed by (query token, key token).
-
-    Pairs with a token outside the grid get `fill`.
-    """
+def expand_offset_table(table: Tensor, grid: tuple[int, int], extra: tuple[int, int], fill: float) -> Tensor:
+    """(…, 2H−1, 2W−1) indexed by (Δy, Δx) → (…, N, N) indexed by (query token, key token); `fill` for pairs with
+    an extra token, which is outside the grid."""
     H, W = grid
     rows = torch.arange(H, device=table.device)[:, None] * (2 * W - 1)
     position = (rows + torch.arange(W, device=table.device)).flatten()  # (N,), in a table's row-major order
@@ -44,20 +18,13 @@ def expand_offset_table(
     # index_select along the last dimension: on a CPU its gradient is 10 to 100 times as fast as that of
     # table[index], embedding or unfold (0.3 ms against 33, 4 and 43 for 6 heads of 16×16 tokens).
     matrix = table.flatten(-2).index_select(-1, index.flatten()).unflatten(-1, index.shape)
-    return F.pad(matrix, 2 * tuple(num_extra_tokens), value=fill) if any(num_extra_tokens) else matrix
+    return F.pad(matrix, 2 * tuple(extra), value=fill) if any(extra) else matrix
 
 
 def amm_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    grid: tuple[int, int],
-    modulation: Tensor | None = None,
-    rel_pos_bias: Tensor | None = None,
-    scale: float | None = None,
-    num_extra_tokens: tuple[int, int] = (0, 0),
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, grid: tuple[int, int], modulation: Tensor | None = None,
+    rel_pos_bias: Tensor | None = None, scale: float | None = None, num_extra_tokens: tuple[int, int] = (0, 0),
+) -> Tensor:  # fmt: skip
     """See `edt_kernels.amm_attention`."""
     H, W = grid
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -67,12 +34,10 @@ def amm_attention(
         table = rel_pos_bias.T.unflatten(-1, (2 * H - 1, 2 * W - 1))
         table = table if is_plain else _widened(table)
         bias = expand_offset_table(table, grid, num_extra_tokens, fill=0.0).unsqueeze(0)
-
     if is_plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=factor).transpose(1, 2)
     logits = (q * factor) @ k.transpose(-1, -2)  # (B, heads, N, N)
-    accumulate = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits.to(accumulate)
+    logits = _widened(logits)
     if bias is not None:
         logits = add_in_place(logits, bias)  # a second B·heads·N² tensor costs more than the addition
     probabilities = torch.softmax(logits, dim=-1)
@@ -82,10 +47,10 @@ def amm_attention(
     return (probabilities.to(v.dtype) @ v).transpose(1, 2)
 
 
-def _widened(table: Tensor) -> Tensor:
-    """In float32 at least, before it is expanded: an entry's gradient is a sum over up to N pairs of tokens, which
-    would be added up in the table's own dtype (18 % off in bfloat16 at 32×32 tokens)."""
-    return table.to(torch.promote_types(table.dtype, torch.float32))
+def _widened(tensor: Tensor) -> Tensor:
+    """In float32 at least. A table is, before it is expanded: an entry's gradient is a sum over up to N pairs of
+    tokens, which would be added up in the table's own dtype (18 % off in bfloat16 at 32×32 tokens)."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _is_plain_inference(q, modulation, rel_pos_bias) -> bool:

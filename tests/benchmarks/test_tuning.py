@@ -17,9 +17,9 @@ from benchmarks import __main__ as command
 from benchmarks import static, tiles, tuning
 from benchmarks.tuning import Shape
 from edt_kernels import _launch, _tiles
-from edt_kernels import _norm_kernels as norms
 from edt_kernels._tiles import CellTile, RowLoop, RowTile, ScoreTile
 from edt_kernels.amm_attention import autograd as attention
+from edt_kernels.norms import kernels as norms
 
 CPU = torch.device("cpu")
 NORM = Shape("adaln", (2, 4), 16, batch_size=1, dtype=torch.float16)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import edt_kernels
+from benchmarks.budget import error_and_budget
 from benchmarks.compiled.launch import Executed, executing
 from benchmarks.compiled.program import Finding, Schedule
-from edt_kernels.testing import error_and_budget
 
 # What is open is decided one way, and then every way the other.
 SCHEDULES = (Schedule(), Schedule(backwards=True, adverse=True))

@@ -10,8 +10,8 @@ import torch
 from attention_cases import Case, check, make_inputs, run, slack_of_saturated_rows
 
 import edt_kernels
+from benchmarks.budget import assert_within_budget
 from edt_kernels.amm_attention import autograd
-from edt_kernels.testing import assert_within_budget
 
 SMALL_CASES = [
     Case((1, 1), head_dim=16),

@@ -29,8 +29,8 @@ from diffusers_models import (
 from torch import nn
 
 import edt_kernels
+from benchmarks.budget import assert_within_budget
 from edt_kernels.integrations.diffusers import adaln, apply_amm, fuse_adaln, remove_amm, unfuse_adaln
-from edt_kernels.testing import assert_within_budget
 
 PARITY = 1e-5
 

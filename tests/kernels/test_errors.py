@@ -299,7 +299,7 @@ def test_no_raise_is_without_a_case(monkeypatch):
     package = Path(edt_kernels.__file__).parent
     raises = {
         (str(path), node.lineno)
-        for path in [*package.glob("_*.py"), *(path for op in OPS for path in package.glob(f"{op}/*.py"))]
+        for path in [*package.glob("_*.py"), *package.glob("norms/*.py"), *package.glob("amm_attention/*.py")]
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Raise)
     }

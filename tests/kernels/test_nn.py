@@ -236,7 +236,7 @@ CHOICES = "must be one of 'never', 'inference', 'always'"
         (build(TokenMerge, (4, 5)), ValueError, r"grid is \(4, 5\); both sides must be even to merge 2×2 tokens"),
         (build(TokenMerge, None), TypeError, "grid is None; it must be a pair"),
         (build(TokenSplitConcat, (4, -2)), ValueError, r"grid is \(4, -2\); both sides must be at least 1"),
-        (lambda: AMMAttention(GRID, 3)(*qkv()), ValueError, r"rel_pos_bias has shape .* need \(77, 4\)"),
+        (lambda: AMMAttention(GRID, 3)(*qkv()), ValueError, r"rel_pos_bias has shape .* needs \(77, 4\)"),
         (lambda: AMMAttention(GRID, HEADS)(*qkv(16)), ValueError, r"grid \(4, 6\) .* 24 tokens, but q has 16"),
     ],
 )  # fmt: skip

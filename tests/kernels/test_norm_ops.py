@@ -9,8 +9,7 @@ import torch
 from norm_cases import BF16, F16, F32, OPS, Case, check, input_shapes, make_inputs, run
 
 import edt_kernels
-from edt_kernels._norm_ops import choose_row_tile, cut_rows
-from edt_kernels._tiles import RowTile
+from edt_kernels.norms import autograd
 
 SMALL_CASES = [
     *(Case(op, (2, 4), 52, batch_size=3) for op in OPS),
@@ -208,20 +207,30 @@ def test_gpu_offsets_beyond_32_bits(op):
         torch.testing.assert_close(last_rows(result), alone[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize(("slices", "channels"), [(1, 32), (1, 1152), (1, 1536), (1, 8192), (4, 312), (2, 936)])
-def test_tiles_fit_the_shapes_of_any_model(slices, channels):
+@pytest.mark.parametrize(
+    ("op", "channels"),
+    [
+        *(("adaln", channels) for channels in (32, 1152, 1536, 8192)),
+        ("token_merge_adaln", 312),
+        ("token_split_concat_adaln", 936),
+    ],
+)
+def test_tiles_fit_the_shapes_of_any_model(op, channels):
+    slices = {"adaln": 1, "token_merge_adaln": 4, "token_split_concat_adaln": 2}[op]
     for samples, rows in itertools.product(
         (1, 2, 8, 24, 32, 64, 96, 200, 256, 1000), (1, 16, 77, 256, 4096 + 333)
     ):
-        tile = choose_row_tile(rows, slices, channels, False)
-        forward = cut_rows(RowTile(tile.rows, tile.num_warps), samples, rows, slices, channels)
-        assert forward.programs == (samples, math.ceil(rows / tile.rows))
-        tile = choose_row_tile(rows, slices, channels, True)
-        backward = cut_rows(tile, samples, rows, slices, channels)
-        _, programs = backward.programs
-        assert (programs - 1) * backward.rows_per_program < rows <= programs * backward.rows_per_program
-        assert tile.rows * slices * backward.block_c <= 8192
+        tokens = torch.empty(channels).expand(samples, rows * (4 if slices == 4 else 1), channels)
+        others = (None, tokens) if slices == 2 else (tokens, None)  # x and y
+        launch, programs, _ = autograd._plan(*others, *[None] * 4, op, "forward", 2, 1e-6, F32)
+        tile_rows = launch.constants["ROWS"]
+        assert programs == math.ceil(rows / tile_rows)
+        assert launch.programs == samples * programs
+        launch, programs, _ = autograd._plan(None, None, *others, *[None] * 3, op, "backward", 2, 0.0, None)
+        tile_rows, *_, rows_per_program = launch.constants["ROWS"], *launch.numbers
+        assert (programs - 1) * rows_per_program < rows <= programs * rows_per_program
+        assert tile_rows * slices * launch.constants["BLOCK_C"] <= 8192
         # At least one program for each multiprocessor, unless there are too few tiles.
-        assert samples * programs >= min(samples * math.ceil(rows / tile.rows), 132)
+        assert launch.programs >= min(samples * math.ceil(rows / tile_rows), 132)
         # About two, unless there are more samples: each sample takes a program.
-        assert samples * programs <= max(samples, 352)
+        assert launch.programs == samples * programs <= max(samples, 352)

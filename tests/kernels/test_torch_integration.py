@@ -269,6 +269,15 @@ def test_forward_mode_of_kernels_is_refused(op, transform):
 
 @interpreter
 @pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_read_values_that_are_stored_negated(op):
+    """As torch keeps the imaginary part of a conjugate."""
+    x, function = first_output(op, arguments(op))
+    assert torch.equal(function(torch._neg_view(-x)), function(x))
+
+
+@interpreter
+@pytest.mark.usefixtures("_kernels")
 def test_kernels_run_in_a_dual_level_that_does_not_concern_them():
     x, function = first_output("adaln", arguments("adaln"))
     with torch.autograd.forward_ad.dual_level():

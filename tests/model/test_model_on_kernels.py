@@ -5,8 +5,8 @@ import torch
 from released import fixture, relative_error, released_model, tiny_model, under
 
 import edt
+from benchmarks.budget import assert_within_budget
 from edt.runs.weights import to_released_state_dict
-from edt_kernels.testing import assert_within_budget
 
 PARITY = 1e-5
 

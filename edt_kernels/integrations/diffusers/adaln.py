@@ -15,9 +15,7 @@ from diffusers.models.transformers import transformer_flux
 from torch import Tensor, nn
 
 from ..._checks import enabled_autocast_dtype
-from ...adaln import adaln
-from ...gated_residual import gated_residual
-from ...gated_residual_adaln import gated_residual_adaln
+from ...norms import adaln, gated_residual, gated_residual_adaln
 from ._models import blocks_of, supported
 
 

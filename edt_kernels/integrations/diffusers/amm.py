@@ -18,8 +18,9 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 from ..._checks import check_grid
-from ..._tracing import HasConstants, in_func_transform
+from ..._tracing import in_func_transform
 from ...amm_attention import amm_attention, amm_table
+from ...nn import HasConstants
 from ._models import blocks_of, supported
 
 _PRESETS = {"dit-xl": (15, 17, 19, 22, 24), "dit-s": (8, 10)}
