@@ -95,11 +95,11 @@ def amm_attention(
     Returns:
         (B, N, heads, D) in q's dtype. Softmax and modulation are in float32, on the Triton path logits and
         accumulation too (the reference leaves them to `torch.matmul` in q's dtype). For backward the Triton path
-        keeps q, k, v, the tables, the output and one float32 per query row and head (two for float32 inputs);
-        nothing of size N×N is written to device memory. There, sequences of up to 32 tokens share tiles with
-        their neighbours in the batch: a value that is not finite may spread to those. Where one key takes nearly
-        all of a row longer than a tile, the gradients of q, k and bias cancel down to the rounding of the output.
-        A row whose bias is −∞ everywhere is 0 (NaN in the reference), its gradients are NaN.
+        keeps q, k, v, the tables, the output and one float32 per query row and head (two for float32 inputs).
+        Nothing of size N×N is written to device memory but, up to 256 tokens, the tables of each head, for the
+        time of the call: in float16 for 16-bit inputs (entries beyond ±65504 become that). Where one key takes
+        nearly all of a row longer than a tile, the gradients of q, k and bias cancel down to the rounding of the
+        output. A row whose bias is −∞ everywhere is 0 (NaN in the reference), its gradients are NaN.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range, by its name.
@@ -120,7 +120,7 @@ def amm_attention(
             q, k, v, grid=grid, modulation=modulation, rel_pos_bias=rel_pos_bias, scale=factor,
             num_extra_tokens=num_extra_tokens,
         )  # fmt: skip
-    return autograd.amm_attention(known, *tensors, grid, num_extra_tokens[0], factor)
+    return autograd.amm_attention(known, *tensors, *grid, num_extra_tokens[0], factor)
 
 
 def _check(q, k, v, modulation, rel_pos_bias, grid, scale, num_extra_tokens) -> str:

@@ -1,8 +1,8 @@
 """Launchers, tiles and torch registration of the `amm_attention` kernels."""
 
 import functools
-import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,29 +21,19 @@ from .._launch import (
 from .._tiles import CellTile, ScoreTile, Tiles, choose_tiles
 from .._tracing import signature
 from . import kernels, resident_kernels, table_kernels
-from .tables import expand_table
-
-
-@dataclass(frozen=True)
-class TableTile:
-    """rows × columns cells of the grid, of `items` batch items at once; a power of two each."""
-
-    items: int
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
-
+from .memory import expand_table
 
 # The tile of each kernel, by matrix unit and padded head dim, where no table has a measured one: the largest that
-# compile without spills at EDT's shapes (`python -m benchmarks static`). float32 products are exact, so they run on
-# the FMA units out of registers ("fma"; its D 128 still spills). Triton gives each warp 16 rows of a score tile that
-# feeds another product: with fewer than 16·num_warps rows (queries, in backward_kv and short_backward keys) warps
-# repeat each other's work. Of datacenter Blackwell the accumulators of resident_forward exceed the tensor memory
-# (Triton compiles that to an empty kernel).
+# compile without spills at EDT's shapes (`python -m benchmarks static`). float32 products are exact, so they run
+# on the FMA units out of registers ("fma"; its D 128 still spills). Triton gives each warp 16 rows of a score tile
+# that feeds another product: with fewer than 16·num_warps rows (queries, in backward_kv and short_backward keys)
+# warps repeat each other's work. Of datacenter Blackwell the accumulators of resident_forward exceed the tensor
+# memory (Triton compiles that to an empty kernel).
 _KERNELS = "forward", "backward_q", "backward_kv", "short_backward", "resident_forward", "resident_backward"
 _ROWS = {
-    ("wgmma", 64): [(128, 64, 8, 2), (128, 32, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (128, 64, 8, 1), (32, 256, 8, 2)],
+    ("wgmma", 64): [
+        (128, 64, 8, 2), (128, 32, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (128, 64, 8, 1), (32, 256, 8, 2),
+    ],
     ("wgmma", 128): [(128, 32, 8, 2), (128, 32, 8, 1), (16, 128, 8, 2)],
     ("tcgen05", 64): [(128, 64, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2)],
     ("tcgen05", 128): [(128, 32, 8, 2), (128, 64, 8, 1), (16, 128, 8, 2)],
@@ -56,29 +46,25 @@ _ROWS = {
 }  # fmt: skip
 _TILES = {key: {kernel: ScoreTile(*row) for kernel, row in zip(_KERNELS, rows)} for key, rows in _ROWS.items()}
 TABLE_TILES = {
-    "wgmma": CellTile(64, 8, 2),
-    "tcgen05": CellTile(64, 8, 1),
-    "mma": CellTile(32, 8, 1),
-    "mfma": CellTile(64, 4, 1),
-    "fma": CellTile(32, 4, 1),
-}
+    unit: CellTile(*tile)
+    for unit, *tile in (
+        ("wgmma", 64, 8, 2), ("tcgen05", 64, 8, 1), ("mma", 32, 8, 1), ("mfma", 64, 4, 1), ("fma", 32, 4, 1),
+    )
+}  # fmt: skip
 
-# What fits on the chip: 256 rows of 64 channels, twice, are 64 KB of shared memory.
-_RESIDENT_TOKENS = 256
-# Where fewer heads than this are to be computed (two for each multiprocessor of an H200), several programs a head
-# fill the device better.
-_RESIDENT_HEADS = 264
-# Up to so many tokens kernels read the tables as matrices, see `tables`.
+# Up to so many tokens a whole head fits on the chip (256 rows of 64 channels, twice, are 64 KB of shared memory),
+# if there are so many heads (two for each multiprocessor of an H200): else several programs a head fill a device
+# better.
+_RESIDENT_TOKENS, _RESIDENT_HEADS = 256, 264
+# Up to so many tokens kernels read the tables as matrices, see `memory`.
 _MATRIX_TOKENS = 256
-# Programs of `short_backward` (for tiles of 64 rows, else as many more as their rows are fewer) and of
-# `backward_tables`, whatever the device, so that gradients are the same everywhere; up to twice as many, where heads
-# or tiles do not divide them. Each of the first writes one (64, 64) partial, 4 to 8 MB in all; each of the second up
-# to two a table, 8 to 32 MB, or more where heads times distances exceed this number (24 heads of 64×64 tokens:
-# 50 MB). Those all do the same work, in four rounds on the 132 multiprocessors of an H200.
-_SHORT_PROGRAMS = 264
-_TABLE_PROGRAMS = 528
-# Of the kernels that go over tables.
-_ENTRIES_PER_PROGRAM, _OFFSETS_PER_PROGRAM = 1024, 16
+# Programs of `short_backward` (for tiles of 64 rows, else as many more as their rows are fewer) and
+# `backward_tables`, whatever the device, so that gradients are the same everywhere; up to twice as many, where
+# heads or tiles do not divide them. Each of the first writes one (64, 64) partial, 4 to 8 MB in all; each of the
+# second up to two a table, 8 to 32 MB, or more where heads times distances exceed this number (24 heads of 64×64
+# tokens: 50 MB). Those all do the same work, in four rounds on the 132 multiprocessors of an H200.
+_SHORT_PROGRAMS, _TABLE_PROGRAMS = 264, 528
+_ENTRIES_PER_PROGRAM, _OFFSETS_PER_PROGRAM = 1024, 16  # of the kernels that make matrices, and add up partials
 
 
 def _ceil(a: int, b: int) -> int:
@@ -108,31 +94,23 @@ def padded(head_dim: int) -> int:
 
 
 def tiles_of(unit: str, num_tokens: int, head_dim: int) -> Tiles:
-    """The tile of each kernel that takes such sequences."""
+    """The tile of each kernel that takes such sequences, no larger than they."""
     tiles: Tiles = {"backward_tables": TABLE_TILES[unit]}
+    rows = max(16, _power_of_2(num_tokens))
     for kernel, tile in _TILES[unit, 64 if head_dim <= 64 else 128].items():
         if kernel == "resident_backward":
-            tiles[kernel] = replace(tile, block_n=num_tokens)
-        elif kernel == "resident_forward" or num_tokens > 64:
+            tile = replace(tile, block_n=num_tokens)
+        elif rows <= 64 and kernel != "resident_forward":
+            before, smaller = tile, replace(tile, block_m=min(tile.block_m, rows), block_n=min(tile.block_n, rows))
+            side = "block_n" if kernel in ("backward_kv", "short_backward") else "block_m"
+            num_warps = max(tile.num_warps * getattr(smaller, side) // getattr(before, side), 1)
+            # 64 rows at 4 warps, which would be enough, miscompile on Hopper (triton issue 11366,
+            # flash-linear-attention issue 984).
+            many = unit in ("wgmma", "tcgen05") and getattr(smaller, side) == 64
+            tile = replace(smaller, num_warps=8 if many else num_warps)
+        if kernel != "short_backward" or num_tokens <= tile.block_m:
             tiles[kernel] = tile
-        else:
-            tiles[kernel] = _shrunk(tile, max(16, _power_of_2(num_tokens)), unit, kernel in _BY_KEYS)
-    if num_tokens > _TILES[unit, 64]["short_backward"].block_m:
-        tiles.pop("short_backward", None)
     return tiles
-
-
-_BY_KEYS = ("backward_kv", "short_backward")
-
-
-def _shrunk(tile: ScoreTile, rows: int, unit: str, by_keys: bool) -> ScoreTile:
-    """For sequences of so many rows."""
-    block_m, block_n = min(tile.block_m, rows), min(tile.block_n, rows)
-    before, after = (tile.block_n, block_n) if by_keys else (tile.block_m, block_m)
-    # 64 rows at 4 warps, which would be enough, miscompile on Hopper (triton issue 11366, flash-linear-attention
-    # issue 984).
-    num_warps = 8 if unit in ("wgmma", "tcgen05") and after == 64 else max(tile.num_warps * after // before, 1)
-    return ScoreTile(block_m, block_n, num_warps, tile.num_stages)
 
 
 def choose_forward(unit: str, num_tokens: int, head_dim: int, num_heads: int, has_modulation: bool) -> str:
@@ -171,12 +149,11 @@ _WAYS = {
 }
 
 
-def lay_out_cells(tile: CellTile, grid: tuple[int, int]) -> TableTile:
+def lay_out_cells(tile: CellTile, grid: tuple[int, int]) -> dict[str, int]:
     """Whole rows of the grid as far as they fit, then more batch items where the grid is smaller."""
-    H, W = grid
-    columns = min(_power_of_2(W), tile.cells)
-    rows = min(_power_of_2(H), tile.cells // columns)
-    return TableTile(tile.cells // (rows * columns), rows, columns, tile.num_warps, tile.num_stages)
+    columns = min(_power_of_2(grid[1]), tile.cells)
+    rows = min(_power_of_2(grid[0]), tile.cells // columns)
+    return {"ITEMS": tile.cells // (rows * columns), "ROWS": rows, "COLUMNS": columns}
 
 
 @dataclass(frozen=True)
@@ -196,87 +173,80 @@ class _Problem:
     def tiles(self, direction: str) -> Tiles:
         """The tiles of the kernels of a pass."""
         (B, N, heads, D), (H, W) = self.q.shape, self.grid
-        unit = "fma" if self.q.dtype == torch.float32 else matrix_unit(self.q.device)
-        with_modulation = self.modulation is not None
+        exact, modulation = self.q.dtype == torch.float32, self.modulation is not None
+        unit = "fma" if exact else matrix_unit(self.q.device)
         choose = choose_forward if direction == "forward" else choose_backward
-        tiles, way = tiles_of(unit, N, D), _WAYS[choose(unit, N, D, B * heads, with_modulation)]
-        key = {
-            "dtype": "float32" if self.q.dtype == torch.float32 else "16-bit",
-            "height": H,
-            "width": W,
-            "extra_tokens": N - H * W,
-            "head_dim": D,
-            "bias": self.rel_pos_bias is not None,
-            "modulation": with_modulation,
-            "many_heads": B * heads >= _RESIDENT_HEADS,
-        }
-        if with_modulation:  # beside a bias it spills with more
+        tiles, way = tiles_of(unit, N, D), _WAYS[choose(unit, N, D, B * heads, modulation)]
+        if modulation:  # beside a bias it spills with more
             tiles["backward_tables"] = replace(tiles["backward_tables"], num_stages=1)
+        key = {"dtype": "float32" if exact else "16-bit", "height": H, "width": W, "extra_tokens": N - H * W}
+        key |= {"head_dim": D, "bias": self.rel_pos_bias is not None, "modulation": modulation}
+        key |= {"many_heads": B * heads >= _RESIDENT_HEADS}
         return choose_tiles(f"amm_attention.{direction}", key, {kernel: tiles[kernel] for kernel in way})
 
-    def table_strides(self) -> tuple[int, int, int, int]:
-        """Of the bias and of the modulation: from offset to offset, from head to head."""
-        bias = (0, 0) if self.rel_pos_bias is None else self.rel_pos_bias.stride()
-        return (
-            *bias,
-            1,
-            self.modulation.stride(0) if self.modulation is not None and self.modulation.ndim == 3 else 0,
-        )
+    @property
+    def by_head(self) -> bool:
+        """Whether each head has a modulation of its own."""
+        return self.modulation is not None and self.modulation.ndim == 3
 
-    def launch(
-        self, kernel, programs: int, tile, rows: tuple, table_strides: tuple, *numbers, **constants
-    ) -> Launch:
-        """`rows` are the tensors after q, k, v whose strides the kernel takes, `numbers` what follows the scale. It
-        is to be called with q, k, v, bias and modulation, and the kernel's other tensors."""
+    def table_strides(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of the bias and of the modulation: from offset to offset, from head to head."""
+        (H, W), bias = self.grid, (0, 0) if self.rel_pos_bias is None else self.rel_pos_bias.stride()
+        return bias, (1, (2 * H - 1) * (2 * W - 1) * self.by_head)
+
+    def launch(self, kernel, programs: int, tile, rows: tuple, tables: tuple, *numbers, **constants) -> Launch:
+        """`rows` are the tensors after q, k, v whose strides the kernel takes, `tables` the strides of the tables,
+        `numbers` what follows the scale. It is to be called with q, k, v, bias, modulation and the others."""
         _, N, heads, D = self.q.shape
         strides = [stride for tensor in (self.q, self.k, self.v, *rows) for stride in tensor.stride()[:3]]
         return Launch(
-            kernel, programs, *strides, *table_strides, N, heads, *self.grid, self.before, self.scale, *numbers,
+            kernel, programs, *strides, *tables, N, heads, *self.grid, self.before, self.scale, *numbers,
             **constants, D=D, BLOCK_D=padded(D), ALIGN=common_alignment(self.q, self.k, self.v, *rows),
             PRECISION="tf32" if self.tf32 else "ieee",  # what PyTorch's own products would be
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
     def launch_scores(
-        self, kernel, programs: int, tile: ScoreTile, rows: tuple, *numbers, keys_first: bool, **constants
-    ) -> "_Scores":
-        """A kernel that reads the tables for each pair of tokens; so many programs a head."""
+        self, kernel, programs: int, tile: ScoreTile, rows: tuple, *numbers, keys_first, **constants
+    ):
+        """The `_Scores` of a kernel, so many programs a head."""
         (_, N, heads, _), (H, W) = self.q.shape, self.grid
         side = max(_power_of_2(N), tile.block_m, tile.block_n) if N <= _MATRIX_TOKENS else 0
         entries, has_extra = side**2 or (2 * H - 1) * (2 * W - 1), H * W != N
         masked = N % tile.block_m != 0 or N % tile.block_n != 0
-        by_head = self.modulation is not None and self.modulation.ndim == 3
         launch = self.launch(
-            kernel, programs * heads, tile, rows, (entries, entries * by_head), *numbers, **constants,
-            SIDE=side, HAS_EXTRA=has_extra and not side, MASKED=masked, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            kernel, programs * heads, tile, rows, (entries, entries * self.by_head), *numbers, **constants,
+            SIDE=side, HAS_EXTRA=has_extra and not side, MASKED=masked,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             EVEN=side > 0 or not (masked or has_extra or tile.block_m % W or tile.block_n % W),
         )  # fmt: skip
-        matrices = None
-        if side:
-            strides, block = self.table_strides(), min(entries, _ENTRIES_PER_PROGRAM)
-            matrices = tuple(
-                (
-                    Launch(
-                        expand_table, table_heads * entries // block, *table_strides, H, W, self.before, fill,
-                        SIDE=side, KEYS_FIRST=keys_first, BLOCK=block,
-                    ),
-                    (table_heads, side, side),
-                )
-                for table_heads, table_strides, fill in (
-                    (heads, strides[:2], 0.0),
-                    (heads if by_head else 1, strides[2:], 1.0),
-                )
+        matrices, block = [], min(entries, _ENTRIES_PER_PROGRAM)
+        for num, strides, fill in zip((heads, heads if self.by_head else 1), self.table_strides(), (0.0, 1.0)):
+            expand = Launch(
+                expand_table, num * entries // block, *strides, H, W, self.before, fill,
+                SIDE=side, KEYS_FIRST=keys_first, BLOCK=block,
             )  # fmt: skip
-        return _Scores(launch, matrices)
+            matrices.append((expand, (num, side, side)))
+        return _Scores(launch, matrices if side else None)
+
+    def table_gradients(self, launch: Launch, splits: int, distances: int, **layout: int) -> "_TableGradients":
+        (H, W), heads, offsets = self.grid, self.q.shape[2], (2 * self.grid[0] - 1) * (2 * self.grid[1] - 1)
+        bias, modulation = (
+            Launch(
+                table_kernels.reduce_table_partials, heads * _ceil(offsets, _OFFSETS_PER_PROGRAM), splits, heads,
+                *strides, H, W, **layout, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM,
+            )
+            for strides in ((heads, 1), (1, offsets))
+        )  # fmt: skip
+        return _TableGradients(launch, splits * heads * distances * layout["BLOCK"] ** 2, (bias, modulation))
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """A launch of a kernel that reads the tables for each pair of tokens; and of what makes matrices of bias and
+class _Scores(NamedTuple):
+    """A launch of a kernel that reads the tables for each pair of tokens; and what makes matrices of bias and
     modulation, with their sizes, or None where the kernel reads the tables themselves."""
 
     launch: Launch
-    matrices: tuple[tuple[Launch, tuple[int, int, int]], ...] | None
+    matrices: list[tuple[Launch, tuple[int, int, int]]] | None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rel_pos_bias, modulation, *others: Tensor | None) -> None:
         if self.matrices is None:  # a row of the grid should be one run of memory for a head
@@ -284,36 +254,18 @@ class _Scores:
             return self.launch(q, k, v, bias, modulation, *others)
         dtype, read = torch.float32 if q.dtype == torch.float32 else torch.float16, []
         for table, (expand, sizes) in zip((rel_pos_bias, modulation), self.matrices):
-            matrix = None
+            read.append(None if table is None else q.new_empty(sizes, dtype=dtype))
             if table is not None:
-                matrix = q.new_empty(sizes, dtype=dtype)
-                expand(table, matrix)
-            read.append(matrix)
+                expand(table, read[-1])
         self.launch(q, k, v, *read, *others)
 
 
-@dataclass(frozen=True)
-class _TableGradients:
-    """A launch that makes `partials` numbers a table, and for the bias and the modulation one that adds those up."""
+class _TableGradients(NamedTuple):
+    """A launch that makes `partials` numbers a table; for bias and modulation, one that adds those up."""
 
     launch: Launch
     partials: int
     reduce: tuple[Launch, Launch]
-
-    @staticmethod
-    def plan(
-        p: _Problem, launch: Launch, splits: int, distances: int, layout: dict[str, int]
-    ) -> "_TableGradients":
-        (H, W), heads, block = p.grid, p.q.shape[2], layout["BLOCK"]
-        offsets = (2 * H - 1) * (2 * W - 1)
-        reduce = (
-            Launch(
-                table_kernels.reduce_table_partials, heads * _ceil(offsets, _OFFSETS_PER_PROGRAM), splits, heads,
-                *strides, H, W, **layout, BLOCK_OFFSETS=_OFFSETS_PER_PROGRAM,
-            )
-            for strides in ((heads, 1), (1, offsets))
-        )  # fmt: skip
-        return _TableGradients(launch, splits * heads * distances * block * block, tuple(reduce))
 
 
 def _allows_tf32(q: Tensor) -> bool:
@@ -357,8 +309,7 @@ def _forward(q, k, v, modulation, rel_pos_bias, grid_h, grid_w, before, scale, s
     return out, logsumexp
 
 
-@dataclass(frozen=True)
-class _Backward:
+class _Backward(NamedTuple):
     """`short`, or `resident`, or q and kv. Of the tables' gradients `short` makes the partial sums, too."""
 
     tables: _TableGradients
@@ -370,13 +321,18 @@ class _Backward:
 
 def _plan_backward(grad_out, *arguments) -> _Backward:
     p = _Problem(*arguments)
-    tiles, out, (B, N, _, _) = p.tiles("backward"), _dense_like(p.q), p.q.shape
+    tiles, out, (B, N, heads, _), (H, W) = p.tiles("backward"), _dense_like(p.q), p.q.shape, p.grid
     if "short_backward" in tiles:
-        return _plan_short_backward(p, tiles["short_backward"], grad_out, out)
-    tables = _plan_tables(p, lay_out_cells(tiles["backward_tables"], p.grid), grad_out)
+        kernel, tile = resident_kernels.short_backward, tiles["short_backward"]
+        steps = _ceil(B * heads * tile.block_m, 64 * _SHORT_PROGRAMS)  # of a program
+        splits = _ceil(B, steps)
+        short = p.launch_scores(kernel, splits, tile, (grad_out, out), B, steps, keys_first=True)
+        tables = p.table_gradients(short.launch, splits, 1, ITEMS=1, ROWS=H, COLUMNS=W, BLOCK=tile.block_m)
+        return _Backward(tables, short=short)
+    tables = _plan_tables(p, tiles["backward_tables"], grad_out)
     if "resident_backward" in tiles:
-        resident, tile = resident_kernels.resident_backward, tiles["resident_backward"]
-        return _Backward(tables, resident=p.launch_scores(resident, B, tile, (out, grad_out), keys_first=True))
+        kernel, tile = resident_kernels.resident_backward, tiles["resident_backward"]
+        return _Backward(tables, resident=p.launch_scores(kernel, B, tile, (out, grad_out), keys_first=True))
     tile = tiles["backward_q"]
     q_pass = p.launch_scores(
         kernels.backward_q, B * _ceil(N, tile.block_m), tile, (out, grad_out), keys_first=False,
@@ -390,31 +346,19 @@ def _plan_backward(grad_out, *arguments) -> _Backward:
     return _Backward(tables, q=q_pass, kv=kv_pass)
 
 
-def _plan_short_backward(p: _Problem, tile: ScoreTile, grad_out: Tensor, out: Tensor) -> _Backward:
-    (B, _, heads, _), (H, W) = p.q.shape, p.grid
-    steps = _ceil(B * heads * tile.block_m, 64 * _SHORT_PROGRAMS)  # of a program
-    splits = _ceil(B, steps)
-    launch = p.launch_scores(
-        resident_kernels.short_backward, splits, tile, (grad_out, out), B, steps, keys_first=True
-    )
-    layout = {"ITEMS": 1, "ROWS": H, "COLUMNS": W, "BLOCK": tile.block_m}
-    return _Backward(_TableGradients.plan(p, launch.launch, splits, 1, layout), short=launch)
-
-
-def _plan_tables(p: _Problem, tile: TableTile, grad_out: Tensor) -> _TableGradients:
-    (B, _, heads, _), (H, W) = p.q.shape, p.grid
-    layout = {"ITEMS": tile.items, "ROWS": tile.rows, "COLUMNS": tile.columns}
-    tiles_y, across = _ceil(H, tile.rows), 2 * _ceil(W, tile.columns) - 1
+def _plan_tables(p: _Problem, tile: CellTile, grad_out: Tensor) -> _TableGradients:
+    (B, N, heads, _), (H, W), layout = p.q.shape, p.grid, lay_out_cells(tile, p.grid)
+    items, rows, columns = layout.values()
+    tiles_y, across = _ceil(H, rows), 2 * _ceil(W, columns) - 1
     distances, programs = (2 * tiles_y - 1) * across, tiles_y * across  # of a head and share
-    groups = _ceil(B, tile.items)
-    groups_per_split = _ceil(groups * heads * programs, _TABLE_PROGRAMS)
-    splits = _ceil(groups, groups_per_split)
+    groups_per_split = _ceil(_ceil(B, items) * heads * programs, _TABLE_PROGRAMS)
+    splits = _ceil(_ceil(B, items), groups_per_split)
+    (bias, modulation), rounded = p.table_strides(), p.q.dtype != torch.float32 and N <= _MATRIX_TOKENS
     launch = p.launch(
-        table_kernels.backward_tables, splits * heads * programs, tile, (grad_out,), p.table_strides(),
-        B, groups_per_split, ROUNDED=p.q.dtype != torch.float32 and p.q.shape[1] <= _MATRIX_TOKENS,
-        MASKED=tile.items > 1 or H % tile.rows != 0 or W % tile.columns != 0, **layout,
+        table_kernels.backward_tables, splits * heads * programs, tile, (grad_out,), (*bias, *modulation),
+        B, groups_per_split, ROUNDED=rounded, MASKED=items > 1 or H % rows != 0 or W % columns != 0, **layout,
     )  # fmt: skip
-    return _TableGradients.plan(p, launch, splits, distances, layout | {"BLOCK": math.prod(layout.values())})
+    return p.table_gradients(launch, splits, distances, **layout, BLOCK=tile.cells)
 
 
 def _backward(
@@ -434,9 +378,7 @@ def _backward(
             (grid_h, grid_w), before, scale, _allows_tf32(q),
         )  # fmt: skip
         inputs = q, k, v, rel_pos_bias, modulation
-        partials = [
-            new(plan.tables.partials) if needed else None for needed in (needs_bias, needs_modulation)
-        ]
+        partials = [new(plan.tables.partials) if needed else None for needed in (needs_bias, needs_modulation)]
         with on_device_of(q):
             if plan.short is not None:
                 plan.short(*inputs, grad_out, logsumexp, *grads, partials[0])
@@ -507,19 +449,9 @@ class _Function(torch.autograd.Function):
         return once_differentiable("amm_attention", tensors, (None, *grads, *tables, *[None] * len(ctx.numbers)))
 
 
-def amm_attention(
-    known: tuple | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    modulation: Tensor | None,
-    rel_pos_bias: Tensor | None,
-    grid: tuple[int, int],
-    before: int,
-    scale: float,
-) -> Tensor:
-    """`edt_kernels.amm_attention` by the kernels; the arguments are checked, `known` is the tensors' signature."""
-    arguments = known, q, k, v, modulation, rel_pos_bias, *grid, before, scale
-    if has_gradient(q, k, v, modulation, rel_pos_bias):
-        return _Function.apply(*arguments)
-    return _forward_op(*arguments)[0]
+def amm_attention(known: tuple | None, q: Tensor, k: Tensor, v: Tensor, *arguments) -> Tensor:
+    """`edt_kernels.amm_attention` by the kernels: modulation, rel_pos_bias, H, W, the tokens before the grid and
+    the scale follow, all checked; `known` is the tensors' signature."""
+    if has_gradient(q, k, v, *arguments[:2]):
+        return _Function.apply(known, q, k, v, *arguments)
+    return _forward_op(known, q, k, v, *arguments)[0]

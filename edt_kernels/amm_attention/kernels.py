@@ -20,70 +20,29 @@ Each kernel owns what it writes, so that no sum depends on the order of programs
 delta) and `backward_kv`, in `table_kernels` the gradients of the tables. `resident_kernels` do more at once for
 sequences that fit on the chip.
 
-Tables are read in one of two forms, see `table_kernels`: of up to 256 tokens as matrices with an entry for each pair,
+Tables are read in one of two forms, see `memory`: of up to 256 tokens as matrices with an entry for each pair,
 of more as they are, at the offset of each pair.
 """
 
 import triton
 import triton.language as tl
 
-from .tables import key_places, load_pairs, place_of_equals, places_apart, query_places
+from .memory import (
+    ANY_ALIGNMENT,
+    key_places,
+    load_logsumexp,
+    load_pairs,
+    load_rows,
+    load_statistic,
+    place_of_equals,
+    place_of_program,
+    places_apart,
+    query_places,
+    row_offsets,
+    store_rows,
+)
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-# Whether these arguments are multiples of 16 tells the compiler nothing (of strides ALIGN does); asked, it would
-# make the same code again for each combination. Nor is it worth codes that what the batch size decides is 1.
-ANY_ALIGNMENT = ["stride_qn", "stride_kn", "stride_vn", "stride_on", "stride_gn", "heads"]
-ANY_VALUE = ["B", "steps", "groups_per_split", "splits"]
-
-
-@triton.jit
-def place_of_program(tiles, heads):
-    """Tile, head and batch item. Tiles of one head run side by side: they read the same keys or queries."""
-    program = tl.program_id(0)
-    return program % tiles, program // tiles % heads, program // (tiles * heads)
-
-
-@triton.jit
-def row_offsets(batch, token, head, stride_b, stride_n, stride_h, ALIGN: tl.constexpr):
-    """Element offset of each row, 64 bits wide. Every stride is a multiple of ALIGN: that decides how wide the
-    loads are, and the compiler cannot see it for a stride such as a head of 52."""
-    offsets = tl.cast(batch, tl.int64) * stride_b + token.to(tl.int64) * stride_n + head.to(tl.int64) * stride_h
-    return tl.multiple_of(offsets, ALIGN)
-
-
-@triton.jit
-def load_rows(pointer, offsets, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """(rows, BLOCK_D), zero outside."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    mask = d < D
-    if MASKED:
-        mask = mask & valid[:, None]
-    return tl.load(pointer + offsets[:, None] + d, mask=mask, other=0.0)
-
-
-@triton.jit
-def load_rows_transposed(pointer, offsets, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """(BLOCK_D, rows), zero outside."""
-    d = tl.arange(0, BLOCK_D)[:, None]
-    mask = d < D
-    if MASKED:
-        mask = mask & valid[None, :]
-    return tl.load(pointer + offsets[None, :] + d, mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(pointer, offsets, valid, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)[None, :]
-    mask = valid[:, None] & (d < D)
-    tl.store(pointer + offsets[:, None] + d, values.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def store_rows_transposed(pointer, offsets, valid, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """values (BLOCK_D, rows)."""
-    d = tl.arange(0, BLOCK_D)[:, None]
-    mask = valid[None, :] & (d < D)
-    tl.store(pointer + offsets[None, :] + d, values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -104,24 +63,6 @@ def exp_difference(logits, subtrahend, EXACT: tl.constexpr):
     if EXACT:
         return tl.exp2((logits - subtrahend) * LOG2_E)
     return tl.exp2(logits * LOG2_E - subtrahend * LOG2_E)
-
-
-@triton.jit
-def load_statistic(pointer, i, valid, other, MASKED: tl.constexpr):
-    """One number for each of the rows i."""
-    return tl.load(pointer + i, mask=valid, other=other) if MASKED else tl.load(pointer + i)
-
-
-@triton.jit
-def load_logsumexp(logsumexp, first, i, N, valid, EXACT: tl.constexpr, MASKED: tl.constexpr):
-    """What `probabilities` takes of rows i of the batch item and head whose rows start at `first`. Rows that do
-    not exist get +∞, which makes their probabilities zero."""
-    if EXACT:
-        row_max = load_statistic(logsumexp + 2 * first, i, valid, 0.0, MASKED)
-        row_log_sum = load_statistic(logsumexp + 2 * first + N, i, valid, float("inf"), MASKED)
-    else:
-        row_max, row_log_sum = load_statistic(logsumexp + first, i, valid, float("inf"), MASKED), 0.0
-    return row_max, row_log_sum  # one return: where there are two, the compiler wants one type of both
 
 
 @triton.jit
@@ -153,7 +94,8 @@ def summand(a, b, EXACT: tl.constexpr):
 @triton.jit
 def gradients_of_scores(
     left, right, grad_left, grad_right, row_max, row_log_sum, row_delta, scale, bias, factor, pair_valid,
-    MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, WHOLE_ROWS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, WHOLE_ROWS: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P, G, dS and delta of a tile, (queries, keys), from left = q, right = kᵀ, grad_left = dO, grad_right = vᵀ.
     WHOLE_ROWS: the tile has all keys of its rows, which are normalised again and make delta.
@@ -222,7 +164,8 @@ def forward(
     stride_ob, stride_on, stride_oh,
     stride_bias, stride_modulation, N, heads, H, W, before, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, SIDE: tl.constexpr, HAS_EXTRA: tl.constexpr,
-    MASKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out and logsumexp of BLOCK_M query rows."""
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
@@ -246,7 +189,7 @@ def forward(
             place_j, on_grid_j = key_places(j, before, H, W, SIDE, False)
         k_offsets = row_offsets(batch, j, head, stride_kb, stride_kn, stride_kh, ALIGN)
         v_offsets = row_offsets(batch, j, head, stride_vb, stride_vn, stride_vh, ALIGN)
-        k_tile = load_rows_transposed(k, k_offsets, j < N, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK_N)
+        k_tile = load_rows(k, k_offsets, j < N, D, BLOCK_D, MASKED, 1)  # (BLOCK_D, BLOCK_N)
         v_tile = load_rows(v, v_offsets, j < N, D, BLOCK_D, MASKED)  # (BLOCK_N, BLOCK_D)
         place, both_on_grid = place_i[:, None] + place_j[None, :], on_grid_i[:, None] & on_grid_j[None, :]
         logit, factor = None, None
@@ -309,7 +252,7 @@ def backward_q(
         k_offsets = row_offsets(batch, j, head, stride_kb, stride_kn, stride_kh, ALIGN)
         v_offsets = row_offsets(batch, j, head, stride_vb, stride_vn, stride_vh, ALIGN)
         k_tile = load_rows(k, k_offsets, j < N, D, BLOCK_D, MASKED)  # (BLOCK_N, BLOCK_D)
-        v_tile = load_rows_transposed(v, v_offsets, j < N, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK_N)
+        v_tile = load_rows(v, v_offsets, j < N, D, BLOCK_D, MASKED, 1)  # (BLOCK_D, BLOCK_N)
         place, both_on_grid = place_i[:, None] + place_j[None, :], on_grid_i[:, None] & on_grid_j[None, :]
         logit, factor = None, None
         if bias is not None:

@@ -2,35 +2,29 @@
 
 `resident_forward` and `resident_backward`: one program owns a (batch item, head), keeps its keys and values in
 shared memory and walks over the queries. Each row is read once, where the programs of `forward` read the keys and
-values again for each tile of queries. In the backward pass it keeps dk and dv in registers, and a step completes its
-rows of dq: five products, of which `backward_q` and `backward_kv` make two again.
+values again for each tile of queries. In the backward pass it keeps dk and dv in registers, and a step completes
+its rows of dq: five products, of which `backward_q` and `backward_kv` make two again.
 
 `short_backward`: a sequence is one tile. A program walks over its share of the batch, of one head: the bias is the
 same at every step, so it is read once, and its gradient adds up in registers.
 
-All read the tables as matrices, see `tables`.
+All read the tables as matrices, see `memory`.
 """
 
 import triton
 import triton.language as tl
 
-from .kernels import (
+from .kernels import add_product, attend, gradients_of_scores, masked_logits, store_output
+from .memory import (
     ANY_ALIGNMENT,
     ANY_VALUE,
-    add_product,
-    attend,
-    gradients_of_scores,
     load_logsumexp,
+    load_pairs,
     load_rows,
-    load_rows_transposed,
-    masked_logits,
     place_of_program,
     row_offsets,
-    store_output,
     store_rows,
-    store_rows_transposed,
 )
-from .tables import load_pairs
 
 
 @triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
@@ -51,7 +45,7 @@ def resident_forward(
         j = t * BLOCK_N + tl.arange(0, BLOCK_N)
         k_offsets = row_offsets(batch, j, head, stride_kb, stride_kn, stride_kh, ALIGN)
         v_offsets = row_offsets(batch, j, head, stride_vb, stride_vn, stride_vh, ALIGN)
-        k_tiles += (load_rows_transposed(k, k_offsets, j < N, D, BLOCK_D, MASKED),)  # (BLOCK_D, BLOCK_N)
+        k_tiles += (load_rows(k, k_offsets, j < N, D, BLOCK_D, MASKED, 1),)  # (BLOCK_D, BLOCK_N)
         v_tiles += (load_rows(v, v_offsets, j < N, D, BLOCK_D, MASKED),)  # (BLOCK_N, BLOCK_D)
 
     place = tl.arange(0, BLOCK_M)[:, None] * SIDE + tl.arange(0, BLOCK_N)[None, :]
@@ -129,7 +123,7 @@ def resident_backward(
         v_accumulator = add_product(v_accumulator, p.to(grad_tile.dtype), grad_tile, False, PRECISION)
         k_accumulator = add_product(k_accumulator, grad_logits, q_tile, False, PRECISION)
         q_product = tl.dot(tl.trans(k_tile), grad_logits, input_precision=PRECISION)  # (BLOCK_D, BLOCK_M)
-        store_rows_transposed(grad_q, out_offsets, all_queries, q_product * scale, D, BLOCK_D)
+        store_rows(grad_q, out_offsets, all_queries, q_product * scale, D, BLOCK_D, 1)
 
     # The same place in other words.
     batch = (tl.program_id(0) + heads) // heads - 1
@@ -190,7 +184,7 @@ def short_backward(
         q_product = tl.dot(tl.trans(k_tile), grad_logits, input_precision=PRECISION)  # (BLOCK_D, BLOCK)
         store_rows(grad_v, out_offsets, valid, v_product, D, BLOCK_D)
         store_rows(grad_k, out_offsets, valid, k_product * scale, D, BLOCK_D)
-        store_rows_transposed(grad_q, out_offsets, valid, q_product * scale, D, BLOCK_D)
+        store_rows(grad_q, out_offsets, valid, q_product * scale, D, BLOCK_D, 1)
 
     if partials is not None:
         cell = token - before

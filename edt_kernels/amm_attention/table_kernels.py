@@ -4,17 +4,16 @@
 import triton
 import triton.language as tl
 
-from .kernels import (
+from .kernels import gradients_of_scores
+from .memory import (
     ANY_ALIGNMENT,
     ANY_VALUE,
-    gradients_of_scores,
     load_logsumexp,
     load_rows,
-    load_rows_transposed,
     load_statistic,
+    rounded_to_half,
     row_offsets,
 )
-from .tables import rounded_to_half
 
 
 @triton.jit
@@ -103,9 +102,9 @@ def backward_tables(
                 first_row, i = ((group + item).to(tl.int64) * heads + head) * N, cell + first_i
                 row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, valid_i, EXACT, MASKED)
                 q_tile = load_rows(q, q_offsets, valid_i, D, BLOCK_D, MASKED)  # (BLOCK, BLOCK_D)
-                k_tile = load_rows_transposed(k, k_offsets, valid_j, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
+                k_tile = load_rows(k, k_offsets, valid_j, D, BLOCK_D, MASKED, 1)  # (BLOCK_D, BLOCK)
                 grad_tile = load_rows(grad_out, g_offsets, valid_i, D, BLOCK_D, MASKED)  # (BLOCK, BLOCK_D)
-                v_tile = load_rows_transposed(v, v_offsets, valid_j, D, BLOCK_D, MASKED)  # (BLOCK_D, BLOCK)
+                v_tile = load_rows(v, v_offsets, valid_j, D, BLOCK_D, MASKED, 1)  # (BLOCK_D, BLOCK)
 
                 row_delta = load_statistic(delta + first_row, i, valid_i, 0.0, MASKED)
                 p, grad_weights, grad_logits, _ = gradients_of_scores(

@@ -60,12 +60,11 @@ def test_tables_gathered_as_those_of_long_sequences(case, dtype, monkeypatch):
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("_triton")
 def test_a_bias_of_any_size_in_16_bits():
-    """Its matrix is in float16: −∞ is −∞, −10⁹ and 10⁵ are finite; an offset of all entries costs no precision."""
+    """Its matrix is in float16: −∞ is −∞, −10⁹ and 10⁵ are finite."""
     case = Case((4, 4), modulation=None)
     inputs = make_inputs(case, torch.float16, "cpu")
     bias = inputs["rel_pos_bias"] = inputs["rel_pos_bias"].float()
     bias[3], bias[5], bias[0] = float("-inf"), -1e9, 1e5
-    bias[6:20] += 100
     result = run(edt_kernels.amm_attention, case, inputs)
     exact = run(edt_kernels.reference.amm_attention, case, inputs, torch.float64)
     for name, value in result.items():
