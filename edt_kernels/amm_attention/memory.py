@@ -135,7 +135,7 @@ def load_pairs(table, place, both_on_grid, other, HAS_EXTRA: tl.constexpr):
 @triton.jit
 def rounded_to_half(entries):
     """As those of a float16 matrix. Infinities and NaN stay."""
-    entries = tl.where(tl.abs(entries) < float("inf"), tl.clamp(entries, -65504.0, 65504.0), entries)
+    entries = tl.where(tl.abs(entries) < float("inf"), tl.minimum(tl.maximum(entries, -65504.0), 65504.0), entries)
     return entries.to(tl.float16)
 
 
