@@ -101,9 +101,7 @@ class Op:
         self._run, self._registered = run, getattr(torch.ops.edt_kernels, name).default
 
     def __call__(self, signature: tuple | None, *arguments):
-        if signature is None:
-            return self._registered(*arguments)
-        return self._run(*arguments, signature=signature)
+        return self._registered(*arguments) if signature is None else self._run(*arguments, signature=signature)
 
 
 def has_gradient(*tensors: Tensor | None) -> bool:
