@@ -170,10 +170,11 @@ def forward(
         rstd = tl.rsqrt(mean_of_rows(centered * centered, SLICES * C) + eps)
         store(statistics, 2 * number, mean, row_exists)
         store(statistics, 2 * number + 1, rstd, row_exists)
+        x_hat = centered * rstd
         # The modulation is read this late to hold no registers while the statistics are made.
         shift_row = load_row(shift, sample, stride_shift, place, exists, ROWS)
         scale_row = load_row(scale, sample, stride_scale, place, exists, ROWS)
-        result = centered * rstd * (1.0 + scale_row) + shift_row
+        result = x_hat * (1.0 + scale_row) + shift_row
         if keep is not None:
             kept = load(keep, sample * stride_keep + token, row_exists)
             result = tl.where(kept != 0, result, 0.0)
