@@ -52,8 +52,8 @@ def check_floating(name: str, tensor) -> None:
 def check_like(name: str, tensor, other: str, like: Tensor, *shapes: tuple[int, ...]) -> None:
     """A floating-point tensor of one of these shapes on the device of `like`, which the message calls `other`."""
     check_floating(name, tensor)
-    if tensor.shape not in shapes:
-        needed = " or ".join(str(tuple(shape)) for shape in shapes)
+    if all(tuple(tensor.shape) != shape for shape in shapes):  # torch.compile cannot look for symbols in a tuple
+        needed = " or ".join(map(str, shapes))
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; {other} of shape {tuple(like.shape)} needs {needed}"
         )

@@ -101,16 +101,16 @@ class Op:
         self._run, self._registered = run, getattr(torch.ops.edt_kernels, name).default
 
     def __call__(self, signature: tuple | None, *arguments):
-        if signature is None:
-            return self._registered(*arguments)
-        return self._run(*arguments, signature=signature)
+        return self._registered(*arguments) if signature is None else self._run(*arguments, signature=signature)
 
 
 def has_gradient(*tensors: Tensor | None) -> bool:
     """Whether a call has to go by its `torch.autograd.Function`: for gradients, or for it to refuse forward mode
     and the transforms of torch.func, in which an op without it would lose tangents or mapped dimensions."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors if tensor is not None):
-        return True
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
     return not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or in_func_transform())
 
 

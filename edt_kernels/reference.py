@@ -1,8 +1,5 @@
-"""Every op as its definition in plain torch, under the public names, on any device.
-
-`edt_kernels.reference.<op>` takes the arguments of `edt_kernels.<op>` without checking them. float64 works,
-which is what the tests judge the kernels by. `amm_table` has no kernel and is the same there.
-"""
+"""Every op as its definition in plain torch, under its public name: the arguments unchecked, on any device, in
+float64 too, which is what the tests judge the kernels by. `amm_table` has no kernel and is the same here."""
 
 from .amm_attention import amm_table
 from .amm_attention.reference import amm_attention

@@ -130,7 +130,7 @@ def _check(q, k, v, modulation, rel_pos_bias, grid, scale, num_extra_tokens) -> 
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (B, N, heads, D), and D must be at least 1")
     _, N, heads, D = q.shape
     for name, tensor in (("k", k), ("v", v)):
-        _checks.check_like(name, tensor, "q", q, q.shape)
+        _checks.check_like(name, tensor, "q", q, tuple(q.shape))
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} is {tensor.dtype}; it must be q's dtype, {q.dtype}")
     if sum(extra) + H * W != N:

@@ -100,19 +100,22 @@ def tokens_of_slices(row, slices, W, C: tl.constexpr, SLICES: tl.constexpr):
 
 
 @triton.jit
-def sum_in_threads(values):
-    return tl.sum(tl.sum(values, axis=3, keep_dims=True), axis=0, keep_dims=True)
+def sum_of_parts(values):
+    """(PARTS, ROWS, LANES, VEC) → (ROWS, LANES·VEC), within each thread."""
+    values = tl.sum(values, axis=0)
+    return tl.reshape(values, (values.shape[0], values.shape[1] * values.shape[2]))
 
 
 @triton.jit
 def mean_of_rows(values, WIDTH: tl.constexpr):
-    return tl.sum(sum_in_threads(values), axis=2, keep_dims=True) / WIDTH
+    return (tl.sum(sum_of_parts(values), axis=1) / WIDTH)[None, :, None, None]
 
 
 @triton.jit
 def means_of_rows(a, b, WIDTH: tl.constexpr):
     """Both in one exchange between warps."""
-    return tl.split(tl.sum(tl.join(sum_in_threads(a), sum_in_threads(b)), axis=2, keep_dims=True) / WIDTH)
+    a, b = tl.split(tl.sum(tl.join(sum_of_parts(a), sum_of_parts(b)), axis=1) / WIDTH)
+    return a[None, :, None, None], b[None, :, None, None]
 
 
 @triton.jit
