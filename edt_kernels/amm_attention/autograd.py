@@ -125,8 +125,8 @@ def choose_forward(unit: str, num_tokens: int, head_dim: int, num_heads: int, ha
 
 
 def choose_backward(unit: str, num_tokens: int, head_dim: int, num_heads: int, has_modulation: bool) -> str:
-    """The kernel of the backward pass, or "backward" for the three passes. Registers do not hold a second table:
-    with AMM, which trained models of EDT have for inference alone, the kernels of one pass spill."""
+    """The kernel of the backward pass, or "backward" for the three passes. Registers do not hold two tables: with
+    AMM, which trained models of EDT have for inference alone, the kernels of one pass spill."""
     tiles = tiles_of(unit, num_tokens, head_dim)
     if has_modulation:
         return "backward"
