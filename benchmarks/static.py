@@ -328,7 +328,9 @@ def report(launch: Launch, target: str, shapes: list[str] = (), disassemble: boo
     multiplies = "tt.dot" in compiled.asm["ttir"] and not exact
     num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     unit, wrong_products = MATRIX_UNITS[target], []
-    if unit in ("wgmma", "tcgen05") and max(launch.constants.get(size, 64) for size in ("BLOCK_M", "BLOCK_N")) < 64:
+    rows = [launch.constants.get(size, 0) for size in ("BLOCK_M", "BLOCK_N")]
+    rows.append(math.prod(launch.constants.get(size, 0) for size in ("ITEMS", "ROWS", "COLUMNS")))
+    if unit in ("wgmma", "tcgen05") and 0 < max(rows) < 64:
         unit = "mma"  # the others take 64 rows at least
     if target.startswith("gfx"):
         virtual = assembly = compiled.asm["amdgcn"]

@@ -40,8 +40,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_runtest_teardown(item):
-    """A test may have changed what decides on launches. Workers share the GPU, and each keeps the memory that a test
-    took."""
+    """A test may have changed what decides on launches. Workers share the GPU, and each keeps the memory that a
+    test took."""
     if launches := sys.modules.get("edt_kernels._launch"):
         launches.forget_plans()
     if "gpu" in item.keywords and torch.cuda.is_initialized():

@@ -177,8 +177,10 @@ class _Problem:
         unit = "fma" if exact else matrix_unit(self.q.device)
         choose = choose_forward if direction == "forward" else choose_backward
         tiles, way = tiles_of(unit, N, D), _WAYS[choose(unit, N, D, B * heads, modulation)]
-        if modulation:  # beside a bias it spills with more
-            tiles["backward_tables"] = replace(tiles["backward_tables"], num_stages=1)
+        if (
+            unit == "tcgen05" and D > 64 and modulation and self.rel_pos_bias is not None
+        ):  # with 64 cells it spills
+            tiles["backward_tables"] = TABLE_TILES["mma"]
         key = {"dtype": "float32" if exact else "16-bit", "height": H, "width": W, "extra_tokens": N - H * W}
         key |= {"head_dim": D, "bias": self.rel_pos_bias is not None, "modulation": modulation}
         key |= {"many_heads": B * heads >= _RESIDENT_HEADS}
@@ -197,10 +199,13 @@ class _Problem:
     def launch(self, kernel, programs: int, tile, rows: tuple, tables: tuple, *numbers, **constants) -> Launch:
         """`rows` are the tensors after q, k, v whose strides the kernel takes, `tables` the strides of the tables,
         `numbers` what follows the scale. It is to be called with q, k, v, bias, modulation and the others."""
-        _, N, heads, D = self.q.shape
+        (_, N, heads, D), (H, W) = self.q.shape, self.grid
         strides = [stride for tensor in (self.q, self.k, self.v, *rows) for stride in tensor.stride()[:3]]
+        gathers = N > _MATRIX_TOKENS and (self.modulation is not None or H * W != N)
+        if gathers and kernel is not kernels.backward_q and not torch.version.hip:
+            constants["maxnreg"] = 255  # else NVIDIA's assembler spills 8 or 16 bytes to stay within 128 or 168
         return Launch(
-            kernel, programs, *strides, *tables, N, heads, *self.grid, self.before, self.scale, *numbers,
+            kernel, programs, *strides, *tables, N, heads, H, W, self.before, self.scale, *numbers,
             **constants, D=D, BLOCK_D=padded(D), ALIGN=common_alignment(self.q, self.k, self.v, *rows),
             PRECISION="tf32" if self.tf32 else "ieee",  # what PyTorch's own products would be
             num_warps=tile.num_warps, num_stages=tile.num_stages,

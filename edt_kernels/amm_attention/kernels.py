@@ -179,7 +179,7 @@ def forward(
     running_sum = tl.zeros((BLOCK_M,), tl.float32)
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     place_j, on_grid_j = key_places(tl.arange(0, BLOCK_N), before, H, W, SIDE, False)
-    first, step = place_of_equals(H, W, SIDE), places_apart(W, SIDE, BLOCK_N)
+    step = places_apart(W, SIDE, BLOCK_N)
     if BLOCK_M == 128:  # WGMMA's tiles; of smaller ones one spills with it on sm_120
         # Else ptxas finds accumulators set on the way past the loop, and serialises its WGMMA (its warning C7515).
         tl.assume(N > 0)
@@ -191,6 +191,9 @@ def forward(
         v_offsets = row_offsets(batch, j, head, stride_vb, stride_vn, stride_vh, ALIGN)
         k_tile = load_rows(k, k_offsets, j < N, D, BLOCK_D, MASKED, 1)  # (BLOCK_D, BLOCK_N)
         v_tile = load_rows(v, v_offsets, j < N, D, BLOCK_D, MASKED)  # (BLOCK_N, BLOCK_D)
+        first = place_of_equals(H, W, SIDE)
+        if EVEN:
+            first += start // BLOCK_N * (step if SIDE else -step)
         place, both_on_grid = place_i[:, None] + place_j[None, :], on_grid_i[:, None] & on_grid_j[None, :]
         logit, factor = None, None
         if bias is not None:
@@ -202,8 +205,6 @@ def forward(
         running_max, running_sum, accumulator = attend(
             logits, factor, v_tile, running_max, running_sum, accumulator, EXACT, PRECISION
         )
-        if EVEN:
-            first += step if SIDE else -step
 
     out_offsets = row_offsets(batch, i, head, stride_ob, stride_on, stride_oh, ALIGN)
     first_row = (batch.to(tl.int64) * heads + head) * N
@@ -244,7 +245,7 @@ def backward_q(
     row_max, row_log_sum = load_logsumexp(logsumexp, first_row, i, N, i < N, EXACT, MASKED)
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     place_j, on_grid_j = key_places(tl.arange(0, BLOCK_N), before, H, W, SIDE, False)
-    first, step = place_of_equals(H, W, SIDE), places_apart(W, SIDE, BLOCK_N)
+    step = places_apart(W, SIDE, BLOCK_N)
     for start in range(0, N, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         if not EVEN:
@@ -253,6 +254,9 @@ def backward_q(
         v_offsets = row_offsets(batch, j, head, stride_vb, stride_vn, stride_vh, ALIGN)
         k_tile = load_rows(k, k_offsets, j < N, D, BLOCK_D, MASKED)  # (BLOCK_N, BLOCK_D)
         v_tile = load_rows(v, v_offsets, j < N, D, BLOCK_D, MASKED, 1)  # (BLOCK_D, BLOCK_N)
+        first = place_of_equals(H, W, SIDE)
+        if EVEN:
+            first += start // BLOCK_N * (step if SIDE else -step)
         place, both_on_grid = place_i[:, None] + place_j[None, :], on_grid_i[:, None] & on_grid_j[None, :]
         logit, factor = None, None
         if bias is not None:
@@ -264,8 +268,6 @@ def backward_q(
             (j < N)[None, :], MASKED, False, WHOLE_ROWS, EXACT, PRECISION,
         )  # fmt: skip
         accumulator = add_product(accumulator, grad_logits.to(k_tile.dtype), k_tile, EXACT, PRECISION)
-        if EVEN:
-            first += step if SIDE else -step
     store_rows(grad_q, out_offsets, i < N, accumulator * scale, D, BLOCK_D)
     if WHOLE_ROWS:
         tl.store(delta + first_row + i, row_delta, mask=i < N)
@@ -294,7 +296,7 @@ def backward_kv(
     k_accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     v_accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     place_i, on_grid_i = query_places(tl.arange(0, BLOCK_M), before, H, W, SIDE, True)
-    first, step = place_of_equals(H, W, SIDE), places_apart(W, SIDE, BLOCK_M)
+    step = places_apart(W, SIDE, BLOCK_M)
     tl.assume(N > 0)  # see `forward`
     for start in range(0, N, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
@@ -307,6 +309,9 @@ def backward_kv(
         row_delta = load_statistic(delta + first_row, i, i < N, 0.0, MASKED)
         q_tile = load_rows(q, q_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
         grad_tile = load_rows(grad_out, grad_offsets, i < N, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
+        first = place_of_equals(H, W, SIDE)
+        if EVEN:
+            first += start // BLOCK_M * step
         place, both_on_grid = place_j[:, None] + place_i[None, :], on_grid_j[:, None] & on_grid_i[None, :]
         logit, factor = None, None
         if bias is not None:
@@ -320,8 +325,6 @@ def backward_kv(
         weights = p if factor is None else p * factor
         v_accumulator = add_product(v_accumulator, weights.to(grad_tile.dtype), grad_tile, EXACT, PRECISION)
         k_accumulator = add_product(k_accumulator, grad_logits.to(q_tile.dtype), q_tile, EXACT, PRECISION)
-        if EVEN:
-            first += step
     out_offsets = row_offsets(batch, j, head, stride_ob, stride_on, stride_oh, ALIGN)
     store_rows(grad_k, out_offsets, j < N, k_accumulator * scale, D, BLOCK_D)
     store_rows(grad_v, out_offsets, j < N, v_accumulator, D, BLOCK_D)

@@ -67,19 +67,20 @@ def backward_tables(
         # The first query tile that has a key tile this far away.
         first_y, first_x = tl.maximum(apart_y, 0), tl.maximum(apart_x, 0)
         count_y, count_x = tiles_y - tl.abs(apart_y), tiles_x - tl.abs(apart_x)
-        offset_y = y[:, None] - y[None, :] + apart_y * ROWS  # (BLOCK, BLOCK), the same for every pair of tiles
-        offset_x = x[:, None] - x[None, :] + apart_x * COLUMNS
+        # (BLOCK, BLOCK), the same for every pair of tiles. Computed anew for each distance: kept over the loops
+        # below, differences of cells would spill. `zero` is, as the compiler does not know.
+        zero = tl.minimum(apart_y + tiles_y, 0)
+        offset_y = (y ^ zero)[:, None] - y[None, :] + apart_y * ROWS
+        offset_x = (x ^ zero)[:, None] - x[None, :] + apart_x * COLUMNS
         inside = (tl.abs(offset_y) < H) & (tl.abs(offset_x) < W)
-        index = (offset_y + H - 1) * (2 * W - 1) + offset_x + W - 1
+        index = tl.where(inside, (offset_y + H - 1) * (2 * W - 1) + offset_x + W - 1, 0)
         logit, factor = None, None
         if bias is not None:
-            logit = tl.load(bias + index * stride_bias, mask=inside, other=0.0).to(tl.float32)
+            logit = tl.load(bias + index * stride_bias).to(tl.float32)
             if ROUNDED:  # as the logsumexp was made with
                 logit = rounded_to_half(logit).to(tl.float32)
         if modulation is not None:
-            factor = tl.load(modulation + index * stride_modulation, mask=inside, other=1.0).to(tl.float32)
-            if ROUNDED:
-                factor = rounded_to_half(factor).to(tl.float32)
+            factor = tl.load(modulation + index * stride_modulation).to(tl.float32)
         if ITEMS > 1:  # pairs of different items are masked here: in the loop their masks would spill
             logit = tl.where(item[:, None] == item[None, :], 0.0 if logit is None else logit, float("-inf"))
 

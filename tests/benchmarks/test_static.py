@@ -119,7 +119,9 @@ def test_attention_compiles_at_other_shapes(grid, heads, head_dim, batch_size, e
 def test_products_of_small_heads_are_waited_for(head_dim):
     """Their products have different layouts. (With 16, ptxas serialises those of backward_q, which is right.)"""
     launches = static.attention_launches((16, 16), 4, head_dim, torch.bfloat16, "sm_90", (128,))
-    with_bias = [launch for launch in launches if static.switches(launch)["b"] and not static.switches(launch)["m"]]
+    with_bias = [
+        launch for launch in launches if static.switches(launch)["b"] and not static.switches(launch)["m"]
+    ]
     assert [launch.kernel for launch in with_bias[:3]] == ["forward", "backward_q", "backward_kv"]
     rows = [static.report(launch, "sm_90", disassemble=False) for launch in with_bias]
     assert not [fault for row in rows for fault in row.wrong_products if not fault.startswith("waits")]

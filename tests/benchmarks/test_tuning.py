@@ -141,9 +141,7 @@ def test_another_kernel_may_be_faster(modulation, table, monkeypatch):
     """The general kernels where dispatch would take the short one, each with the fastest of its own tiles."""
 
     def microseconds(tiles):
-        return sum(
-            1 + abs(tile.num_warps - 4) + 9 * kernel.startswith("short") for kernel, tile in tiles.items()
-        )
+        return sum(1 + abs(tile.num_warps - 4) + 9 * kernel.startswith("short") for kernel, tile in tiles.items())
 
     shape = dataclasses.replace(ATTENTION, modulation=modulation)
     forward, backward = tuned(table, [shape], clock(microseconds))["entries"]
