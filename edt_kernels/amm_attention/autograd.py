@@ -191,7 +191,7 @@ class _Problem:
         """Whether each head has a modulation of its own."""
         return self.modulation is not None and self.modulation.ndim == 3
 
-    def table_strides(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def table_strides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of the bias and of the modulation: from offset to offset, from head to head."""
         (H, W), bias = self.grid, (0, 0) if self.rel_pos_bias is None else self.rel_pos_bias.stride()
         return bias, (1, (2 * H - 1) * (2 * W - 1) * self.by_head)
@@ -400,7 +400,8 @@ def _backward(
                 if partial is not None:
                     reduce(partial, gradient)
     else:
-        grad_modulation.zero_(), grad_bias.zero_()
+        grad_modulation.zero_()
+        grad_bias.zero_()
     if needs_modulation:
         grad_modulation = (grad_modulation.sum(0) if modulation.ndim == 2 else grad_modulation).to(
             modulation.dtype
