@@ -67,7 +67,7 @@ def test_what_a_block_keeps():
         (torch.bfloat16, N * C): 5,  # both norms, attention before and after its projection, the MLP's output
         (torch.bfloat16, N * 3 * C): 1,  # q, k, v
         (torch.bfloat16, N * 4 * C): 1,  # into GELU
-        (torch.float32, N): 4,  # mean and 1/σ of two norms
+        (torch.float32, 2 * N): 2,  # mean and 1/σ of two norms
         (torch.float32, N * heads): 1,  # logsumexp
         (torch.float32, 6 * C): 2,  # the modulations, of this block and the next
     }
