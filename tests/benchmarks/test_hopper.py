@@ -128,7 +128,7 @@ def launch_of(kernel: str, grid=(16, 16), head_dim=52) -> static.Launch:
         ("resident_forward", 16),
         ("resident_backward", 16),
         ("backward_tables", 4),
-        ("short_backward", 4),
+        ("short_backward", 8),
     ],
 )
 def test_operands_are_found_where_they_were_stored(kernel, side, compiled):

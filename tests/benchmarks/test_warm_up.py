@@ -48,8 +48,8 @@ def test_each_code_is_compiled_once_forward_and_backward():
     compiled, failed = warm_up.warm_up(90, [*calls, *calls], 1)
     jobs = Pool.last.jobs
     assert (compiled + failed, failed) == (len(jobs), 1)
-    assert {module for module, *_ in jobs} == {"edt_kernels.amm_attention.short_kernels"} | {
-        f"edt_kernels.amm_attention.{name}kernels" for name in ("", "table_")
+    assert {module for module, *_ in jobs} == {
+        f"edt_kernels.amm_attention.{name}" for name in ("memory", "kernels", "table_kernels")
     }
     for _, _, arguments, _ in jobs:
         pointers = [argument for argument in arguments if isinstance(argument, warm_up._Pointer)]

@@ -75,7 +75,7 @@ def work_of_programs(arguments: dict, programs: int) -> list[int]:
     kernel, language, found = table_kernels.backward_tables, Language(), []
     given = {name: arguments[name] for name in kernel.arg_names}
     given = {name: NOTHING if isinstance(value, torch.Tensor) else value for name, value in given.items()}
-    patches = {"tl": language, "range": language.range}
+    patches = {"tl": language, "range": language.range, "rounded_to_half": lambda _: NOTHING}
     with mock.patch.multiple(table_kernels, create=True, **patches):
         for language.program in range(programs):
             language.work = 0
