@@ -177,10 +177,11 @@ class _Problem:
         unit = "fma" if exact else matrix_unit(self.q.device)
         choose = choose_forward if direction == "forward" else choose_backward
         tiles, way = tiles_of(unit, N, D), _WAYS[choose(unit, N, D, B * heads, modulation)]
-        if (
-            unit == "tcgen05" and D > 64 and modulation and self.rel_pos_bias is not None
-        ):  # with 64 cells it spills
-            tiles["backward_tables"] = TABLE_TILES["mma"]
+        if modulation and self.rel_pos_bias is not None:  # registers hold less
+            if unit == "tcgen05" and D > 64:
+                tiles["backward_tables"] = TABLE_TILES["mma"]
+            elif unit == "wgmma" and D <= 64:
+                tiles["backward_tables"] = replace(tiles["backward_tables"], num_stages=1)
         key = {"dtype": "float32" if exact else "16-bit", "height": H, "width": W, "extra_tokens": N - H * W}
         key |= {"head_dim": D, "bias": self.rel_pos_bias is not None, "modulation": modulation}
         key |= {"many_heads": B * heads >= _RESIDENT_HEADS}
