@@ -9,10 +9,12 @@ apart. A busy machine makes all of them longer, so they are shown beside their b
 """
 
 import argparse
+import atexit
 import ctypes
 import functools
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -39,6 +41,7 @@ def use_stub_driver() -> ctypes.CDLL:
     if fault := compiler_fault():
         raise ValueError(fault)
     folder = Path(tempfile.mkdtemp(prefix="edt-kernels-stub-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     library = folder / "libcuda.so.1"
     command = [c_compiler(), "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library,
                Path(__file__).with_name("host_stub.c")]  # fmt: skip

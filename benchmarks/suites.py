@@ -13,7 +13,6 @@ try:
 except ImportError:  # which a bare PyTorch image may be without: no bar, but all else
     tqdm = None
 
-
 from . import attention, gpu_suite, measure, models, norms, results
 from .budget import is_lost
 from .harness import measure_case, selected, table

@@ -366,10 +366,10 @@ def _tiles_of(pass_name: str, kernel: str, key: dict, unit: str) -> Sequence[Til
     if kernel == "backward_tables":  # its scores feed no other product
         return [CellTile(*sizes) for sizes in itertools.product((16, 32, 64), (4, 8), (1, 2))]
     tokens = key["height"] * key["width"] + key["extra_tokens"]
-    heads = 1000 if key["many_heads"] else 1
     if kernel == "resident_forward" and (unit != "wgmma" or not 64 < tokens <= 256 or not key["many_heads"]):
         return []
     if kernel in ("resident_backward", "short_backward"):  # registers hold no other tile
+        heads = 1000 if key["many_heads"] else 1
         chosen = attention.choose_backward(unit, tokens, key["head_dim"], heads, key["modulation"])
         return [attention.tiles_of(unit, tokens, key["head_dim"])[kernel]] if chosen == kernel else []
     limit = max(triton.next_power_of_2(tokens), 64)

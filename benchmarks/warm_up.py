@@ -72,9 +72,9 @@ def calls_of_tests() -> Iterator[Callable]:
     ops, rows, properties = map(
         importlib.import_module, ("test_amm_attention", "test_norm_ops", "test_properties")
     )
-    packed = itertools.product(properties.PACKED_AND_NOT, properties.HEAD_DIMS, properties.GPU_DTYPES)
-    packed = ((properties.dataclasses.replace(case, head_dim=head_dim), dtype) for case, head_dim, dtype in packed)
-    for case, dtype in itertools.chain((parameters for parameters in ops.GPU_CASES), packed):
+    others = itertools.product(properties.SHORT_AND_LONG, properties.HEAD_DIMS, properties.GPU_DTYPES)
+    others = ((properties.dataclasses.replace(case, head_dim=head_dim), dtype) for case, head_dim, dtype in others)
+    for case, dtype in itertools.chain((parameters for parameters in ops.GPU_CASES), others):
         inputs = attention_cases.make_inputs(case, dtype, "cpu")
         yield partial(attention_cases.run, edt_kernels.amm_attention, case, inputs)
     grids, dtypes = ((2, 2), (32, 32)), (torch.bfloat16, torch.float32)

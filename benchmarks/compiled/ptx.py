@@ -29,7 +29,7 @@ class Kernel:
     labels: dict[str, list[int]] = field(
         default_factory=dict
     )  # → instructions before it, in each block that has it
-    places: dict[int, str] = field(default_factory=dict)  # line → "kernels.py:104:16 @[ short_kernels.py:111:54 ]"
+    places: dict[int, str] = field(default_factory=dict)  # line → "kernels.py:104:16 @[ table_kernels.py:111:54 ]"
 
     def where(self, instruction: Instruction) -> str:
         """An instruction as errors name it."""

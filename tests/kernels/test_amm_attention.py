@@ -15,7 +15,7 @@ from edt_kernels.amm_attention import autograd
 
 SMALL_CASES = [
     Case((1, 1), head_dim=16),
-    Case((1, 1), batch_size=70, heads=1),  # two programs of 64 packed sequences, the second partly empty
+    Case((1, 1), batch_size=70, heads=1),
     Case((3, 3)),
     Case((4, 4), batch_size=5, heads=3),
     Case((4, 4), head_dim=16, modulation="per head"),

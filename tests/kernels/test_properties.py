@@ -267,9 +267,9 @@ def test_gpu_attention_gradients_have_the_same_bits_in_20_runs(drawn):
 # A head dim of each padded size in the table of tiles.
 HEAD_DIMS = (52, 104)
 TILES = [(unit, dict(zip((64, 128), HEAD_DIMS))[padded]) for unit, padded in autograd._TILES]
-# By how many sequences share a tile: as many as fit, several, two, one, and a sequence of more than one tile.
-# Short ones without a modulation have a backward kernel of their own, long ones without any a forward one.
-PACKED_AND_NOT = [
+# Sequences shorter than any tile, of one tile, and of more. Short ones without a modulation have a backward kernel of
+# their own, long ones kernels that keep a whole head on the chip.
+SHORT_AND_LONG = [
     attention_cases.Case((1, 2), batch_size=3, heads=1, modulation=None),
     attention_cases.Case((4, 4), batch_size=5, heads=1, modulation=None),
     attention_cases.Case((4, 4), batch_size=5, heads=1, modulation="per head"),
@@ -291,7 +291,7 @@ def _resident(monkeypatch):
 @interpreter
 @pytest.mark.usefixtures("_resident")
 @pytest.mark.parametrize(("unit", "head_dim"), TILES)
-@pytest.mark.parametrize("case", [PACKED_AND_NOT[1], *PACKED_AND_NOT[-2:]], ids=str)
+@pytest.mark.parametrize("case", [SHORT_AND_LONG[1], *SHORT_AND_LONG[-2:]], ids=str)
 def test_every_tile_of_the_attention(case, unit, head_dim, monkeypatch):
     monkeypatch.setattr(autograd, "matrix_unit", lambda _device: unit)
     attention_cases.check(dataclasses.replace(case, head_dim=head_dim), F16, "cpu")
@@ -302,7 +302,7 @@ def test_every_tile_of_the_attention(case, unit, head_dim, monkeypatch):
 @pytest.mark.usefixtures("_resident")
 @pytest.mark.parametrize(("unit", "head_dim"), TILES)
 @pytest.mark.parametrize(
-    "case", [*PACKED_AND_NOT, attention_cases.Case((11, 13), batch_size=1, heads=1, extra=(5, 0))], ids=str
+    "case", [*SHORT_AND_LONG, attention_cases.Case((11, 13), batch_size=1, heads=1, extra=(5, 0))], ids=str
 )
 def test_every_tile_of_the_attention_in_more_cases(case, unit, head_dim, monkeypatch):
     monkeypatch.setattr(autograd, "matrix_unit", lambda _device: unit)
@@ -316,7 +316,7 @@ def test_every_tile_of_the_attention_in_more_cases(case, unit, head_dim, monkeyp
 @pytest.mark.parametrize(
     "case",
     [
-        *PACKED_AND_NOT,
+        *SHORT_AND_LONG,
         attention_cases.Case((16, 16), heads=6, batch_size=8, modulation="per head"),
         attention_cases.Case((16, 16), heads=6, batch_size=8, modulation=None),
     ],
