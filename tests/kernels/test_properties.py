@@ -267,8 +267,8 @@ def test_gpu_attention_gradients_have_the_same_bits_in_20_runs(drawn):
 # A head dim of each padded size in the table of tiles.
 HEAD_DIMS = (52, 104)
 TILES = [(unit, dict(zip((64, 128), HEAD_DIMS))[padded]) for unit, padded in autograd._TILES]
-# Sequences shorter than any tile, of one tile, and of more. Short ones without a modulation have a backward kernel of
-# their own, long ones kernels that keep a whole head on the chip.
+# Sequences shorter than any tile, of one tile, and of more. Short ones without a modulation have a backward kernel
+# of their own, long ones kernels that keep a whole head on the chip.
 SHORT_AND_LONG = [
     attention_cases.Case((1, 2), batch_size=3, heads=1, modulation=None),
     attention_cases.Case((4, 4), batch_size=5, heads=1, modulation=None),
